@@ -1,0 +1,1 @@
+"""Callbacks: what is watched and written while a stage runs."""

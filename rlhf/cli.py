@@ -1,0 +1,115 @@
+"""The command line: `fit`, `validate`, `test`, `predict` for one stage, and verbs for everything around it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.stage_cli import StageCLI
+
+STAGE_VERBS = {
+    "fit": "train one stage: SFT, reward model or PPO",
+    "validate": "measure a stage on its validation data",
+    "test": "measure a stage on its test data",
+    "predict": "write samples or scores to a file",
+}
+VERBS = {
+    "pipeline": ("rlhf.pipeline", "pipeline", "run stages one after another, skipping those that are finished"),
+    "synthesize": ("rlhf.data.embedded", "synthesize", "write the embedded data and a small model"),
+    "report": ("rlhf.evaluation.report", "report", "write report.md and plots of a finished pipeline"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `python train.py` and of `rlhf`.
+
+    Args:
+        args: the words of the command line; by default those of the process.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    sys.path.insert(0, os.getcwd())  # so that --model my_package.MyPPO works from anywhere
+    _quiet()
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(overview())
+        elif words[0] in VERBS:
+            module, function, _ = VERBS[words[0]]
+            _call(getattr(importlib.import_module(module), function), words[0], words[1:])
+        elif words[0] in STAGE_VERBS:
+            stage_cli(words)
+        else:
+            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join([*STAGE_VERBS, *VERBS])}.")
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def stage_cli(words: list[str]) -> StageCLI:
+    """Run one of the verbs of a stage."""
+    from rlhf.stage_cli import StageCLI
+
+    return StageCLI.run(words)
+
+
+def overview() -> str:
+    """The top-level help."""
+    verbs = {**STAGE_VERBS, **{name: text for name, (_, _, text) in VERBS.items()}}
+    lines = [f"  {name:<12}{text}" for name, text in verbs.items()]
+    return "\n".join(["usage: python train.py COMMAND [--help] [--config FILE.yaml] [--KEY VALUE ...]", "", *lines])
+
+
+def _call(function: Callable[..., Any], verb: str, words: list[str]) -> None:
+    """Call a function with arguments from the command line and YAML; its docstring is the help."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(prog=f"train.py {verb}", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+    parser.add_function_arguments(function, fail_untyped=False)
+    config = parse(parser, words)
+    config.pop("config", None)
+    function(**vars(parser.instantiate_classes(config)))
+
+
+def parse(parser: Any, words: list[str]) -> Any:
+    """Parse, and turn what the parser complains about into one sentence."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        raise UserError(explain(str(error))) from error
+
+
+def explain(message: str) -> str:
+    """The useful sentence in a parser's message: the innermost reason, without its noise."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    for phrase in ("does not accept", "Key '", "Expected", "No such file", "not a subclass", "Unable to import"):
+        found = [line for line in lines if phrase in line]
+        if found:
+            return found[-1].rstrip(".") + "."
+    return " ".join(lines) if lines else message
+
+
+def _quiet() -> None:
+    """Leave out what libraries say that no user can act on."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

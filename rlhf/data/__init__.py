@@ -1,0 +1,1 @@
+"""Records, TL;DR processing, embedded data, and one LightningDataModule per stage."""

@@ -1,0 +1,84 @@
+"""What the three DataModules share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from rlhf.data.batches import accumulation
+from rlhf.data.texts import TextFormat
+from rlhf.errors import UserError
+from rlhf.ops.sequences import pad_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StageDataModule(LightningDataModule):
+    """Base of `SFTDataModule`, `PreferenceDataModule` and `RolloutDataModule`.
+
+    Args:
+        batch_size: examples per optimizer step (PPO: episodes per update) over all processes.
+        micro_batch_size: examples that go through the model at a time, per process.
+        eval_batch_size: the same in validation, test and prediction.
+        text: formats and maximum lengths.
+    """
+
+    def __init__(self, batch_size: int, micro_batch_size: int, eval_batch_size: int, text: TextFormat) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.eval_batch_size = eval_batch_size
+        self.text = text
+
+    @property
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError("A DataModule needs a Trainer: call trainer.fit(module, datamodule).")
+        return self.trainer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the module that is trained."""
+        return self._trainer.lightning_module.tokenizer
+
+    @property
+    def rank(self) -> int:
+        """This process."""
+        return self._trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._trainer.world_size
+
+    def prepare_data(self) -> None:
+        """Tokenise everything on one process; the others find it in the cache."""
+        self.load()
+
+    def load(self) -> None:
+        """Load all splits."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Load all splits, and set the accumulation that the batch size asks for."""
+        self.load()
+        if stage == "fit":
+            self.set_accumulation()
+
+    def set_accumulation(self, parts: int = 1) -> None:
+        """Derive `accumulate_grad_batches`, the one place where batch sizes are divided."""
+        derived = accumulation(self.batch_size, self.micro_batch_size, self.world_size, parts)
+        if self._trainer.accumulate_grad_batches not in (1, derived):
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {self._trainer.accumulate_grad_batches}, but data.batch_size and "
+                f"data.micro_batch_size make it {derived}; leave it out."
+            )
+        self._trainer.accumulate_grad_batches = derived
+
+    def pad_queries(self, queries: list[list[int]]) -> dict[str, Tensor]:
+        """Queries padded on the left to the longest of them (D03): `queries (B, P)`, `query_mask (B, P)`."""
+        ids, mask = pad_sequences(queries, self.tokenizer.pad_token_id, "left")
+        return {"queries": ids, "query_mask": mask}

@@ -1,0 +1,101 @@
+"""Loaders for SFT and reward model: which rows, in which order, on which rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.seeding import permutation
+
+Batch = dict[str, Any]
+
+
+def accumulation(batch_size: int, micro_batch_size: int, world_size: int, parts: int = 1) -> int:
+    """Micro-batches per optimizer step: `batch_size / (parts x world_size x micro_batch_size)`, exactly.
+
+    Args:
+        parts: minibatches that the global batch is cut into (PPO).
+    """
+    unit = parts * world_size * micro_batch_size
+    if batch_size <= 0 or unit <= 0 or batch_size % unit:
+        minibatches = f" x {parts} minibatches" if parts > 1 else ""
+        lower, upper = batch_size // unit * unit if unit > 0 else 0, -(-batch_size // unit) * unit if unit > 0 else 0
+        near = " or ".join(str(n) for n in sorted({lower, upper} - {0}))
+        raise UserError(
+            f"data.batch_size {batch_size} does not divide into {world_size} processes x data.micro_batch_size "
+            f"{micro_batch_size}{minibatches}; use a multiple of {unit}" + (f", for example {near}." if near else ".")
+        )
+    return batch_size // unit
+
+
+class TrainBatches:
+    """Micro-batches of one epoch; every example exactly once over all ranks (D13).
+
+    All ranks shuffle alike, cut into global batches, and then take their rows of each. A global batch always becomes
+    `accumulate` micro-batches per rank, the smaller last one too, so that no gradient is left over; a rank without
+    rows for one of them gets a row that counts for nothing.
+
+    Args:
+        weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
+        collate: row numbers and whether they count -> batch.
+        epoch: the number of the current epoch.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[int],
+        collate: Callable[[list[int], bool], Batch],
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.weights = weights
+        self.collate = collate
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = epoch
+        self._done = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.weights) / self.batch_size) * self.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = permutation(len(self.weights), self.epoch())
+        first, self._done = self._done % len(self), self._done % len(self)
+        for number in range(first, len(self)):
+            step, micro = divmod(number, self.accumulate)
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            share = sum(self.weights[r] for r in rows) / (self.accumulate * self.world_size)
+            own = rows[self.rank :: self.world_size][micro :: self.accumulate]
+            self._done += 1
+            yield {**self.collate(own or rows[:1], bool(own)), "share": share}
+
+    def state_dict(self) -> dict[str, int]:
+        """How many micro-batches of this epoch were handed out: a resumed epoch goes on after them."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where a checkpoint stopped."""
+        self._done = state["done"]
+
+
+class EvalBatches:
+    """Batches of this rank's share of a split, in order."""
+
+    def __init__(self, rows: int, collate: Callable[[list[int], bool], Batch], size: int, rank: int, world: int) -> None:
+        self.rows = list(range(rank, rows, world))
+        self.collate = collate
+        self.size = size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.rows), self.size):
+            yield self.collate(self.rows[start : start + self.size], True)

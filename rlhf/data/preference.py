@@ -1,0 +1,118 @@
+"""Comparisons for the reward model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf.data.base import StageDataModule
+from rlhf.data.batches import Batch, EvalBatches, TrainBatches
+from rlhf.data.processing import load_comparisons, load_demonstrations
+from rlhf.data.records import Source
+from rlhf.data.texts import TextFormat
+from rlhf.ops.sequences import pad_sequences
+
+_PAIR_COLUMNS = ("batch", "confidence", "chosen_policy", "rejected_policy")
+
+
+class PreferenceDataModule(StageDataModule):
+    """Comparisons in OpenAI's format (`info, summaries, choice, ...`) or generic (`prompt, chosen, rejected`).
+
+    Pairs of CNN/DM batches (those with `cnndm` in their name) form an out-of-distribution split of their own (D08).
+
+    Args:
+        train: comparisons to learn from.
+        validation: comparisons to measure accuracy on; null: no validation.
+        test: comparisons for `test` and `predict`; null: those of `validation`.
+        demonstrations: SFT demonstrations, whose mean reward is shifted to 0 (D21); null: no shift.
+        batch_size: pairs per optimizer step over all processes (paper: 64).
+        micro_batch_size: pairs that go through the model at a time, per process.
+        eval_batch_size: the same in validation.
+        text: formats and maximum lengths; the paper's reward model reads up to 169 response tokens.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        validation: Source | None = None,
+        test: Source | None = None,
+        demonstrations: Source | None = None,
+        batch_size: int = 64,
+        micro_batch_size: int = 8,
+        eval_batch_size: int = 32,
+        text: TextFormat = TextFormat(max_response_length=169),
+    ) -> None:
+        super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        self.sources = {"train": train, "validation": validation, "test": test}
+        self.demonstrations = demonstrations
+        self.splits: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Load and tokenise the splits; CNN/DM pairs go to `<split>_cnndm`."""
+        for name, source in self.sources.items():
+            if source is None or name in self.splits:
+                continue
+            rows = load_comparisons(source, f"data.{name}", self.tokenizer, self.text)
+            if name == "train":
+                self.splits[name] = rows
+                continue
+            news = [i for i, batch in enumerate(rows["batch"][:]) if "cnndm" in batch]
+            self.splits[name] = rows.select(sorted(set(range(len(rows))) - set(news)))
+            if news:
+                self.splits[f"{name}_cnndm"] = rows.select(news)
+        if self.demonstrations is not None and "demonstrations" not in self.splits:
+            self.splits["demonstrations"] = load_demonstrations(
+                self.demonstrations, "data.demonstrations", self.tokenizer, self.text
+            )
+
+    def train_dataloader(self) -> TrainBatches:
+        """Shuffled micro-batches of pairs."""
+        return TrainBatches(
+            [1] * len(self.splits["train"]),
+            lambda numbers, real: self.collate("train", numbers, real),
+            self.batch_size,
+            self._trainer.accumulate_grad_batches,
+            self.rank,
+            self.world_size,
+            lambda: self._trainer.current_epoch,
+        )
+
+    def val_dataloader(self) -> list[EvalBatches]:
+        """The validation split, and its CNN/DM pairs where there are any."""
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> list[EvalBatches]:
+        """The test split, or the validation split."""
+        return self._evaluation("test" if "test" in self.splits else "validation")
+
+    predict_dataloader = test_dataloader
+
+    def demonstration_dataloader(self) -> EvalBatches | None:
+        """All demonstrations: `input_ids`, `attention_mask`, padded on the right."""
+        if "demonstrations" not in self.splits:
+            return None
+        rows = self.splits["demonstrations"]
+        return EvalBatches(len(rows), self._collate_demonstrations, self.eval_batch_size, self.rank, self.world_size)
+
+    def _evaluation(self, name: str) -> list[EvalBatches]:
+        names = [n for n in (name, f"{name}_cnndm") if len(self.splits.get(n, ()))]
+        return [self._split(n) for n in names]
+
+    def _split(self, name: str) -> EvalBatches:
+        collate = lambda numbers, real: self.collate(name, numbers, real)  # noqa: E731
+        return EvalBatches(len(self.splits[name]), collate, self.eval_batch_size, self.rank, self.world_size)
+
+    def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
+        """A batch of B pairs: `input_ids (2B, T)`, all chosen, then all rejected, padded on the right (D07, D18)."""
+        rows = self.splits[split].select(numbers).to_list()
+        both = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        ids, mask = pad_sequences(both, self.tokenizer.pad_token_id)
+        pairs = [{"split": split, **{c: row[c] for c in _PAIR_COLUMNS}} for row in rows]
+        pair_mask = torch.full((len(rows),), real)
+        return {"input_ids": ids, "attention_mask": mask, "pair_mask": pair_mask, "pairs": pairs, "split": split}
+
+    def _collate_demonstrations(self, numbers: list[int], real: bool) -> Batch:
+        rows = self.splits["demonstrations"].select(numbers)["input_ids"][:]
+        ids, mask = pad_sequences(rows, self.tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,117 @@
+"""Processing of whole datasets: once, on one rank, cached by `datasets`, with a report of what was left out."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from rlhf.data.records import Source, find_columns, load_records
+from rlhf.data.texts import (
+    BadRecord,
+    Record,
+    TextFormat,
+    Unfittable,
+    comparison,
+    demonstration,
+    name_of,
+    unfittable_error,
+)
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+DEMONSTRATIONS = {"tldr": ("subreddit", "title", "post", "summary"), "plain": ("prompt", "completion")}
+PROMPTS = {"tldr": ("subreddit", "title", "post"), "plain": ("prompt",)}
+COMPARISONS = {"openai": ("info", "summaries", "choice"), "plain": ("prompt", "chosen", "rejected")}
+_VERSION = 1  # part of the cache key: raise it when the processing of a record changes
+
+
+def load_demonstrations(
+    source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat, need_response: bool = True
+) -> Dataset:
+    """Demonstrations (or, without `need_response`, prompts) as token ids.
+
+    Columns added to those of the record: `query`, `reference` (texts), `query_ids`, `input_ids`, `response_start`,
+    `truncated`.
+    """
+    raw = load_records(source, setting)
+    schema = find_columns(raw, DEMONSTRATIONS if need_response else PROMPTS, setting, source.path)
+    process = partial(demonstration, schema=schema, need_response=need_response)
+    empty = {"query": "", "reference": "", "query_ids": [], "input_ids": [], "response_start": 0, "truncated": False}
+    return _process(raw, process, empty, source, setting, tokenizer, text, f"{schema}/{need_response}")
+
+
+def load_comparisons(source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat) -> Dataset:
+    """Comparisons as token ids.
+
+    Columns added: `query`, `chosen_text`, `rejected_text`, `chosen_ids`, `rejected_ids`, `truncated`, `batch`,
+    `confidence`, `chosen_policy`, `rejected_policy`.
+    """
+    raw = load_records(source, setting)
+    schema = find_columns(raw, COMPARISONS, setting, source.path)
+    empty = {
+        "query": "", "chosen_text": "", "rejected_text": "", "chosen_ids": [], "rejected_ids": [], "truncated": False,
+        "batch": "", "confidence": None, "chosen_policy": "", "rejected_policy": "",
+    }  # fmt: skip
+    return _process(raw, partial(comparison, schema=schema), empty, source, setting, tokenizer, text, schema)
+
+
+def _process(
+    raw: Dataset,
+    process: Callable[..., Record],
+    empty: Record,
+    source: Source,
+    setting: str,
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextFormat,
+    schema: str,
+) -> Dataset:
+    from datasets.fingerprint import Hasher
+
+    def one(record: Record, index: int) -> Record:
+        try:
+            return {**process(record, tokenizer, text), "problem": ""}
+        except Unfittable as error:
+            if not text.drop_unfittable:
+                raise unfittable_error(record, index, error, setting) from error
+            return {**empty, "problem": str(error)}
+        except BadRecord as error:
+            return {**empty, "problem": str(error)}
+
+    # The key is made of the tokenizer's content: its object changes with use and would miss the cache.
+    identity = (_VERSION, raw._fingerprint, schema, text, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    description = f"Tokenising {source.path} ({source.split})"
+    done = raw.map(one, with_indices=True, new_fingerprint=Hasher.hash(identity), desc=description)
+    return _report(raw, done, source, setting)
+
+
+def _report(raw: Dataset, done: Dataset, source: Source, setting: str) -> Dataset:
+    problems = done["problem"][:]
+    bad = [i for i, problem in enumerate(problems) if problem]
+    truncated = sum(done["truncated"][:])
+    name = f"{setting}: {source.path} ({source.split})"
+    if bad:
+        reasons = "; ".join(
+            f"{reason}: {count}, first in {name_of(raw[problems.index(reason)], problems.index(reason))}"
+            for reason, count in collections.Counter(problems[i] for i in bad).most_common(5)
+        )
+        if len(bad) == len(problems):
+            raise UserError(f"{name}: none of the {len(problems)} records can be used ({reasons}).")
+        rank_zero_warn(f"{name}: left out {len(bad)} of {len(problems)} records ({reasons}).")
+        done = done.select([i for i, problem in enumerate(problems) if not problem])
+    if truncated:
+        share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
+        rank_zero_info(f"{name}: {share} are longer than their maximum; they lost their end and EOS.")
+    return done.remove_columns("problem")
+
+
+def raw_record(row: dict[str, Any]) -> Record:
+    """A row without the columns that the processing added."""
+    added = {"query", "reference", "query_ids", "input_ids", "response_start", "truncated"}
+    return {column: value for column, value in row.items() if column not in added}

@@ -1,0 +1,122 @@
+"""Prompts for PPO, and the loader that turns them into experience."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.data.base import StageDataModule
+from rlhf.data.batches import Batch, EvalBatches
+from rlhf.data.processing import load_demonstrations, raw_record
+from rlhf.data.records import Source
+from rlhf.data.texts import TextFormat
+from rlhf.errors import UserError
+from rlhf.rollout import Rollout, RolloutLoader
+from rlhf.seeding import permutation
+
+
+class RolloutDataModule(StageDataModule):
+    """Prompts from TL;DR records or generic ones (`prompt`); references (`summary`, `completion`) may be missing.
+
+    One pass over `train_dataloader()` is one PPO update: it draws the next prompts, asks the module for a rollout, and
+    yields it in micro-batches. Prompts are gone through over and over, reshuffled on each pass (D23).
+
+    Args:
+        train: prompts to learn on.
+        validation: prompts to generate on in validation, all of them (D37); null: no validation.
+        test: prompts for `test` and `predict`; null: those of `validation`.
+        batch_size: episodes per update over all processes (paper: 512).
+        micro_batch_size: episodes that go through the networks at a time in training, per process.
+        rollout_batch_size: the same in the rollout, which needs less memory.
+        eval_batch_size: the same in validation.
+        text: formats and maximum lengths.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        validation: Source | None = None,
+        test: Source | None = None,
+        batch_size: int = 512,
+        micro_batch_size: int = 16,
+        rollout_batch_size: int = 64,
+        eval_batch_size: int = 64,
+        text: TextFormat = TextFormat(),
+    ) -> None:
+        super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        self.rollout_batch_size = rollout_batch_size
+        self.sources = {"train": train, "validation": validation, "test": test}
+        self.splits: dict[str, Any] = {}
+        self.last_rollout: Rollout | None = None
+
+    def load(self) -> None:
+        """Load and tokenise the prompts."""
+        for name, source in self.sources.items():
+            if source is not None and name not in self.splits:
+                rows = load_demonstrations(source, f"data.{name}", self.tokenizer, self.text, need_response=False)
+                self.splits[name] = rows
+
+    def set_accumulation(self, parts: int = 1) -> None:
+        """With the PPO minibatches of the module."""
+        super().set_accumulation(self._trainer.lightning_module.ppo.minibatches)
+        if self.batch_size > len(self.splits["train"]):
+            raise UserError(
+                f"data.batch_size {self.batch_size} is larger than the {len(self.splits['train'])} prompts of "
+                f"{self.sources['train'].path}; an update would hold the same prompt twice."
+            )
+
+    def train_dataloader(self) -> RolloutLoader:
+        """The loader whose every pass is one update."""
+        module = self._trainer.lightning_module
+        return RolloutLoader(
+            make=self.make_rollout,
+            update=lambda: self._trainer.current_epoch,
+            reduce_sum=module.reduce_sum,
+            rank=self.rank,
+            world_size=self.world_size,
+            ppo_epochs=module.ppo.ppo_epochs,
+            minibatches=module.ppo.minibatches,
+            accumulate=self._trainer.accumulate_grad_batches,
+        )
+
+    def make_rollout(self, update: int) -> Rollout:
+        """This rank's experience of an update, kept as `last_rollout` for the callbacks."""
+        module = self._trainer.lightning_module
+        batch = self.collate("train", self.prompts_of(update), True)
+        batch |= {name: batch[name].to(module.device) for name in ("queries", "query_mask")}
+        self.last_rollout = None  # the old one's memory is free before the new one needs it
+        self.last_rollout = module.rollout({**batch, "chunk": self.rollout_batch_size}, update)
+        return self.last_rollout
+
+    def prompts_of(self, update: int) -> list[int]:
+        """Row numbers of this rank's prompts: a stretch of the endless sequence of shuffled passes (D23)."""
+        own = self.batch_size // self.world_size
+        first = update * self.batch_size + self.rank * own
+        total = len(self.splits["train"])
+        orders: dict[int, list[int]] = {}
+        rows = []
+        for position in range(first, first + own):
+            number, offset = divmod(position, total)
+            if number not in orders:
+                orders[number] = permutation(total, number)
+            rows.append(orders[number][offset])
+        return rows
+
+    def val_dataloader(self) -> EvalBatches | list[Any]:
+        """The whole validation subset, in order (D37)."""
+        return self._evaluation("validation") if "validation" in self.splits else []
+
+    def test_dataloader(self) -> EvalBatches:
+        """The test split, or the validation split."""
+        return self._evaluation("test" if "test" in self.splits else "validation")
+
+    predict_dataloader = test_dataloader
+
+    def _evaluation(self, split: str) -> EvalBatches:
+        collate = lambda numbers, real: self.collate(split, numbers, real)  # noqa: E731
+        return EvalBatches(len(self.splits[split]), collate, self.eval_batch_size, self.rank, self.world_size)
+
+    def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
+        """`queries (B, P)` padded on the left, `query_mask (B, P)`, and `texts`: `query`, `reference`, `record`."""
+        rows = self.splits[split].select(numbers).to_list()
+        texts = [{"query": r["query"], "reference": r["reference"], "record": raw_record(r)} for r in rows]
+        return {**self.pad_queries([row["query_ids"] for row in rows]), "texts": texts}

@@ -1,0 +1,100 @@
+"""Demonstrations for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf.data.base import StageDataModule
+from rlhf.data.batches import Batch, EvalBatches, TrainBatches
+from rlhf.data.processing import load_demonstrations
+from rlhf.data.records import Source
+from rlhf.data.texts import TextFormat
+from rlhf.ops.sequences import pad_sequences
+
+
+class SFTDataModule(StageDataModule):
+    """TL;DR records (`subreddit, title, post, summary`) or generic ones (`prompt, completion`).
+
+    Args:
+        train: demonstrations to learn from.
+        validation: demonstrations to measure loss and ROUGE on; null: no validation.
+        test: demonstrations for `test` and `predict`; null: those of `validation`.
+        batch_size: examples per optimizer step over all processes (paper: 128).
+        micro_batch_size: examples that go through the model at a time, per process.
+        eval_batch_size: the same in validation.
+        text: formats and maximum lengths.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        validation: Source | None = None,
+        test: Source | None = None,
+        batch_size: int = 128,
+        micro_batch_size: int = 16,
+        eval_batch_size: int = 32,
+        text: TextFormat = TextFormat(),
+    ) -> None:
+        super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        self.sources = {"train": train, "validation": validation, "test": test}
+        self.splits: dict[str, Any] = {}
+
+    def load(self) -> None:
+        """Load and tokenise the splits."""
+        for name, source in self.sources.items():
+            if source is not None and name not in self.splits:
+                self.splits[name] = load_demonstrations(source, f"data.{name}", self.tokenizer, self.text)
+
+    def train_dataloader(self) -> TrainBatches:
+        """Shuffled micro-batches of the training split."""
+        rows = self.splits["train"]
+        starts = rows["response_start"][:] if self._response_only else [1] * len(rows)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        return TrainBatches(
+            [length - max(1, start) for length, start in zip(lengths, starts, strict=True)],
+            lambda numbers, real: self.collate("train", numbers, real),
+            self.batch_size,
+            self._trainer.accumulate_grad_batches,
+            self.rank,
+            self.world_size,
+            lambda: self._trainer.current_epoch,
+        )
+
+    def val_dataloader(self) -> EvalBatches | list[Any]:
+        """The validation split, in order."""
+        return self._evaluation("validation") if "validation" in self.splits else []
+
+    def test_dataloader(self) -> EvalBatches:
+        """The test split, or the validation split."""
+        return self._evaluation("test" if "test" in self.splits else "validation")
+
+    predict_dataloader = test_dataloader
+
+    def _evaluation(self, split: str) -> EvalBatches:
+        rows = len(self.splits[split])
+        collate = lambda numbers, real: self.collate(split, numbers, real)  # noqa: E731
+        return EvalBatches(rows, collate, self.eval_batch_size, self.rank, self.world_size)
+
+    @property
+    def _response_only(self) -> bool:
+        return getattr(self._trainer.lightning_module, "loss_on", "all") == "response"
+
+    def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
+        """A batch: joint sequences padded on the right (D07), queries padded on the left for sampling.
+
+        `loss_mask (B, T)` is 1 on the tokens whose prediction counts (D15); all 0 where the batch is not `real`.
+        """
+        rows = self.splits[split].select(numbers).to_list()
+        ids, mask = pad_sequences([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)
+        loss_mask = mask.clone() if real else torch.zeros_like(mask)
+        loss_mask[:, 0] = 0
+        if self._response_only:
+            for row, kept in zip(rows, loss_mask, strict=True):
+                kept[: row["response_start"]] = 0
+        batch: Batch = {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask}
+        if split != "train":
+            batch |= self.pad_queries([row["query_ids"] for row in rows])
+            batch |= {"query": [row["query"] for row in rows], "reference": [row["reference"] for row in rows]}
+        return batch

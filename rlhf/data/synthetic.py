@@ -1,0 +1,335 @@
+"""Embedded data: posts told from hidden facts, demonstrations, labelled comparisons. No download, any size, seeded.
+
+A post is written from hidden *facts* (who, what happened, where, when, how much, what is asked) among distracting
+sentences. A demonstration is one sentence; like the authors of real TL;DRs, its writer always says what happened and
+what is asked and leaves out each other fact now and then. Comparisons pair summaries of named policies of different
+quality; their label follows the gold score (`rlhf.data.gold`) with the noise of a Bradley-Terry labeller.
+
+Two domains: `REDDIT` has the schema of the TL;DR records, `NEWS` stands in for CNN/DM (out of distribution).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.gold import gold_score
+
+Facts = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a post of one domain can be about, and how it is told.
+
+    Attributes:
+        slots: fact name -> the values it can take; no value is part of another value of the same fact.
+        required: facts that every demonstration states.
+        title: templates of the title (empty for articles).
+        tell: per fact or group of facts, templates of the sentence that tells it.
+        order: the groups of `tell` in the order of the post; distractors stand between them.
+        distractors: sentences that state no fact.
+        summarise: (prefix, fact group, suffix) pieces of the one-sentence summary, per style.
+    """
+
+    slots: dict[str, tuple[str, ...]]
+    required: frozenset[str]
+    title: tuple[str, ...]
+    tell: dict[str, tuple[str, ...]]
+    order: tuple[str, ...]
+    distractors: tuple[str, ...]
+    summarise: tuple[Callable[[Facts], str], ...]
+
+
+def _piece(facts: Facts, slot: str, template: str) -> str:
+    return template.format(facts[slot]) if slot in facts else ""
+
+
+def _reddit_plain(f: Facts) -> str:
+    who = f"My {f['relation']}" if "relation" in f else "Someone"
+    return (
+        who + _piece(f, "name", " {}") + " " + f.get("event", "upset me") + _piece(f, "place", " {}")
+        + _piece(f, "time", " {}") + _piece(f, "amount", " and I lost {} dollars")
+        + _piece(f, "ask", ", I need to know {}") + "."
+    )  # fmt: skip
+
+
+def _reddit_time_first(f: Facts) -> str:
+    who = f"my {f['relation']}" if "relation" in f else "someone"
+    text = (
+        _piece(f, "time", "{} ") + who + _piece(f, "name", " {}") + " " + f.get("event", "upset me")
+        + _piece(f, "place", " {}") + _piece(f, "amount", " and I lost {} dollars")
+        + _piece(f, "ask", ", I need to know {}") + "."
+    )  # fmt: skip
+    return text[0].upper() + text[1:]
+
+
+def _news_plain(f: Facts) -> str:
+    return (
+        "The " + f.get("body", "authorities") + " " + f.get("action", "took a decision") + _piece(f, "city", " in {}")
+        + _piece(f, "day", " {}") + _piece(f, "cost", " for {} million dollars") + _piece(f, "reason", " {}") + "."
+    )  # fmt: skip
+
+
+REDDIT = Domain(
+    slots={
+        "relation": (
+            "sister", "brother", "boss", "roommate", "neighbor", "cousin", "uncle", "aunt", "girlfriend", "boyfriend",
+            "teacher", "landlord", "coworker", "mother", "father", "friend",
+        ),
+        "name": (
+            "Alex", "Avery", "Casey", "Drew", "Jamie", "Jordan", "Jules", "Kim", "Lee", "Morgan", "Pat", "Quinn", "Riley",
+            "Robin", "Sam", "Taylor",
+        ),
+        "event": (
+            "sold my bike", "broke my laptop", "lost my keys", "borrowed my car", "forgot my birthday", "read my diary",
+            "ate my lunch", "lied to me", "yelled at me", "moved my stuff", "burned my dinner", "took my phone",
+            "hit my fence", "ruined my shirt", "scared my dog", "missed my wedding",
+        ),
+        "place": (
+            "in Boston", "in Texas", "in Paris", "in London", "at school", "at work", "at home", "at the gym",
+            "at the beach", "at the airport", "at the mall", "at a party", "at a bar", "at the park", "at church",
+            "at the hotel",
+        ),
+        "time": (
+            "yesterday", "last night", "last week", "last month", "on Monday", "on Tuesday", "on Friday", "on Sunday",
+            "this morning", "in March", "in June", "in August",
+        ),
+        "amount": (
+            "20", "30", "40", "50", "60", "70", "80", "90", "100", "200", "300", "400", "500", "600", "700", "800",
+        ),
+        "ask": (
+            "how to stay calm", "how to say no", "how to move on", "how to forgive", "how to get even",
+            "how to fix this", "what to say", "what to do next", "who is right", "if I should leave",
+            "if I should sue", "if I should pay", "if this is normal", "if I am wrong", "when to talk", "why it hurts",
+        ),
+    },
+    required=frozenset({"relation", "event", "ask"}),
+    title=("My {relation} {event}", "Trouble with my {relation}", "I am upset with my {relation}"),
+    tell={
+        "who": (
+            "My {relation} {name} {event}.", "So my {relation} {name} {event}.",
+            "I have a {relation} called {name} and this person {event}.",
+        ),
+        "where": ("It was {place}.", "It all happened {place}.", "We were {place}."),
+        "when": ("That was {time}.", "It started {time}."),
+        "amount": ("I lost {amount} dollars.", "It cost me {amount} dollars.", "I had to pay {amount} dollars."),
+        "ask": ("Please tell me {ask}.", "I want to know {ask}.", "Can you tell me {ask}?"),
+    },
+    order=("who", "where", "when", "amount", "ask"),
+    distractors=(
+        "I did not sleep well.", "We used to get along.", "My cat is fine.", "The weather was bad.",
+        "Nobody else saw it.", "I like to cook.", "This is my first post.", "Sorry for the bad English.",
+        "I was very tired.", "We have a long history.", "It is a small town.", "I work a lot.",
+    ),
+    summarise=(_reddit_plain, _reddit_time_first),
+)  # fmt: skip
+
+NEWS = Domain(
+    slots={
+        "body": ("city council", "school board", "mayor", "state senate", "hospital", "university", "police", "museum"),
+        "action": (
+            "approved a bridge", "closed a library", "opened a clinic", "sued a bank", "bought a farm",
+            "planned a stadium", "fixed a dam", "hired a builder",
+        ),
+        "city": ("Denver", "Seattle", "Chicago", "Miami", "Dallas", "Phoenix", "Atlanta", "Detroit"),
+        "day": ("on Monday", "on Tuesday", "on Friday", "on Sunday"),
+        "cost": ("2", "3", "5", "7", "9", "12", "15", "18"),
+        "reason": (
+            "to save money", "to create jobs", "to please voters", "to help children", "to cut traffic", "to end a strike",
+        ),
+    },
+    required=frozenset({"body", "action"}),
+    title=(),
+    tell={
+        "what": ("The {body} {action}.", "It is official: the {body} {action}."),
+        "where": ("The news came from {city}.", "Reporters gathered in {city}."),
+        "when": ("The vote took place {day}.", "It was announced {day}."),
+        "cost": ("The price is {cost} million dollars.", "It will cost {cost} million dollars."),
+        "why": ("Officials said they want {reason}.", "The goal is {reason}."),
+    },
+    order=("what", "where", "when", "cost", "why"),
+    distractors=(
+        "Critics were not convinced.", "Many people watched.", "A spokesman did not comment.", "It rained all day.",
+        "More details are expected.", "The hall was full.",
+    ),
+    summarise=(_news_plain,),
+)  # fmt: skip
+
+def all_slots() -> dict[str, tuple[str, ...]]:
+    """The values of every fact of both domains."""
+    return {**REDDIT.slots, **NEWS.slots}
+
+
+SUBREDDITS = ("relationships", "advice", "family", "personal", "college", "work")
+
+
+# --------------------------------------------------------------------------------------------- posts
+
+
+def draw_facts(domain: Domain, rng: random.Random) -> Facts:
+    """One value for every fact of the domain."""
+    return {slot: rng.choice(values) for slot, values in domain.slots.items()}
+
+
+def write_post(domain: Domain, facts: Facts, rng: random.Random) -> str:
+    """The post: every fact once, two to four distractors at random places between the sentences."""
+    sentences = [rng.choice(domain.tell[group]).format(**facts) for group in domain.order]
+    for distractor in rng.sample(domain.distractors, rng.randint(2, 4)):
+        sentences.insert(rng.randint(0, len(sentences)), distractor)
+    return " ".join(sentences)
+
+
+# ----------------------------------------------------------------------------------------- summaries
+
+
+def _summary(domain: Domain, facts: Facts, rng: random.Random) -> str:
+    return rng.choice(domain.summarise)(facts)
+
+
+def _keep(domain: Domain, facts: Facts, probability: float, rng: random.Random) -> Facts:
+    return {s: v for s, v in facts.items() if s in domain.required or rng.random() < probability}
+
+
+def reference(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """What the author of the post writes: each fact that is not required with probability 0.6."""
+    return _summary(domain, _keep(domain, facts, 0.6, rng), rng)
+
+
+def complete(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """A careful writer: every fact."""
+    return _summary(domain, facts, rng)
+
+
+def fact_dropped(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """Any two to four facts are missing, required ones too."""
+    dropped = rng.sample(sorted(facts), rng.randint(2, 4))
+    return _summary(domain, {s: v for s, v in facts.items() if s not in dropped}, rng)
+
+
+def fact_invented(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """The reference with one to three of its facts replaced by wrong ones."""
+    told = _keep(domain, facts, 0.6, rng)
+    for slot in rng.sample(sorted(told), rng.randint(1, 3)):
+        told[slot] = rng.choice([v for v in domain.slots[slot] if v != facts[slot]])
+    return _summary(domain, told, rng)
+
+
+def rambling(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """The reference, followed by two to four sentences that nobody needs."""
+    extra = rng.sample(domain.distractors, rng.randint(2, 4))
+    return " ".join([reference(domain, facts, post, rng), *extra])
+
+
+def off_topic(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """The reference of another post."""
+    return reference(domain, draw_facts(domain, rng), post, rng)
+
+
+def cut_off(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
+    """The first 30 to 70 percent of the words of a reference."""
+    words = reference(domain, facts, post, rng).split()
+    return " ".join(words[: max(2, round(len(words) * rng.uniform(0.3, 0.7)))])
+
+
+POLICIES: dict[str, Callable[[Domain, Facts, str, random.Random], str]] = {
+    "reference": reference,
+    "complete": complete,
+    "fact_dropped": fact_dropped,
+    "fact_invented": fact_invented,
+    "rambling": rambling,
+    "off_topic": off_topic,
+    "cut_off": cut_off,
+}
+
+
+# ------------------------------------------------------------------------------------------- records
+
+
+def _rng(seed: int, kind: str, index: int) -> random.Random:
+    return random.Random(f"{seed}/{kind}/{index}")
+
+
+def demonstrations(
+    n: int, seed: int, split: str, writers: Sequence[str] = ("reference",)
+) -> Iterator[dict[str, Any]]:
+    """TL;DR records `id, subreddit, title, post, summary`, and the hidden `facts`.
+
+    Args:
+        n: how many.
+        seed: of everything; splits of equal seed share no post.
+        split: stands in the id.
+        writers: policies that write the summaries, each as often as the others.
+    """
+    for index in range(n):
+        rng = _rng(seed, split, index)
+        facts = draw_facts(REDDIT, rng)
+        post = write_post(REDDIT, facts, rng)
+        yield {
+            "id": f"{split}-{seed}-{index}",
+            "subreddit": rng.choice(SUBREDDITS),
+            "title": rng.choice(REDDIT.title).format(**facts),
+            "post": post,
+            "summary": POLICIES[rng.choice(writers)](REDDIT, facts, post, rng),
+            "facts": facts,
+        }
+
+
+def pretraining(n: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
+    """What a base model has read: posts whose TL;DRs are true, by writers of every quality."""
+    return demonstrations(n, seed, split, ("reference", "complete", "fact_dropped", "rambling"))
+
+
+def _label(margin: float, noise: float, rng: random.Random) -> tuple[int, int]:
+    """The choice of a Bradley-Terry labeller, and a confidence from 1 to 9 that grows with the margin."""
+    probability = 1 / (1 + math.exp(-margin / noise)) if noise > 0 else float(margin > 0)
+    choice = 0 if rng.random() < probability else 1
+    confidence = round(1 + 2.5 * abs(margin) + rng.gauss(0, 1))
+    return choice, min(9, max(1, confidence))
+
+
+def comparisons(
+    n: int, seed: int, split: str, noise: float = 1.0, domain: Domain = REDDIT, batch: str = "batch0"
+) -> Iterator[dict[str, Any]]:
+    """Comparisons in OpenAI's format, and the hidden `facts`.
+
+    Args:
+        n: number of pairs.
+        seed: of everything.
+        split: stands in the record; splits of equal seed share no post.
+        noise: temperature of the labeller in units of the gold score; 0 gives clean labels.
+        domain: `REDDIT` or `NEWS` (whose `info` holds an `article` instead of a post).
+        batch: prefix of the name of the batch; names of CNN/DM batches contain `cnndm`.
+    """
+    index = written = 0
+    while written < n:
+        rng = _rng(seed, f"comparison/{split}/{batch}", index)
+        index += 1
+        facts = draw_facts(domain, rng)
+        post = write_post(domain, facts, rng)
+        names = rng.sample(sorted(POLICIES), 2)
+        texts = [POLICIES[name](domain, facts, post, rng) for name in names]
+        scores = [gold_score(text, facts, domain.slots).score for text in texts]
+        if texts[0] == texts[1] or scores[0] == scores[1]:
+            continue
+        choice, confidence = _label(scores[0] - scores[1], noise, rng)
+        is_news = domain is NEWS
+        yield {
+            "info": {
+                "id": f"{split}-{batch}-{seed}-{index}",
+                "post": None if is_news else post,
+                "title": None if is_news else rng.choice(domain.title).format(**facts),
+                "subreddit": None if is_news else rng.choice(SUBREDDITS),
+                "article": post if is_news else None,
+            },
+            "summaries": [{"text": t, "policy": p} for t, p in zip(texts, names, strict=True)],
+            "choice": choice,
+            "batch": f"{batch}_{written % 3}",
+            "split": split,
+            "extra": {"confidence": confidence},
+            "facts": facts,
+        }
+        written += 1

@@ -1,0 +1,8 @@
+"""The one error that a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Something in the settings, files or records is wrong; the message says what, where, and what to do.
+
+    The command line prints the message alone, without a traceback.
+    """

@@ -1,0 +1,120 @@
+"""Tokenizers and causal language models from a local folder or the hub, checked before they are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PAD_TOKEN = "[PAD]"
+
+
+def check_model_path(path: str, setting: str) -> None:
+    """Refuse what is neither a folder with a `config.json` nor shaped like the name of a model on the hub.
+
+    Args:
+        setting: how the user names this path, for the message.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{setting}: the folder {path} has no config.json, so it is not a Hugging Face model.")
+        return
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local or folder.parent.is_dir() or folder.exists():
+        raise UserError(f"{setting}: there is no model folder {path}; give the folder of an export or a hub name.")
+
+
+def load_config(path: str, setting: str) -> PreTrainedConfig:
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    check_model_path(path, setting)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} is not a model that can be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(path: str, pad_token: str | None = None, setting: str = "model.model_path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a PAD of its own.
+
+    Args:
+        path: model folder or hub name.
+        pad_token: token to pad with; added when the tokenizer does not know it. None keeps the tokenizer's own PAD, or
+            adds `[PAD]` when it has none.
+
+    Raises:
+        UserError: there is no tokenizer, it has no EOS, or PAD is EOS (D05).
+    """
+    from transformers import AutoTokenizer
+
+    check_model_path(path, setting)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{setting}: the tokenizer of {path} has no EOS token, so no response could ever end.")
+    if pad_token is not None or tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": pad_token or PAD_TOKEN})
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"{setting}: the tokenizer of {path} pads with its EOS token {tokenizer.eos_token!r}, which would hide the "
+            f"end of every response; set model.pad_token to another token, for example '{PAD_TOKEN}'."
+        )
+    return tokenizer
+
+
+def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
+    """Refuse a PAD (or any other token) without a row in the embedding matrix, which is not resized (D05)."""
+    if max(tokenizer.pad_token_id, tokenizer.eos_token_id) >= vocab_size:
+        raise UserError(
+            f"PAD {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, outside the embedding of {path} with its "
+            f"{vocab_size} rows; set model.pad_token to a token of the tokenizer that no text uses, or "
+            "model.resize_embeddings to true in the SFT stage."
+        )
+
+
+def embedding_rows(config: PreTrainedConfig) -> int:
+    """Rows of the embedding matrix, as the configuration states them."""
+    return config.get_text_config().vocab_size
+
+
+def load_causal_lm(
+    path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, with all dropout off.
+
+    Args:
+        dtype: of the weights. Explicit because transformers would else take the checkpoint's.
+        kwargs: for `from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, setting)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} is not a causal language model: {_first_line(error)}") from error
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer in Hugging Face format (safetensors), with PAD and EOS in the configuration."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,89 @@
+"""Reward model and critic: a backbone with a linear head that gives one number per token."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf.errors import UserError
+from rlhf.models.loading import load_config, save_pretrained
+from rlhf.ops.sequences import last_real_token, model_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHIFT = "reward_shift"
+
+
+class ScalarModel(nn.Module):
+    """A `...ForSequenceClassification` model with one label, read at any token, plus a bias.
+
+    The bias holds the constant shift of the reward (D21). In an export it stands in `config.json` as `reward_shift`:
+    reward = score of the plain `transformers` model - `reward_shift`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise UserError(f"{type(model).__name__} has no linear head named `score`, so it can't be a reward model.")
+        self.model = model
+        self.bias = nn.Parameter(torch.tensor(-float(getattr(model.config, SHIFT, 0.0))))
+
+    @classmethod
+    def from_policy(cls, path: str, seed: int, setting: str = "model.model_path") -> ScalarModel:
+        """The backbone of a language model with a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
+        model = cls(_load_classifier(path, setting, torch.float32))
+        weight = model.model.score.weight
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
+            model.bias.zero_()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
+        """A trained reward model or critic."""
+        config = load_config(path, setting)
+        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            raise UserError(
+                f"{setting}: {path} holds {', '.join(config.architectures or ['no model'])}, not a reward model; "
+                "give the export folder of the reward stage."
+            )
+        return cls(_load_classifier(path, setting, dtype))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One number per token in float32, `(B, T) -> (B, T)`. What stands at padding means nothing."""
+        hidden = self.model.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.model.score.weight.float()).squeeze(-1) + self.bias.float()
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
+        values = self(input_ids, attention_mask)
+        return values.gather(1, last_real_token(attention_mask).unsqueeze(1)).squeeze(1)
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the model for plain `AutoModelForSequenceClassification`, the shift in its configuration."""
+        setattr(self.model.config, SHIFT, -self.bias.item())
+        save_pretrained(self.model, tokenizer, folder)
+
+
+def _load_classifier(path: str, setting: str, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    config = load_config(path, setting)
+    config.num_labels = 1
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a new head is expected here, no reason to warn
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} can't be loaded as a reward model: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,124 @@
+"""What the three stages share: tokenizer, optimizer, schedule, ranks, export."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from rlhf.callbacks.dropout import DisableDropout
+from rlhf.models.loading import load_tokenizer
+from rlhf.seeding import shared_seed
+
+LossReduction = Literal["minibatch", "microbatch"]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW and its schedule (D11): the paper's values, the same in all three stages.
+
+    Attributes:
+        learning_rate: the highest learning rate.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decoupled weight decay (torch's default, which the reference uses).
+        schedule: `cosine` or `linear` to 0, or `constant`.
+        warmup_steps: optimizer steps (PPO: updates) from 0 to the learning rate.
+        loss_reduction: `minibatch` averages the loss over the real tokens or pairs of the whole global batch;
+            `microbatch` averages the means of the micro-batches, as the reference does (D14).
+    """
+
+    learning_rate: float = 3e-6
+    eps: float = 1e-5
+    weight_decay: float = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    loss_reduction: LossReduction = "minibatch"
+
+
+class StageModule(LightningModule):
+    """Base of `SFTModule`, `RewardModule` and `PPOModule`.
+
+    Args:
+        model_path: folder of a Hugging Face model (an export of an earlier stage), or a hub name.
+        optimization: learning rate, schedule, loss reduction.
+        pad_token: token to pad with, see `rlhf.models.loading.load_tokenizer`.
+    """
+
+    schedule_interval: Literal["step", "epoch"] = "step"
+
+    def __init__(self, model_path: str, optimization: Optimization, pad_token: str | None = None) -> None:
+        super().__init__()
+        self.model_path = model_path
+        self.optimization = optimization
+        self.tokenizer = load_tokenizer(model_path, pad_token)
+
+    # ------------------------------------------------------------------------------------- to be given by a stage
+
+    @abstractmethod
+    def save_export(self, folder: Path) -> None:
+        """Write what the next stage needs into `folder`. Called on rank 0 only."""
+
+    def prepare_export(self) -> None:
+        """What all ranks must do before an export."""
+
+    # ----------------------------------------------------------------------------------------------------- ranks
+
+    def reduce_sum(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return x
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which `training_step` runs, for forwards that Lightning does not wrap (rollouts)."""
+        return self.trainer.precision_plugin.forward_context()
+
+    # ------------------------------------------------------------------------------------------------ optimization
+
+    def normaliser(self, own: Tensor | int, share: float) -> Tensor | float:
+        """What a micro-batch divides its summed loss by (D14).
+
+        Args:
+            own: number of real tokens (pairs) in this micro-batch.
+            share: their average number per micro-batch of the global batch, over accumulation and ranks.
+        """
+        return share if self.optimization.loss_reduction == "minibatch" else max(int(own), 1)
+
+    def total_schedule_steps(self) -> int:
+        """How often the schedule steps: optimizer steps, or PPO updates."""
+        if self.schedule_interval == "epoch":
+            return max(1, self.trainer.max_epochs or 1)
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over every parameter that is trained, with the schedule of `Optimization`."""
+        from transformers import get_scheduler
+
+        o = self.optimization
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, eps=o.eps, weight_decay=o.weight_decay)
+        name = "constant_with_warmup" if o.schedule == "constant" else o.schedule
+        scheduler = get_scheduler(name, optimizer, o.warmup_steps, self.total_schedule_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule_interval}}
+
+    def configure_callbacks(self) -> list[Any]:
+        """Callbacks that every stage needs; one of the same class in `trainer.callbacks` takes its place."""
+        return self._unless_given(DisableDropout())
+
+    def _unless_given(self, *callbacks: Any) -> list[Any]:
+        given = {type(c) for c in getattr(self.trainer, "callbacks", ())}
+        return [c for c in callbacks if type(c) not in given]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return shared_seed()

@@ -1,0 +1,486 @@
+"""PPO: one Trainer epoch is one update; `rollout` makes the experience, `training_step` is the loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.callbacks.curves import PPOCurves
+from rlhf.callbacks.samples import SampleTable
+from rlhf.errors import UserError
+from rlhf.generation import sample
+from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
+from rlhf.models.frozen import FrozenModel, Placement
+from rlhf.models.loading import (
+    check_model_path,
+    check_pad_in_embedding,
+    embedding_rows,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    save_pretrained,
+)
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules.base import Optimization, StageModule
+from rlhf.ops.advantages import gae
+from rlhf.ops.kl_control import AdaptiveKL, FixedKL
+from rlhf.ops.losses import masked_total, policy_losses, value_losses
+from rlhf.ops.masking import masked_mean, whiten
+from rlhf.ops.rewards import (
+    KLEstimator,
+    MissingEOS,
+    ScorePosition,
+    kl_estimate,
+    penalise_missing_eos,
+    score_index,
+    token_rewards,
+)
+from rlhf.ops.sequences import response_lengths, truncate_after_eos
+from rlhf.rollout import Rollout, response_masks
+from rlhf.seeding import generator
+
+RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """The details of PPO; the defaults are the paper's.
+
+    Attributes:
+        response_length: longest response in tokens.
+        temperature: of the sampling and of all log-probabilities (D25, D26).
+        ppo_epochs: passes over each batch (D33).
+        minibatches: optimizer steps per pass (D33).
+        gamma, lam: of the advantage estimation (D31).
+        kl_coefficient: of the KL penalty in the reward; the start value where it adapts (D28).
+        kl_estimator: `k1`, `k2`, `k3` or `abs` (D28).
+        kl_target: mean KL per response in nats to adapt the coefficient to; null keeps it fixed.
+        kl_horizon: episodes over which the coefficient adapts.
+        missing_eos_score: score of a response without EOS (D27); null switches the EOS trick off.
+        missing_eos: `replace` the score by that value, or `subtract` it (D27).
+        score_position: the score lands `after_eos` or on the `eos` (D29).
+        whiten_rewards: scale the rewards to variance 1, keeping their mean (D30).
+        whiten_advantages: over the `global` batch, each `rank`'s own, or `off` (D32).
+        clip: of the policy's ratio (D34).
+        value_clip: of the value; null: no clipping (D34).
+        value_coefficient: weight of the value loss (D34).
+        entropy_coefficient: weight of an entropy bonus (D35).
+        evaluation_temperature: of the samples in validation (D37).
+    """
+
+    response_length: int = 53
+    temperature: float = 0.7
+    ppo_epochs: int = 4
+    minibatches: int = 1
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl_coefficient: float = 0.05
+    kl_estimator: KLEstimator = "k1"
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
+    missing_eos_score: float | None = -1.0
+    missing_eos: MissingEOS = "replace"
+    score_position: ScorePosition = "after_eos"
+    whiten_rewards: bool = False
+    whiten_advantages: Literal["global", "rank", "off"] = "global"
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    value_coefficient: float = 0.1
+    entropy_coefficient: float = 0.0
+    evaluation_temperature: float = 0.01
+
+
+class PPOModule(StageModule):
+    """Trains a policy and a critic with PPO.
+
+    To change what it does, subclass it and override one of: `sample_responses`, `score_responses`, `keep_episodes`,
+    `token_rewards`, `loss`.
+
+    Args:
+        model_path: the SFT model that the policy starts from (D24).
+        reward_path: the reward model, which the critic starts from too. Null: the reward is `reward_function` alone,
+            and the critic starts from the policy's backbone with a new head.
+        reward_function: a function `(queries, responses, records) -> rewards`, one number per episode, by its import
+            path (`my_package.my_reward`). With `reward_path` it is added to the model's reward.
+        evaluation_function: a score for validation only, of the same form; never trained on.
+        reference_path: the reference policy, by default `model_path`.
+        reference_placement, reward_placement: `device`, or `cpu` to keep that model in CPU memory between rollouts
+            (D38).
+        ppo: the details of PPO.
+        optimization: learning rate, schedule (stepping once per update), loss reduction.
+        pad_token: token to pad with; by default the tokenizer's own.
+    """
+
+    schedule_interval = "epoch"
+
+    def __init__(
+        self,
+        model_path: str,
+        reward_path: str | None = None,
+        reward_function: RewardFunction | None = None,
+        evaluation_function: RewardFunction | None = None,
+        reference_path: str | None = None,
+        reference_placement: Placement = "device",
+        reward_placement: Placement = "device",
+        ppo: PPOSettings = PPOSettings(),
+        optimization: Optimization = Optimization(schedule="linear"),
+        pad_token: str | None = None,
+    ) -> None:
+        super().__init__(model_path, optimization, pad_token)
+        self.reward_path = reward_path
+        self.reward_function = reward_function
+        self.evaluation_function = evaluation_function
+        self.reference_path = reference_path or model_path
+        self.reference_placement = reference_placement
+        self.reward_placement = reward_placement
+        self.ppo = ppo
+        rows = embedding_rows(load_config(model_path, "model.model_path"))
+        check_pad_in_embedding(self.tokenizer, rows, model_path)
+        self._check_settings()
+        self.actor_critic: Any = None
+        self.reference: FrozenModel[Any] | None = None
+        self.reward_model: FrozenModel[ScalarModel] | None = None
+        self.kl_control: FixedKL | AdaptiveKL = FixedKL(ppo.kl_coefficient)
+        if ppo.kl_target is not None:
+            self.kl_control = AdaptiveKL(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
+        self.seconds: dict[str, float] = {}
+
+    def _check_settings(self) -> None:
+        own_reward = type(self).score_responses is not PPOModule.score_responses
+        if self.reward_path is None and self.reward_function is None and not own_reward:
+            raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
+        check_model_path(self.reference_path, "model.reference_path")
+        if self.ppo.temperature <= 0:
+            raise UserError(f"model.ppo.temperature is {self.ppo.temperature}; it must be greater than 0.")
+        if self.reward_path is not None:
+            check_model_path(self.reward_path, "model.reward_path")
+            theirs = load_tokenizer(self.reward_path, self.tokenizer.pad_token, "model.reward_path")
+            if theirs.get_vocab() != self.tokenizer.get_vocab():
+                raise UserError(
+                    f"The reward model {self.reward_path} has another tokenizer than the policy {self.model_path}; "
+                    "train it from the same SFT model."
+                )
+
+    # ------------------------------------------------------------------------------------------------------ models
+
+    def configure_model(self) -> None:
+        """Load policy and critic, once (D24)."""
+        if self.actor_critic is not None:
+            return
+        if self.reward_path is not None:
+            critic = ScalarModel.from_pretrained(self.reward_path, "model.reward_path")
+        else:
+            critic = ScalarModel.from_policy(self.model_path, self.seed)
+        self.actor_critic = ActorCritic(load_causal_lm(self.model_path), critic)
+
+    def _load_frozen(self) -> None:
+        """Reference and reward model, in the precision that the policy has now, so that the first KL is exactly 0."""
+        if self.reference is not None:
+            return
+        dtype = next(self.actor_critic.policy.parameters()).dtype
+        reference = load_causal_lm(self.reference_path, "model.reference_path", dtype)
+        self.reference = FrozenModel(reference, self.reference_placement)
+        if self.reward_path is not None:
+            reward_model = ScalarModel.from_pretrained(self.reward_path, "model.reward_path", dtype)
+            self.reward_model = FrozenModel(reward_model, self.reward_placement)
+
+    def on_fit_start(self) -> None:
+        """Load the frozen models."""
+        self._load_frozen()
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    # ----------------------------------------------------------------------------------------------------- rollout
+
+    @torch.no_grad()
+    def rollout(self, batch: dict[str, Any], update: int) -> Rollout:
+        """One batch of experience, from prompts to advantages.
+
+        Args:
+            batch: `queries (N, P)` padded on the left, `query_mask (N, P)`, `texts`: per row `query`, `reference`,
+                `record`; `chunk`: how many rows go through a model at a time.
+            update: the number of this update; it seeds the sampling.
+        """
+        start = time.perf_counter()
+        queries, query_mask, chunk = batch["queries"], batch["query_mask"], batch["chunk"]
+        # 1. Sample responses; everything after the first EOS is PAD.
+        random = generator(self.device, update, self.global_rank)
+        responses = self._sample_chunks(queries, query_mask, chunk, self.ppo.temperature, random)
+        lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
+        responses = self._widen(responses, lengths)
+        mask, value_mask = response_masks(lengths, responses.shape[1])
+        texts = self._with_responses(batch["texts"], responses, mask)
+        episodes = Rollout(
+            texts, queries=queries, query_mask=query_mask, responses=responses, lengths=lengths, has_eos=has_eos,
+            mask=mask, value_mask=value_mask,
+        )  # fmt: skip
+        start = self._clock("sampling", start)
+        # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
+        now = self._in_chunks(episodes, chunk, self._evaluate)
+        episodes.logprobs, episodes.values = now[0], torch.where(value_mask, now[1], 0.0)
+        start = self._clock("values", start)
+        episodes.ref_logprobs = self._reference_logprobs(episodes, chunk)
+        start = self._clock("reference", start)
+        # 3. One score per response; the EOS trick.
+        episodes.scores = self._final_scores(episodes, self._score(episodes, chunk))
+        start = self._clock("reward", start)
+        # 4. Episodes that are not to be learnt from.
+        keep = self.keep_episodes(episodes).unsqueeze(1)
+        episodes.mask, episodes.value_mask = mask & keep, value_mask & keep
+        # 5. Rewards per token: the KL penalty, and the score where it lands.
+        kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
+        episodes.kl = torch.where(mask, kl, 0.0)
+        episodes.rewards = self.token_rewards(episodes)
+        if self.ppo.whiten_rewards:
+            episodes.rewards = whiten(episodes.rewards, episodes.value_mask, False, self.reduce_sum)
+        # 6. Advantages and returns.
+        episodes.advantages, episodes.returns = gae(episodes.rewards, episodes.values, self.ppo.gamma, self.ppo.lam)
+        episodes.advantages = self._whiten_advantages(episodes)
+        self._clock("advantages", start)
+        return episodes
+
+    def sample_responses(
+        self, queries: Tensor, query_mask: Tensor, temperature: float, random: torch.Generator
+    ) -> Tensor:
+        """Token ids `(n, r)` for left-padded queries `(n, P)`, at most `response_length` wide."""
+        return sample(
+            self.actor_critic.policy,
+            queries,
+            query_mask,
+            max_new_tokens=self.ppo.response_length,
+            temperature=temperature,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            generator=random,
+        )
+
+    def score_responses(self, episodes: Rollout) -> Tensor:
+        """The reward of every episode, `(N,)`: reward model, reward function, or their sum. Override for your own.
+
+        Args:
+            episodes: with `queries`, `responses`, their masks, `lengths`, `has_eos`, and `texts`.
+        """
+        scores = torch.zeros(len(episodes), device=self.device)
+        if self.reward_model is not None:
+            ids, mask = join(episodes.queries, episodes.query_mask, episodes.responses, episodes.mask)
+            with self.reward_model.on(self.device) as model, self.autocast():
+                scores = model.score(ids, mask)
+        if self.reward_function is not None:
+            scores = scores + self._call(self.reward_function, episodes.texts)
+        return scores
+
+    def keep_episodes(self, episodes: Rollout) -> Tensor:
+        """Which episodes to learn from, bool `(N,)`; the others count nowhere in the update. By default all."""
+        return torch.ones(len(episodes), dtype=torch.bool, device=self.device)
+
+    def token_rewards(self, episodes: Rollout) -> Tensor:
+        """Rewards per token `(N, R)` from `kl (N, R)` and `scores (N,)` (D28, D29)."""
+        index = score_index(episodes.lengths, episodes.responses.shape[1], self.ppo.score_position)
+        return token_rewards(episodes.kl, episodes.scores, index, episodes.mask, self.kl_control.coefficient)
+
+    # -------------------------------------------------------------------------------------------- rollout, smaller
+
+    def _sample_chunks(
+        self, queries: Tensor, query_mask: Tensor, chunk: int, temperature: float, random: torch.Generator
+    ) -> Tensor:
+        parts = []
+        with self.autocast():
+            for q, m in zip(queries.split(chunk), query_mask.split(chunk), strict=True):
+                parts.append(self.sample_responses(q, m, temperature, random))
+        width = max(p.shape[1] for p in parts)
+        pad = self.tokenizer.pad_token_id
+        responses = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=pad) for p in parts])
+        return truncate_after_eos(responses, self.tokenizer.eos_token_id, pad)
+
+    def _widen(self, responses: Tensor, lengths: Tensor) -> Tensor:
+        """One more column where the longest response leaves room for it, for the score after EOS (D29)."""
+        width = min(int(lengths.max()) + 1, self.ppo.response_length)
+        pad = self.tokenizer.pad_token_id
+        return torch.nn.functional.pad(responses, (0, max(0, width - responses.shape[1])), value=pad)
+
+    def _with_responses(self, texts: list[dict[str, Any]], responses: Tensor, mask: Tensor) -> list[dict[str, Any]]:
+        tokens = [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)]
+        decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [{**text, "response": response} for text, response in zip(texts, decoded, strict=True)]
+
+    def _in_chunks(
+        self, episodes: Rollout, chunk: int, evaluate: Callable[[Rollout], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Apply `evaluate` to slices of rows, without the columns a slice does not use, and put the results together.
+
+        Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
+        """
+        width = episodes.responses.shape[1]
+        parts = []
+        for rows in torch.arange(len(episodes)).split(chunk):
+            out = evaluate(episodes.select(rows.tolist()))
+            parts.append([torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+    def _evaluate(self, part: Rollout) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            now = self._networks(part)
+        return now.logprobs, now.values
+
+    def _networks(self, part: Rollout) -> Evaluation:
+        return self.actor_critic(part.queries, part.query_mask, part.responses, part.mask, self.ppo.temperature)
+
+    def _reference_logprobs(self, episodes: Rollout, chunk: int) -> Tensor:
+        assert self.reference is not None
+        with self.reference.on(self.device) as reference, self.autocast():
+
+            def logprobs(part: Rollout) -> tuple[Tensor]:
+                inputs = (part.queries, part.query_mask, part.responses, part.mask)
+                return (response_logprobs(reference, *inputs, self.ppo.temperature)[0],)
+
+            return self._in_chunks(episodes, chunk, logprobs)[0]
+
+    def _score(self, episodes: Rollout, chunk: int) -> Tensor:
+        def scores(part: Rollout) -> tuple[Tensor]:
+            values = self.score_responses(part).float()
+            if values.shape != (len(part),):
+                raise UserError(f"score_responses gave shape {tuple(values.shape)} for {len(part)} episodes.")
+            return (values,)
+
+        return self._in_chunks(episodes, chunk, scores)[0]
+
+    def _final_scores(self, episodes: Rollout, scores: Tensor) -> Tensor:
+        if self.ppo.missing_eos_score is None:
+            return scores
+        return penalise_missing_eos(scores, episodes.has_eos, self.ppo.missing_eos_score, self.ppo.missing_eos)
+
+    def _call(self, function: RewardFunction, texts: list[dict[str, Any]]) -> Tensor:
+        names = ("query", "response", "record")
+        values = function(*([text[name] for text in texts] for name in names))
+        if len(values) != len(texts):
+            raise UserError(f"{function.__name__} gave {len(values)} rewards for {len(texts)} responses.")
+        return torch.tensor([float(v) for v in values], device=self.device)
+
+    def _whiten_advantages(self, episodes: Rollout) -> Tensor:
+        if self.ppo.whiten_advantages == "off":
+            return torch.where(episodes.mask, episodes.advantages, 0.0)
+        if self.ppo.whiten_advantages == "rank":
+            return whiten(episodes.advantages, episodes.mask)
+        return whiten(episodes.advantages, episodes.mask, reduce=self.reduce_sum)
+
+    def _clock(self, phase: str, start: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = now - start
+        return now
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The loss of a micro-batch, and its statistics per token: `(B, R)` values and the mask of those that count.
+
+        The variance of the ratio is taken around 1, its expectation under the sampling policy.
+
+        Args:
+            now: what the networks say of the responses, each `(B, R)`.
+            batch: a slice of the rollout.
+        """
+        p, mask, value_mask = self.ppo, batch.mask, batch.value_mask
+        policy, policy_clipped = policy_losses(now.logprobs, batch.logprobs, batch.advantages, p.clip)
+        value, value_clipped = value_losses(now.values, batch.values, batch.returns, p.value_clip)
+        tokens = self.normaliser(mask.sum(), batch.policy_share)
+        loss = masked_total(policy, mask, tokens)
+        loss = loss + p.value_coefficient * masked_total(
+            value, value_mask, self.normaliser(value_mask.sum(), batch.value_share)
+        )
+        if p.entropy_coefficient:
+            loss = loss - p.entropy_coefficient * masked_total(now.entropy, mask, tokens)
+        log_ratio = (now.logprobs - batch.logprobs).detach()
+        ratio = log_ratio.exp()
+        statistics = {
+            "policy/approxkl_avg": (0.5 * log_ratio**2, mask),
+            "policy/clipfrac_avg": (policy_clipped.float(), mask),
+            "policy/entropy_avg": (now.entropy.detach(), mask),
+            "loss/policy_avg": (policy.detach(), mask),
+            "val/ratio": (ratio, mask),
+            "val/ratio_var": ((ratio - 1) ** 2, mask),
+            "loss/value_avg": (value.detach(), value_mask),
+            "val/clipfrac_avg": (value_clipped.float(), value_mask),
+        }
+        return loss, statistics
+
+    def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch of the current rollout."""
+        now = self._networks(batch)
+        loss, statistics = self.loss(now, batch)
+        for name, (values, mask) in statistics.items():
+            count = max(1, int(mask.sum()))
+            self.log(name, masked_mean(values, mask), on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+        if batch_idx < self.trainer.accumulate_grad_batches:
+            deviation = torch.where(batch.mask, (now.logprobs - batch.logprobs).detach().expm1().abs(), 0.0).max()
+            name = "val/ratio_max_deviation"
+            self.log(name, deviation, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
+        return loss
+
+    def configure_callbacks(self) -> list[Any]:
+        """With the curves of PPO and tables of samples."""
+        return super().configure_callbacks() + self._unless_given(PPOCurves(), SampleTable())
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def respond(self, batch: dict[str, Any], seed: int) -> Rollout:
+        """Responses at the evaluation temperature, with their scores (without the EOS trick)."""
+        queries, query_mask = batch["queries"], batch["query_mask"]
+        random = generator(self.device, 0, seed, self.global_rank)
+        temperature = self.ppo.evaluation_temperature
+        responses = self._sample_chunks(queries, query_mask, len(queries), temperature, random)
+        lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
+        mask, value_mask = response_masks(lengths, responses.shape[1])
+        episodes = Rollout(
+            self._with_responses(batch["texts"], responses, mask), queries=queries, query_mask=query_mask,
+            responses=responses, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask,
+        )  # fmt: skip
+        episodes.scores = self.score_responses(episodes).float()
+        return episodes
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Rollout:
+        """Responses to the whole validation subset: score, share with EOS, length (D37)."""
+        return self._validate(batch, batch_idx, "validation")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Rollout:
+        """As validation, on the test split."""
+        return self._validate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """A response for every query, with its score."""
+        episodes = self.respond(batch, batch_idx)
+        rows = zip(episodes.texts, episodes.scores.tolist(), episodes.has_eos.tolist(), strict=True)
+        columns = ("query", "response", "reference")
+        return [{**{c: t[c] for c in columns}, "score": s, "has_eos": e} for t, s, e in rows]
+
+    def _validate(self, batch: dict[str, Any], batch_idx: int, split: str) -> Rollout:
+        episodes = self.respond(batch, batch_idx)
+        values = {"score": episodes.scores, "eos": episodes.has_eos.float(), "length": episodes.lengths.float()}
+        if self.evaluation_function is not None:
+            values[self.evaluation_function.__name__] = self._call(self.evaluation_function, episodes.texts)
+        for name, value in values.items():
+            self.log(f"{split}/{name}", value.mean(), batch_size=len(episodes), sync_dist=True)
+        return episodes
+
+    # --------------------------------------------------------------------------------------- checkpoints and export
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The KL coefficient, where it adapts."""
+        checkpoint["kl_coefficient"] = self.kl_control.coefficient
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """An adapted KL coefficient goes on from where it was."""
+        if isinstance(self.kl_control, AdaptiveKL):
+            self.kl_control.coefficient = checkpoint["kl_coefficient"]
+
+    def save_export(self, folder: Path) -> None:
+        """The policy, and the critic in a folder `critic` beside it."""
+        save_pretrained(self.actor_critic.policy, self.tokenizer, folder)
+        self.actor_critic.critic.save(folder / "critic", self.tokenizer)

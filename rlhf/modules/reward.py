@@ -1,0 +1,134 @@
+"""The reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from rlhf.callbacks.accuracy import AccuracyTable
+from rlhf.models.loading import check_pad_in_embedding, embedding_rows, load_config
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules.base import Optimization, StageModule
+from rlhf.ops.losses import masked_total, pairwise_losses
+
+
+class RewardModule(StageModule):
+    """Trains a reward model on comparisons.
+
+    Args:
+        model_path: the SFT model it starts from (D17); a folder or a hub name.
+        optimization: learning rate, schedule, loss reduction.
+        pad_token: token to pad with; by default the tokenizer's own.
+    """
+
+    def __init__(
+        self, model_path: str, optimization: Optimization = Optimization(), pad_token: str | None = None
+    ) -> None:
+        super().__init__(model_path, optimization, pad_token)
+        config = load_config(model_path, "model.model_path")
+        check_pad_in_embedding(self.tokenizer, embedding_rows(config), model_path)
+        self.trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        """Load the model, once: a new head on a language model, or a reward model as it is."""
+        if self.model is None:
+            setting = "model.model_path"
+            if self.trained:
+                self.model = ScalarModel.from_pretrained(self.model_path, setting)
+            else:
+                self.model = ScalarModel.from_policy(self.model_path, self.seed, setting)
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Rewards of the chosen and the rejected responses, `(B,)` each, from one forward (D18).
+
+        Args:
+            batch: `input_ids` and `attention_mask`, `(2B, T)`: all chosen, then all rejected.
+        """
+        chosen, rejected = self.model.score(batch["input_ids"], batch["attention_mask"]).chunk(2)
+        return chosen, rejected
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Loss per pair, `(B,)`. Override this for a margin, label smoothing, or weights."""
+        return pairwise_losses(chosen, rejected)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch."""
+        chosen, rejected = self.scores(batch)
+        losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()
+        pairs = mask.sum()
+        correct = ((chosen > rejected) & mask).sum() / pairs.clamp(min=1)
+        log = {"on_step": False, "on_epoch": True, "batch_size": int(pairs), "sync_dist": True}
+        self.log("loss/reward", masked_total(losses.detach(), mask, pairs.clamp(min=1)), **log)
+        self.log("train/accuracy", correct, **log)
+        loss = masked_total(losses, mask, self.normaliser(pairs, batch["share"]))
+        self.log("loss/reward_step", loss.detach(), prog_bar=True)
+        return loss
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def configure_callbacks(self) -> list[Any]:
+        """With the table of accuracies per split, batch and confidence (D22)."""
+        return super().configure_callbacks() + self._unless_given(AccuracyTable())
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Loss and accuracy of a split; returns a row per pair."""
+        return self._evaluate(batch, "validation")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """As validation, on the test split."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """A row per pair: rewards, batch, confidence."""
+        chosen, rejected = self.scores(batch)
+        return [
+            {**pair, "reward_chosen": c, "reward_rejected": r}
+            for pair, c, r in zip(batch["pairs"], chosen.tolist(), rejected.tolist(), strict=True)
+        ]
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+        chosen, rejected = self.scores(batch)
+        name = f"{stage}{batch['split'].removeprefix(stage)}"  # validation, validation_cnndm
+        log = {"batch_size": len(chosen), "sync_dist": True, "add_dataloader_idx": False}
+        self.log(f"{name}/loss", pairwise_losses(chosen, rejected).mean(), **log)
+        self.log(f"{name}/accuracy", (chosen > rejected).float().mean(), prog_bar=True, **log)
+        return [
+            {**pair, "margin": m} for pair, m in zip(batch["pairs"], (chosen - rejected).tolist(), strict=True)
+        ]
+
+    # ------------------------------------------------------------------------------------------------------ export
+
+    @torch.no_grad()
+    def mean_demonstration_reward(self) -> Tensor | None:
+        """Mean reward of all demonstrations over all ranks, None where the DataModule has none."""
+        batches = getattr(self.trainer, "datamodule", None) and self.trainer.datamodule.demonstration_dataloader()
+        if not batches:
+            return None
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        with self.autocast():
+            for batch in batches:
+                scores = self.model.score(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
+                total += torch.stack([scores.double().sum(), total.new_tensor(len(scores))])
+        total = self.reduce_sum(total)
+        return total[0] / total[1]
+
+    def prepare_export(self) -> None:
+        """Shift the reward so that demonstrations have mean 0 (D21)."""
+        mean = self.mean_demonstration_reward()
+        if mean is None:
+            rank_zero_warn("The reward is not centred: data.demonstrations is not set.")
+            return
+        with torch.no_grad():
+            self.model.bias -= mean.to(self.model.bias.dtype)
+        rank_zero_info(f"Reward centred: the demonstrations had a mean reward of {mean:.4f}, now 0.")
+
+    def save_export(self, folder: Path) -> None:
+        """The reward model and its tokenizer."""
+        self.model.save(folder, self.tokenizer)

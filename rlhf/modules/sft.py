@@ -1,0 +1,157 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rlhf.generation import sample
+from rlhf.models.loading import (
+    check_pad_in_embedding,
+    embedding_rows,
+    load_causal_lm,
+    load_config,
+    save_pretrained,
+)
+from rlhf.modules.base import Optimization, StageModule
+from rlhf.ops.losses import language_model_losses, masked_total
+from rlhf.ops.masking import masked_sum
+from rlhf.ops.sequences import model_inputs
+from rlhf.seeding import generator
+
+
+class SFTModule(StageModule):
+    """Fine-tunes a causal language model on demonstrations.
+
+    Args:
+        model_path: the base model; a folder or a hub name.
+        loss_on: `all` takes the cross-entropy on query and response alike, as the paper does (D15); `response` on the
+            response only.
+        response_length: longest sample in validation, in tokens.
+        temperature: of the samples in validation (D16).
+        optimization: learning rate, schedule, loss reduction.
+        pad_token: token to pad with; by default the tokenizer's own, or `[PAD]`.
+        resize_embeddings: add rows to the embedding when PAD has none. The paper does not need it.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        loss_on: Literal["all", "response"] = "all",
+        response_length: int = 53,
+        temperature: float = 0.01,
+        optimization: Optimization = Optimization(),
+        pad_token: str | None = None,
+        resize_embeddings: bool = False,
+    ) -> None:
+        super().__init__(model_path, optimization, pad_token)
+        self.loss_on = loss_on
+        self.response_length = response_length
+        self.temperature = temperature
+        self.resize_embeddings = resize_embeddings
+        if not resize_embeddings:
+            rows = embedding_rows(load_config(model_path, "model.model_path"))
+            check_pad_in_embedding(self.tokenizer, rows, model_path)
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        """Load the model, once."""
+        if self.model is not None:
+            return
+        self.model = load_causal_lm(self.model_path)
+        if self.resize_embeddings and len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
+            self.model.resize_token_embeddings(len(self.tokenizer))
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy per predicted token and which of them count, `(B, T - 1)` each.
+
+        Override this for another language-model loss.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, `loss_mask`, all `(B, T)` with padding on the right.
+        """
+        logits = self.model(**model_inputs(batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
+        return language_model_losses(logits[:, :-1], batch["input_ids"][:, 1:]), batch["loss_mask"][:, 1:].bool()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch."""
+        losses, mask = self.token_losses(batch)
+        tokens = mask.sum()
+        mean = masked_sum(losses.detach(), mask) / tokens.clamp(min=1)
+        self.log("loss/sft", mean, on_step=False, on_epoch=True, batch_size=int(tokens), sync_dist=True)
+        loss = masked_total(losses, mask, self.normaliser(tokens, batch["share"]))
+        self.log("loss/sft_step", loss.detach(), prog_bar=True)
+        return loss
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss, and ROUGE of samples against the references, over the whole split (D16)."""
+        self._evaluate(batch, batch_idx, "validation")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As validation, on the test split."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """A sample for every query."""
+        responses = self.respond(batch, batch_idx)
+        rows = zip(batch["query"], responses, batch["reference"], strict=True)
+        return [{"query": q, "response": r, "reference": t} for q, r, t in rows]
+
+    def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """Texts sampled for the left-padded `queries (B, P)` of a batch."""
+        with self.autocast():
+            responses = sample(
+                self.model,
+                batch["queries"],
+                batch["query_mask"],
+                max_new_tokens=self.response_length,
+                temperature=self.temperature,
+                eos_id=self.tokenizer.eos_token_id,
+                pad_id=self.tokenizer.pad_token_id,
+                generator=generator(self.device, self.global_rank, batch_idx),
+            )
+        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    def on_validation_start(self) -> None:
+        """A fresh ROUGE for this split."""
+        self._new_rouge()
+
+    on_test_start = on_validation_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ROUGE-1, ROUGE-2 and ROUGE-L of the whole split."""
+        self._log_rouge("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ROUGE-1, ROUGE-2 and ROUGE-L of the whole split."""
+        self._log_rouge("test")
+
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> None:
+        losses, mask = self.token_losses(batch)
+        tokens = mask.sum()
+        mean = masked_sum(losses, mask) / tokens.clamp(min=1)
+        self.log(f"{split}/loss", mean, batch_size=int(tokens), sync_dist=True, prog_bar=True)
+        self.rouge.update([r.strip() for r in self.respond(batch, batch_idx)], [t.strip() for t in batch["reference"]])
+
+    def _new_rouge(self) -> None:
+        from torchmetrics.text import ROUGEScore
+
+        self.rouge = ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")).to(self.device)
+
+    def _log_rouge(self, split: str) -> None:
+        for name, value in self.rouge.compute().items():
+            if name.endswith("fmeasure"):
+                self.log(f"{split}/{name.removesuffix('_fmeasure')}", value.to(self.device), rank_zero_only=False)
+        self.rouge.reset()
+
+    # ------------------------------------------------------------------------------------------------------ export
+
+    def save_export(self, folder: Path) -> None:
+        """The language model and its tokenizer."""
+        save_pretrained(self.model, self.tokenizer, folder)

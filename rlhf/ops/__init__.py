@@ -1,0 +1,1 @@
+"""The mathematics of RLHF with PPO: pure functions on tensors. Imports torch and nothing else."""

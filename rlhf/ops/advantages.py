@@ -1,0 +1,29 @@
+"""Generalised advantage estimation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (D31; Schulman et al. 2016, arXiv 1506.02438).
+
+    `delta[t] = reward[t] + gamma x value[t+1] - value[t]`, `advantage[t] = delta[t] + gamma x lam x advantage[t+1]`,
+    `return[t] = advantage[t] + value[t]`; beyond the last column value and advantage are 0.
+
+    Args:
+        rewards: `(B, R)`, 0 on padding.
+        values: `(B, R)`, 0 on padding.
+
+    Returns:
+        `advantages (B, R)` and `returns (B, R)`.
+    """
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, advantages + values

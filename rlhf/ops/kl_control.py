@@ -1,0 +1,30 @@
+"""The coefficient of the KL penalty: fixed, or adapted to a target."""
+
+from __future__ import annotations
+
+
+class FixedKL:
+    """The same coefficient throughout (D28)."""
+
+    def __init__(self, coefficient: float) -> None:
+        self.coefficient = coefficient
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Nothing to adapt."""
+
+
+class AdaptiveKL:
+    """Proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2).
+
+    After each batch the coefficient is multiplied by `1 + clip(kl / target - 1, -0.2, 0.2) x episodes / horizon`.
+    """
+
+    def __init__(self, coefficient: float, target: float, horizon: int) -> None:
+        self.coefficient = coefficient
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Adapt to the mean KL per response (nats) of a batch of `episodes`."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coefficient *= 1 + error * episodes / self.horizon

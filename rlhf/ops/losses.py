@@ -1,0 +1,60 @@
+"""Losses, per token or per pair; `masked_total` turns them into a number.
+
+A loss is a mean over the real tokens of the *global* minibatch (D14). A micro-batch therefore divides its sum not by
+its own number of tokens but by the average number of tokens per micro-batch of that minibatch, counted over all
+micro-batches and ranks: then the mean over micro-batches (accumulation) and ranks (DDP, ZeRO) is exact for any split.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.ops.masking import masked_sum
+
+
+def masked_total(losses: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
+    """Sum of the real entries over `normaliser` (see the module's docstring)."""
+    return masked_sum(losses, mask) / normaliser
+
+
+def language_model_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the next token in float32 (D15). `(B, T, V), (B, T) -> (B, T)`; position t predicts `labels[t]`."""
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+
+def pairwise_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """`-log sigmoid(r_chosen - r_rejected)` per pair (D18; Bradley-Terry). `(B,), (B,) -> (B,)`."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate per token (D34; Schulman et al. 2017, arXiv 1707.06347, eq. 7, negated).
+
+    `max(-A x ratio, -A x clamp(ratio, 1 - clip, 1 + clip))` with `ratio = exp(logprob - old_logprob)`; all `(B, R)`.
+
+    Returns:
+        The losses and, as bool, where the clipped term was the larger one.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Squared error of the value, 0.5 x the larger of clipped and unclipped (D34); all `(B, R)`.
+
+    Args:
+        clip: how far a value may move from its old value before its error stops shrinking; None: no clipping.
+
+    Returns:
+        The losses and, as bool, where the clipped term was the larger one.
+    """
+    unclipped = (values - returns) ** 2
+    if clip is None:
+        return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = (near - returns) ** 2
+    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped

@@ -1,0 +1,33 @@
+"""The folder of a run: where everything lies, and the rule that no run is ever overwritten."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rlhf.errors import UserError
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+CURVES = "tensorboard"
+
+
+def claim(run_dir: str, resuming: bool) -> Path:
+    """Make the folder of a new run, or find that of a run that goes on.
+
+    Raises:
+        UserError: it can't be written, or it holds another run.
+    """
+    folder = Path(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir: the folder {folder} can't be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"run_dir: the folder {folder} can't be written.")
+    if (folder / CONFIG).exists() and not resuming:
+        raise UserError(
+            f"run_dir: {folder} already holds a run; choose another folder with --run_dir, or go on with that run "
+            "with --ckpt_path last."
+        )
+    return folder
