@@ -48,7 +48,7 @@ class StageCLI(LightningCLI):
             StageDataModule,
             save_config_callback=SaveConfig,
             seed_everything_default=44413,
-            trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 1},
+            trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 1, "enable_model_summary": False},
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

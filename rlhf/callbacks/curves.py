@@ -35,6 +35,8 @@ class PPOCurves(Callback):
         """The update is over: log its rollout."""
         curves, largest = self.curves(trainer, pl_module)
         pl_module.log_dict(curves, sync_dist=True)
+        pl_module.log("reward", curves["objective/rlhf_reward"], sync_dist=True, prog_bar=True, logger=False)
+        pl_module.log("kl", curves["objective/kl"], sync_dist=True, prog_bar=True, logger=False)
         pl_module.log_dict(largest, sync_dist=True, reduce_fx="max")
         pl_module.log("step", float(self.episodes(trainer)))
 

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.data.synthetic import NEWS, comparisons, demonstrations, pretraining
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.errors import UserError
+from rlhf.models.loading import quiet
 
 EOS_TOKEN = "<|endoftext|>"
 
@@ -135,5 +136,6 @@ def create_model(folder: Path, tokenizer: Any, shape: SmallModel, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTNeoXForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 A post is written from hidden *facts* (who, what happened, where, when, how much, what is asked) among distracting
 sentences. A demonstration is one sentence; like the authors of real TL;DRs, its writer always says what happened and
-what is asked and leaves out each other fact now and then. Comparisons pair summaries of named policies of different
+what is asked and leaves out each other fact more often than not. Comparisons pair summaries of named policies of different
 quality; their label follows the gold score (`rlhf.data.gold`) with the noise of a Bradley-Terry labeller.
 
 Two domains: `REDDIT` has the schema of the TL;DR records, `NEWS` stands in for CNN/DM (out of distribution).
@@ -164,6 +164,7 @@ def all_slots() -> dict[str, tuple[str, ...]]:
     return {**REDDIT.slots, **NEWS.slots}
 
 
+KEEP = 0.45  # how often a demonstration states a fact that is not required
 SUBREDDITS = ("relationships", "advice", "family", "personal", "college", "work")
 
 
@@ -195,8 +196,8 @@ def _keep(domain: Domain, facts: Facts, probability: float, rng: random.Random) 
 
 
 def reference(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
-    """What the author of the post writes: each fact that is not required with probability 0.6."""
-    return _summary(domain, _keep(domain, facts, 0.6, rng), rng)
+    """What the author of the post writes: each fact that is not required with probability `KEEP`."""
+    return _summary(domain, _keep(domain, facts, KEEP, rng), rng)
 
 
 def complete(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
@@ -212,7 +213,7 @@ def fact_dropped(domain: Domain, facts: Facts, post: str, rng: random.Random) ->
 
 def fact_invented(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
     """The reference with one to three of its facts replaced by wrong ones."""
-    told = _keep(domain, facts, 0.6, rng)
+    told = _keep(domain, facts, KEEP, rng)
     for slot in rng.sample(sorted(told), rng.randint(1, 3)):
         told[slot] = rng.choice([v for v in domain.slots[slot] if v != facts[slot]])
     return _summary(domain, told, rng)
@@ -287,7 +288,7 @@ def _label(margin: float, noise: float, rng: random.Random) -> tuple[int, int]:
     """The choice of a Bradley-Terry labeller, and a confidence from 1 to 9 that grows with the margin."""
     probability = 1 / (1 + math.exp(-margin / noise)) if noise > 0 else float(margin > 0)
     choice = 0 if rng.random() < probability else 1
-    confidence = round(1 + 2.5 * abs(margin) + rng.gauss(0, 1))
+    confidence = round(1 + abs(margin) + rng.gauss(0, 1))
     return choice, min(9, max(1, confidence))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.loading import load_config, save_pretrained
+from rlhf.models.loading import load_config, quiet, save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs
 
 if TYPE_CHECKING:
@@ -75,15 +75,11 @@ class ScalarModel(nn.Module):
 
 def _load_classifier(path: str, setting: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
     config = load_config(path, setting)
     config.num_labels = 1
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a new head is expected here, no reason to warn
     try:
-        return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype)
+        with quiet():
+            return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} can't be loaded as a reward model: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,0 +1,1 @@
+"""Did the policy get better, and would you believe it?"""

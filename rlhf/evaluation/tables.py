@@ -1,0 +1,120 @@
+"""Tables of responses: generated, scored, judged. One row per query."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+
+from rlhf.data.gold import gold_scores
+from rlhf.data.processing import load_comparisons, load_demonstrations, raw_record
+from rlhf.data.records import Source
+from rlhf.data.texts import TextFormat, encode
+from rlhf.generation import sample
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.ops.sequences import pad_sequences, response_lengths
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def best_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def generate(
+    model_path: str,
+    source: Source,
+    text: TextFormat = TextFormat(),
+    response_length: int = 53,
+    temperature: float = 0.01,
+    batch_size: int = 64,
+    seed: int = 1,
+) -> pd.DataFrame:
+    """Responses of a policy to every query of a source.
+
+    Returns:
+        Columns `query`, `response`, `reference` (texts), `length` in tokens with EOS, `has_eos`, `record`.
+    """
+    import pandas as pd
+
+    tokenizer = load_tokenizer(model_path, setting="model")
+    rows = load_demonstrations(source, "data", tokenizer, text, need_response=False).to_list()
+    device = best_device()
+    model = load_causal_lm(model_path, "model").to(device).eval()
+    random = torch.Generator(device).manual_seed(seed)
+    out: list[dict[str, Any]] = []
+    for start in track(range(0, len(rows), batch_size), description=f"Generating with {model_path}", transient=True):
+        part = rows[start : start + batch_size]
+        ids, mask = pad_sequences([row["query_ids"] for row in part], tokenizer.pad_token_id, "left")
+        responses = sample(
+            model, ids.to(device), mask.to(device), max_new_tokens=response_length, temperature=temperature,
+            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, generator=random,
+        )  # fmt: skip
+        lengths, has_eos = response_lengths(responses, tokenizer.eos_token_id)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for row, response, length, ended in zip(part, texts, lengths.tolist(), has_eos.tolist(), strict=True):
+            out.append({
+                "query": row["query"], "response": response, "reference": row["reference"], "length": length,
+                "has_eos": ended, "record": raw_record(row),
+            })  # fmt: skip
+    return pd.DataFrame(out)
+
+
+@torch.no_grad()
+def reward_scores(reward_path: str, queries: list[str], responses: list[str], batch_size: int = 64) -> list[float]:
+    """The reward of each response, ended with EOS, to its query."""
+    tokenizer = load_tokenizer(reward_path, setting="reward")
+    device = best_device()
+    model = ScalarModel.from_pretrained(reward_path, "reward").to(device).eval()
+    pairs = list(zip(queries, responses, strict=True))
+    sequences = [[*encode(tokenizer, q + r), tokenizer.eos_token_id] for q, r in pairs]
+    scores: list[float] = []
+    for start in range(0, len(sequences), batch_size):
+        ids, mask = pad_sequences(sequences[start : start + batch_size], tokenizer.pad_token_id)
+        scores += model.score(ids.to(device), mask.to(device)).tolist()
+    return scores
+
+
+def has_gold(table: pd.DataFrame) -> bool:
+    """Whether the records have the hidden facts of the embedded data."""
+    return "facts" in table["record"].iloc[0]
+
+
+def add_gold(table: pd.DataFrame) -> pd.DataFrame:
+    """With the columns `gold` and `gold_reference`."""
+    queries, records = table["query"].tolist(), table["record"].tolist()
+    return table.assign(
+        gold=gold_scores(queries, table["response"].tolist(), records),
+        gold_reference=gold_scores(queries, table["reference"].tolist(), records),
+    )
+
+
+def comparison_margins(reward_path: str, source: Source, text: TextFormat, batch_size: int = 64) -> pd.DataFrame:
+    """Every pair of a source with the reward model's margin; with gold labels where the records have facts.
+
+    Returns:
+        Columns `split` (CNN/DM pairs apart), `batch`, `confidence`, `chosen_policy`, `rejected_policy`, `margin`
+        (reward of the chosen minus that of the rejected response) and, on embedded data, `gold_margin`.
+    """
+    import pandas as pd
+
+    tokenizer = load_tokenizer(reward_path, setting="reward")
+    rows = load_comparisons(source, "comparisons", tokenizer, text).to_pandas()
+    queries = rows["query"].tolist()
+    chosen, rejected = rows["chosen_text"].tolist(), rows["rejected_text"].tolist()
+    better = reward_scores(reward_path, queries, chosen, batch_size)
+    worse = reward_scores(reward_path, queries, rejected, batch_size)
+    table = pd.DataFrame({
+        "split": ["news" if "cnndm" in batch else "posts" for batch in rows["batch"]],
+        **{name: rows[name] for name in ("batch", "confidence", "chosen_policy", "rejected_policy")},
+        "margin": [a - b for a, b in zip(better, worse, strict=True)],
+    })  # fmt: skip
+    if "facts" in rows.columns:
+        records = [{"facts": facts} for facts in rows["facts"]]
+        golds = zip(gold_scores(queries, chosen, records), gold_scores(queries, rejected, records), strict=True)
+        table["gold_margin"] = [a - b for a, b in golds]
+    return table
