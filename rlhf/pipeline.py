@@ -81,7 +81,7 @@ def pipeline(
 
 
 def _words(stage: Stage, run: Path, config_dir: Path, seed: int | None, arguments: list[str]) -> list[str]:
-    words = [stage.command]
+    words: list[str] = [stage.command]
     if stage.config is not None:
         config = config_dir / stage.config
         if not config.is_file():

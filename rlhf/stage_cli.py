@@ -27,8 +27,8 @@ from rlhf.modules import StageModule
 class SaveConfig(SaveConfigCallback):
     """Saves the effective config of a training run as `<run folder>/config.yaml`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, save_to_log_dir=False)
+    def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it; a resumed run writes it anew."""

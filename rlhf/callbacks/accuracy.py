@@ -54,7 +54,7 @@ class AccuracyTable(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Collect."""
-        self._pairs += outputs or []
+        self._pairs += outputs["pairs"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather over ranks, print, and hand to TensorBoard."""

@@ -28,9 +28,10 @@ class SampleTable(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep the first samples of the split."""
-        if batch_idx == 0 and isinstance(outputs, Rollout):
-            scores = outputs.scores.tolist()
-            self._samples = [{**t, "score": s} for t, s in zip(outputs.texts, scores, strict=True)][: self.rows]
+        if batch_idx == 0:
+            episodes: Rollout = outputs["episodes"]
+            rows = zip(episodes.texts, episodes.scores.tolist(), strict=True)
+            self._samples = [{**text, "score": score} for text, score in rows][: self.rows]
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -88,7 +88,9 @@ class TrainBatches:
 class EvalBatches:
     """Batches of this rank's share of a split, in order."""
 
-    def __init__(self, rows: int, collate: Callable[[list[int], bool], Batch], size: int, rank: int, world: int) -> None:
+    def __init__(
+        self, rows: int, collate: Callable[[list[int], bool], Batch], size: int, rank: int, world: int
+    ) -> None:
         self.rows = list(range(rank, rows, world))
         self.collate = collate
         self.size = size

@@ -1,4 +1,4 @@
-"""Writes the embedded data set, and a small GPT-NeoX with a tokenizer of its own, so that a pipeline needs no download."""
+"""Writes the embedded data and a small GPT-NeoX with a tokenizer of its own: a pipeline needs no download."""
 
 from __future__ import annotations
 

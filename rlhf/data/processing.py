@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rlhf.data.records import Source, find_columns, load_records
 from rlhf.data.texts import (
-    BadRecord,
+    BadRecordError,
     Record,
     TextFormat,
-    Unfittable,
+    UnfittableError,
     comparison,
     demonstration,
     name_of,
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-DEMONSTRATIONS = {"tldr": ("subreddit", "title", "post", "summary"), "plain": ("prompt", "completion")}
-PROMPTS = {"tldr": ("subreddit", "title", "post"), "plain": ("prompt",)}
-COMPARISONS = {"openai": ("info", "summaries", "choice"), "plain": ("prompt", "chosen", "rejected")}
+Schemas = dict[str, tuple[str, ...]]
+
+DEMONSTRATIONS: Schemas = {"tldr": ("subreddit", "title", "post", "summary"), "plain": ("prompt", "completion")}
+PROMPTS: Schemas = {"tldr": ("subreddit", "title", "post"), "plain": ("prompt",)}
+COMPARISONS: Schemas = {"openai": ("info", "summaries", "choice"), "plain": ("prompt", "chosen", "rejected")}
 _VERSION = 1  # part of the cache key: raise it when the processing of a record changes
 
 
@@ -77,11 +79,11 @@ def _process(
     def one(record: Record, index: int) -> Record:
         try:
             return {**process(record, tokenizer, text), "problem": ""}
-        except Unfittable as error:
+        except UnfittableError as error:
             if not text.drop_unfittable:
                 raise unfittable_error(record, index, error, setting) from error
             return {**empty, "problem": str(error)}
-        except BadRecord as error:
+        except BadRecordError as error:
             return {**empty, "problem": str(error)}
 
     # The key is made of the tokenizer's content: its object changes with use and would miss the cache.

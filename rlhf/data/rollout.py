@@ -58,10 +58,11 @@ class RolloutDataModule(StageDataModule):
     def set_accumulation(self, parts: int = 1) -> None:
         """With the PPO minibatches of the module."""
         super().set_accumulation(self._trainer.lightning_module.ppo.minibatches)
-        if self.batch_size > len(self.splits["train"]):
+        prompts = len(self.splits["train"])
+        if self.batch_size > prompts:
             raise UserError(
-                f"data.batch_size {self.batch_size} is larger than the {len(self.splits['train'])} prompts of "
-                f"{self.sources['train'].path}; an update would hold the same prompt twice."
+                f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
+                "would hold the same prompt twice."
             )
 
     def train_dataloader(self) -> RolloutLoader:

@@ -159,6 +159,7 @@ NEWS = Domain(
     summarise=(_news_plain,),
 )  # fmt: skip
 
+
 def all_slots() -> dict[str, tuple[str, ...]]:
     """The values of every fact of both domains."""
     return {**REDDIT.slots, **NEWS.slots}
@@ -254,9 +255,7 @@ def _rng(seed: int, kind: str, index: int) -> random.Random:
     return random.Random(f"{seed}/{kind}/{index}")
 
 
-def demonstrations(
-    n: int, seed: int, split: str, writers: Sequence[str] = ("reference",)
-) -> Iterator[dict[str, Any]]:
+def demonstrations(n: int, seed: int, split: str, writers: Sequence[str] = ("reference",)) -> Iterator[dict[str, Any]]:
     """TL;DR records `id, subreddit, title, post, summary`, and the hidden `facts`.
 
     Args:

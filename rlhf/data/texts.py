@@ -36,11 +36,11 @@ class TextFormat:
     drop_unfittable: bool = False
 
 
-class BadRecord(Exception):
+class BadRecordError(Exception):
     """A record that can't be used; the message is the reason."""
 
 
-class Unfittable(BadRecord):
+class UnfittableError(BadRecordError):
     """A query that no allowed cut brings down to its maximum length."""
 
 
@@ -68,13 +68,13 @@ def fit_query(
         try:
             text = template.format(**fields)
         except KeyError as error:
-            raise BadRecord(f"the query format needs the field {error}") from error
+            raise BadRecordError(f"the query format needs the field {error}") from error
         ids = encode(tokenizer, text)
         if len(ids) <= max_length:
             return text, ids
         body = fields[field]
         if not body:
-            raise Unfittable(f"the query has {len(ids)} tokens without any {field}, more than {max_length}")
+            raise UnfittableError(f"the query has {len(ids)} tokens without any {field}, more than {max_length}")
         cut = body.rfind("\n")
         fields[field] = body[: cut if cut >= 0 else -1]
 
@@ -109,7 +109,7 @@ def required_text(record: Record, column: str) -> str:
     """A column that must hold text."""
     text = record.get(column)
     if not isinstance(text, str) or not text.strip():
-        raise BadRecord(f"empty {column}")
+        raise BadRecordError(f"empty {column}")
     return text
 
 
@@ -128,7 +128,7 @@ def plain_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format:
     prompt = required_text(record, "prompt")
     ids = encode(tokenizer, prompt)
     if len(ids) > text_format.max_query_length:
-        raise Unfittable(f"the prompt has {len(ids)} tokens, more than {text_format.max_query_length}")
+        raise UnfittableError(f"the prompt has {len(ids)} tokens, more than {text_format.max_query_length}")
     return prompt, ids
 
 
@@ -168,9 +168,9 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
             max_length = text_format.max_article_response_length
         summaries, choice = record["summaries"] or [], record["choice"]
         if len(summaries) != 2:
-            raise BadRecord(f"{len(summaries)} summaries instead of 2")
+            raise BadRecordError(f"{len(summaries)} summaries instead of 2")
         if choice not in (0, 1):
-            raise BadRecord(f"choice {choice} is out of range")
+            raise BadRecordError(f"choice {choice} is out of range")
         pair = [summaries[choice], summaries[1 - choice]]
         chosen, rejected = (one_leading_space(required_text(s, "text")) for s in pair)
         extra = {
@@ -183,7 +183,7 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
         query, ids = plain_query(record, tokenizer, text_format)
         chosen, rejected = required_text(record, "chosen"), required_text(record, "rejected")
     if chosen == rejected:
-        raise BadRecord("chosen and rejected are equal")
+        raise BadRecordError("chosen and rejected are equal")
     sides = [join_response(tokenizer, query, ids, text, max_length) for text in (chosen, rejected)]
     return {
         "query": query,
@@ -202,7 +202,7 @@ def name_of(record: Record, index: int) -> str:
     return f"record {index + 1}" + (f" (id {known})" if known else "")
 
 
-def unfittable_error(record: Record, index: int, error: Unfittable, setting: str) -> UserError:
+def unfittable_error(record: Record, index: int, error: UnfittableError, setting: str) -> UserError:
     """The sentence for a query that does not fit."""
     return UserError(
         f"{setting}: {name_of(record, index)}: {error}; raise data.text.max_query_length, or set "

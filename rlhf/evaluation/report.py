@@ -165,7 +165,9 @@ def _invariants(curves: Curves) -> str:
         lines.append(f"- Largest |ratio - 1| before the first step of any update: {worst:.2g}")
     if "objective/kl" in curves:
         kl = curves["objective/kl"]
-        lines.append(f"- KL: {kl.iloc[0]:.2g} in the first update, {kl.iloc[-1]:.3g} in the last, {kl.max():.3g} at most")
+        lines.append(
+            f"- KL: {kl.iloc[0]:.2g} in the first update, {kl.iloc[-1]:.3g} in the last, {kl.max():.3g} at most"
+        )
     if "rollout/eos_share" in curves:
         lines.append(f"- Responses with EOS in the last update: {curves['rollout/eos_share'].iloc[-1]:.1%}")
     return "\n".join(lines)
@@ -176,7 +178,10 @@ def _samples(tables: dict[str, pd.DataFrame], count: int) -> str:
     for index in range(min(count, len(tables["SFT"]))):
         row = tables["SFT"].iloc[index]
         query = "> " + row["query"].strip().replace("\n", "\n> ")
-        lines = [f"- **{label}** ({t['score'].iloc[index]:.2f}): {t['response'].iloc[index].strip()}" for label, t in tables.items()]
+        lines = [
+            f"- **{label}** ({t['score'].iloc[index]:.2f}): {t['response'].iloc[index].strip()}"
+            for label, t in tables.items()
+        ]
         blocks.append("\n".join([query, "", *lines, f"- **reference**: {row['reference'].strip()}"]))
     return "\n\n".join(blocks)
 

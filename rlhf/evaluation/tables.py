@@ -44,7 +44,7 @@ def generate(
     tokenizer = load_tokenizer(model_path, setting="model")
     rows = load_demonstrations(source, "data", tokenizer, text, need_response=False).to_list()
     device = best_device()
-    model = load_causal_lm(model_path, "model").to(device).eval()
+    model: Any = load_causal_lm(model_path, "model").to(str(device)).eval()  # type: ignore[arg-type]
     random = torch.Generator(device).manual_seed(seed)
     out: list[dict[str, Any]] = []
     for start in track(range(0, len(rows), batch_size), description=f"Generating with {model_path}", transient=True):

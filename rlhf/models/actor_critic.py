@@ -73,9 +73,7 @@ class ActorCritic(nn.Module):
         `values[:, t]` is the critic's value of the state before response token t, so the column after the last real
         token holds the value of the finished response.
         """
-        logprobs, entropy = response_logprobs(
-            self.policy, queries, query_mask, responses, response_mask, temperature
-        )
+        logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
         ids, mask = join(queries, query_mask, responses, response_mask)
         values = self.critic(ids, mask)[:, queries.shape[1] - 1 : -1]
         return Evaluation(logprobs, entropy, values)

@@ -44,7 +44,9 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
         raise UserError(f"{setting}: {path} is not a model that can be loaded: {_first_line(error)}") from error
 
 
-def load_tokenizer(path: str, pad_token: str | None = None, setting: str = "model.model_path") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, pad_token: str | None = None, setting: str = "model.model_path"
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a PAD of its own.
 
     Args:

@@ -29,7 +29,8 @@ class ScalarModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        if not isinstance(getattr(model, "score", None), nn.Linear):
+        head = getattr(model, "score", None)
+        if not isinstance(head, nn.Linear):
             raise UserError(f"{type(model).__name__} has no linear head named `score`, so it can't be a reward model.")
         self.model = model
         self.bias = nn.Parameter(torch.tensor(-float(getattr(model.config, SHIFT, 0.0))))
@@ -38,7 +39,7 @@ class ScalarModel(nn.Module):
     def from_policy(cls, path: str, seed: int, setting: str = "model.model_path") -> ScalarModel:
         """The backbone of a language model with a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
         model = cls(_load_classifier(path, setting, torch.float32))
-        weight = model.model.score.weight
+        weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
@@ -56,11 +57,16 @@ class ScalarModel(nn.Module):
             )
         return cls(_load_classifier(path, setting, dtype))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """Weights of the head, `(1, d)`."""
+        return self.model.get_parameter("score.weight")
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One number per token in float32, `(B, T) -> (B, T)`. What stands at padding means nothing."""
         hidden = self.model.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.model.score.weight.float()).squeeze(-1) + self.bias.float()
+            return F.linear(hidden.float(), self.head_weight.float()).squeeze(-1) + self.bias.float()
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""

@@ -99,7 +99,7 @@ class StageModule(LightningModule):
             return max(1, self.trainer.max_epochs or 1)
         return int(self.trainer.estimated_stepping_batches)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over every parameter that is trained, with the schedule of `Optimization`."""
         from transformers import get_scheduler
 

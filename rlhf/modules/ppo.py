@@ -445,11 +445,11 @@ class PPOModule(StageModule):
         episodes.scores = self.score_responses(episodes).float()
         return episodes
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Rollout:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Rollout]:
         """Responses to the whole validation subset: score, share with EOS, length (D37)."""
         return self._validate(batch, batch_idx, "validation")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Rollout:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Rollout]:
         """As validation, on the test split."""
         return self._validate(batch, batch_idx, "test")
 
@@ -460,14 +460,14 @@ class PPOModule(StageModule):
         columns = ("query", "response", "reference")
         return [{**{c: t[c] for c in columns}, "score": s, "has_eos": e} for t, s, e in rows]
 
-    def _validate(self, batch: dict[str, Any], batch_idx: int, split: str) -> Rollout:
+    def _validate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Rollout]:
         episodes = self.respond(batch, batch_idx)
         values = {"score": episodes.scores, "eos": episodes.has_eos.float(), "length": episodes.lengths.float()}
         if self.evaluation_function is not None:
             values[self.evaluation_function.__name__] = self._call(self.evaluation_function, episodes.texts)
         for name, value in values.items():
             self.log(f"{split}/{name}", value.mean(), batch_size=len(episodes), sync_dist=True)
-        return episodes
+        return {"episodes": episodes}
 
     # --------------------------------------------------------------------------------------- checkpoints and export
 

@@ -64,7 +64,7 @@ class RewardModule(StageModule):
         losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()
         pairs = mask.sum()
         correct = ((chosen > rejected) & mask).sum() / pairs.clamp(min=1)
-        log = {"on_step": False, "on_epoch": True, "batch_size": int(pairs), "sync_dist": True}
+        log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": int(pairs), "sync_dist": True}
         self.log("loss/reward", masked_total(losses.detach(), mask, pairs.clamp(min=1)), **log)
         self.log("train/accuracy", correct, **log)
         loss = masked_total(losses, mask, self.normaliser(pairs, batch["share"]))
@@ -77,11 +77,11 @@ class RewardModule(StageModule):
         """With the table of accuracies per split, batch and confidence (D22)."""
         return super().configure_callbacks() + self._unless_given(AccuracyTable())
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Loss and accuracy of a split; returns a row per pair."""
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Loss and accuracy of a split; returns `pairs`, a row per pair."""
         return self._evaluate(batch, "validation")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """As validation, on the test split."""
         return self._evaluate(batch, "test")
 
@@ -93,22 +93,22 @@ class RewardModule(StageModule):
             for pair, c, r in zip(batch["pairs"], chosen.tolist(), rejected.tolist(), strict=True)
         ]
 
-    def _evaluate(self, batch: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> dict[str, Any]:
         chosen, rejected = self.scores(batch)
         name = f"{stage}{batch['split'].removeprefix(stage)}"  # validation, validation_cnndm
-        log = {"batch_size": len(chosen), "sync_dist": True, "add_dataloader_idx": False}
+        log: dict[str, Any] = {"batch_size": len(chosen), "sync_dist": True, "add_dataloader_idx": False}
         self.log(f"{name}/loss", pairwise_losses(chosen, rejected).mean(), **log)
         self.log(f"{name}/accuracy", (chosen > rejected).float().mean(), prog_bar=True, **log)
-        return [
-            {**pair, "margin": m} for pair, m in zip(batch["pairs"], (chosen - rejected).tolist(), strict=True)
-        ]
+        margins = (chosen - rejected).tolist()
+        return {"pairs": [{**pair, "margin": m} for pair, m in zip(batch["pairs"], margins, strict=True)]}
 
     # ------------------------------------------------------------------------------------------------------ export
 
     @torch.no_grad()
     def mean_demonstration_reward(self) -> Tensor | None:
         """Mean reward of all demonstrations over all ranks, None where the DataModule has none."""
-        batches = getattr(self.trainer, "datamodule", None) and self.trainer.datamodule.demonstration_dataloader()
+        datamodule = getattr(self.trainer, "datamodule", None)
+        batches = datamodule and datamodule.demonstration_dataloader()
         if not batches:
             return None
         total = torch.zeros(2, device=self.device, dtype=torch.float64)

@@ -20,7 +20,10 @@ def masked_total(losses: Tensor, mask: Tensor, normaliser: Tensor | float) -> Te
 
 
 def language_model_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the next token in float32 (D15). `(B, T, V), (B, T) -> (B, T)`; position t predicts `labels[t]`."""
+    """Cross-entropy of the next token in float32 (D15), `(B, T, V), (B, T) -> (B, T)`.
+
+    Position t predicts `labels[:, t]`.
+    """
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
