@@ -46,3 +46,21 @@ def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], str
         return str(file)
 
     return write
+
+
+@pytest.fixture(scope="session", params=["gpt_neox", "gpt2"])
+def sharp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """Folder of a tiny model with rotary or learned positions, weights so large that context and positions matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0}
+    config = AutoConfig.for_model(
+        request.param, vocab_size=512, initializer_range=0.2, use_cache=True, **shape, **special
+    )
+    folder = tmp_path_factory.mktemp(request.param)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
+from rlhf.ops.sequences import response_lengths
+from rlhf.rollout import response_masks
+
+EOS = 9
+RESPONSES = torch.tensor(
+    [
+        [EOS, 0, 0, 0, 0],
+        [1, 2, EOS, 0, 0],
+        [1, 2, 3, EOS, 0],
+        [1, 2, 3, 4, EOS],
+        [1, 2, 3, 4, 5],
+    ]
+)  # fmt: skip
+LENGTHS = torch.tensor([1, 3, 4, 5, 5])
+LOG2 = math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "at_plus_log2", "at_minus_log2"),
+    [
+        ("k1", 0.6931472, -0.6931472),
+        ("k2", 0.2402265, 0.2402265),
+        ("k3", 0.1931472, 0.3068528),
+        ("abs", 0.6931472, 0.6931472),
+    ],
+)
+def test_kl_estimators(estimator: str, at_plus_log2: float, at_minus_log2: float) -> None:
+    reference = torch.tensor([[-3.0, -3.0, -3.0]])
+    kl = kl_estimate(reference + torch.tensor([LOG2, -LOG2, 0.0]), reference, estimator)
+    assert kl[0].tolist() == pytest.approx([at_plus_log2, at_minus_log2, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(estimator: str) -> None:
+    """Their expectation under the policy, summed over all outcomes, is KL(policy || reference)."""
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
+    estimates = kl_estimate(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)), estimator).numpy()
+    assert sum(p * estimates) == pytest.approx(sum(p * np.log(p / q)))
+    assert sum(q * estimates) != pytest.approx(sum(q * np.log(q / p)))
+
+
+def test_k3_is_precise_for_small_differences() -> None:
+    d = torch.tensor([[1e-3, -1e-3]])
+    assert kl_estimate(d, torch.zeros(1, 2), "k3")[0].tolist() == pytest.approx([5e-7, 5e-7], rel=0.01)
+
+
+def test_an_unknown_estimator_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'k4'.*k1, k2, k3, abs"):
+        kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), "k4")
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "expected"),
+    [
+        (-1.0, "replace", [2.5, -1.0, -4.0]),
+        (-1.0, "subtract", [2.5, 2.5, -4.0]),
+        (1.0, "subtract", [2.5, 2.5, -4.0]),
+        (-3.0, "replace", [2.5, -3.0, -4.0]),
+    ],
+)
+def test_missing_eos(value: float, mode: str, expected: list[float]) -> None:
+    scores = penalise_missing_eos(
+        torch.tensor([2.5, 3.5, -4.0]), torch.tensor([True, False, True]), value, mode
+    )
+    assert scores.tolist() == expected
+
+
+@pytest.mark.parametrize(("position", "columns"), [("after_eos", [1, 3, 4, 4, 4]), ("eos", [0, 2, 3, 4, 4])])
+def test_score_index(position: str, columns: list[int]) -> None:
+    assert score_index(LENGTHS, 5, position).tolist() == columns
+
+
+def test_the_value_mask_is_one_wider() -> None:
+    mask, value_mask = response_masks(LENGTHS, 5)
+    assert mask.sum(1).tolist() == [1, 3, 4, 5, 5]
+    assert value_mask.sum(1).tolist() == [2, 4, 5, 5, 5]
+    assert not (mask & ~value_mask).any()
+
+
+def test_token_rewards_add_score_and_penalty() -> None:
+    kl = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    rewards = token_rewards(kl, torch.tensor([10.0, 20.0]), torch.tensor([1, 2]), mask, 0.5)
+    assert rewards.tolist() == [[-0.5, 10.0, 0.0], [-0.5, -1.0, 18.0]]
+
+
+def test_token_rewards_leave_their_input_alone_and_ignore_padding() -> None:
+    kl = torch.tensor([[1.0, float("nan")]])
+    rewards = token_rewards(kl, torch.tensor([3.0]), torch.tensor([1]), torch.tensor([[True, False]]), 1.0)
+    assert rewards.tolist() == [[-1.0, 3.0]]
+    assert kl[0, 0] == 1
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("position", ["after_eos", "eos"])
+def test_from_tokens_to_rewards(position: str, estimator: str) -> None:
+    """The chain of a rollout against loops over rows and tokens in float64."""
+    rng = np.random.default_rng(3)
+    logprobs, ref_logprobs = -rng.exponential(2, (2, *RESPONSES.shape))
+    scores = rng.normal(size=len(RESPONSES))
+    formula = {
+        "k1": lambda d: d,
+        "k2": lambda d: d * d / 2,
+        "k3": lambda d: math.exp(-d) - 1 + d,
+        "abs": abs,
+    }[estimator]
+    expected = np.zeros(RESPONSES.shape)
+    for row, tokens in enumerate(RESPONSES.tolist()):
+        end = tokens.index(EOS) if EOS in tokens else len(tokens) - 1
+        for t in range(end + 1):
+            expected[row, t] = -0.05 * formula(logprobs[row, t] - ref_logprobs[row, t])
+        column = end + 1 if position == "after_eos" and end + 1 < len(tokens) else end
+        expected[row, column] += scores[row] if EOS in tokens else -1.0
+
+    lengths, has_eos = response_lengths(RESPONSES, EOS)
+    kl = kl_estimate(torch.from_numpy(logprobs).float(), torch.from_numpy(ref_logprobs).float(), estimator)
+    final = penalise_missing_eos(torch.from_numpy(scores).float(), has_eos, -1.0)
+    mask, _ = response_masks(lengths, RESPONSES.shape[1])
+    rewards = token_rewards(kl, final, score_index(lengths, RESPONSES.shape[1], position), mask, 0.05)
+    np.testing.assert_allclose(rewards.numpy(), expected, rtol=1e-5, atol=1e-6)
