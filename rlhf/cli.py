@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -89,14 +90,24 @@ def parse(parser: Any, words: list[str]) -> Any:
         raise UserError(explain(str(error))) from error
 
 
+NOISE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Given value",
+)
+
+
 def explain(message: str) -> str:
-    """The useful sentence in a parser's message: the innermost reason, without its noise."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    for phrase in ("does not accept", "Key '", "Expected", "No such file", "not a subclass", "Unable to import"):
-        found = [line for line in lines if phrase in line]
-        if found:
-            return found[-1].rstrip(".") + "."
-    return " ".join(lines) if lines else message
+    """A parser's message in one sentence: which setting, and what is wrong with it, without the parser's noise."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    text = " ".join(line for line in lines if not line.startswith(NOISE))
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1; give its import path", text)
+    return text.rstrip(".") + "."
 
 
 def _quiet() -> None:

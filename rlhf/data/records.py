@@ -82,8 +82,6 @@ def _load(source: Source, setting: str) -> Dataset:
             return _load_files([path], source, setting)
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise UserError(f"{setting}: {source.path} ({source.split}) can't be read: {reason}") from error
 

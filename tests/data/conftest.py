@@ -16,9 +16,10 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture(autouse=True, scope="session")
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of `datasets` below the temporary folder."""
+    """A cache of `datasets` below the temporary folder, and no question to the hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
         datasets.disable_progress_bars()
         yield
 
@@ -49,7 +50,7 @@ def pairs(comparisons_file: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def attach(tokenizer: Any) -> Callable[..., Any]:
-    """Gives a DataModule a Trainer, sets it up for a stage, and returns it; keywords become attributes of the module."""
+    """Gives a DataModule a Trainer and sets it up; further keywords become attributes of the module."""
 
     def attach(
         datamodule: Any, stage: str = "fit", rank: int = 0, world_size: int = 1, accumulate: int = 1, **module: Any

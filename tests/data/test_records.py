@@ -63,9 +63,7 @@ def saved_dict(folder: Path) -> Source:
     return Source(str(folder / "saved"), split="test")
 
 
-@pytest.mark.parametrize(
-    "write", [jsonl, json_file, parquet, csv, split_file, split_shards, saved_dataset, saved_dict]
-)
+@pytest.mark.parametrize("write", [jsonl, json_file, parquet, csv, split_file, split_shards, saved_dataset, saved_dict])
 def test_every_kind_of_source_gives_the_same_records(tmp_path: Path, write: Callable[[Path], Source]) -> None:
     assert load_records(write(tmp_path), "data.train").to_list() == ROWS
 
@@ -138,9 +136,7 @@ def wrong_column(folder: Path) -> Source:
         (wrong_column, "has no column 'question'; it has prompt, completion"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(
-    tmp_path: Path, write: Callable[[Path], Source], message: str
-) -> None:
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, write: Callable[[Path], Source], message: str) -> None:
     with pytest.raises(UserError, match=rf"^data\.train.*{message}"):
         load_records(write(tmp_path), "data.train")
 
@@ -156,7 +152,12 @@ CHOICES = {"tldr": ("post", "summary"), "plain": ("prompt", "completion")}
 
 @pytest.mark.parametrize(
     ("columns", "schema"),
-    [(["post", "summary", "id"], "tldr"), (["completion", "prompt"], "plain"), (["prompt", "completion", "post"], "plain")],
+    [
+        (["post", "summary", "id"], "tldr"),
+        (["completion", "prompt"], "plain"),
+        (["prompt", "completion", "post"], "plain"),
+        (["prompt", "completion", "post", "summary"], "tldr"),
+    ],
 )
 def test_the_schema_follows_from_the_columns(columns: list[str], schema: str) -> None:
     assert find_columns(dataset([dict.fromkeys(columns, "x")]), CHOICES, "data.train", "a.jsonl") == schema

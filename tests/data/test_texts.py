@@ -71,9 +71,7 @@ LINES = "The first line.\nThe second line, longer.\n\nThe third line, which is t
         ("\nOnly one, in front", ""),
     ],
 )
-def test_a_long_post_is_cut_at_its_last_newline_and_else_by_one_character(
-    tokenizer: Any, post: str, kept: str
-) -> None:
+def test_a_long_post_is_cut_at_its_last_newline_and_else_by_one_character(tokenizer: Any, post: str, kept: str) -> None:
     steps = [post]
     while steps[-1]:
         head, newline, _ = steps[-1].rpartition("\n")
@@ -96,11 +94,11 @@ def test_one_character_too_many_costs_one_character(tokenizer: Any) -> None:
 
 
 def test_the_default_maximum_is_512_tokens(tokenizer: Any) -> None:
-    text = fitted(tokenizer, "word ~ " * 600, 512)
-    assert count(tokenizer, text) == 512 or count(tokenizer, text) == 511
-    assert tldr_query(RECORD | {"post": "word ~ " * 600}, tokenizer, TextFormat())[0] == text
-    assert text.startswith("SUBREDDIT: r/tifu\n\nTITLE: A title\n\nPOST: word")
-    assert text.endswith("\n\nTL;DR:")
+    post = "~" * (520 - count(tokenizer, query_of("")))
+    text, ids = tldr_query(RECORD | {"post": post}, tokenizer, TextFormat())
+    assert len(ids) == 512
+    assert text.startswith("SUBREDDIT: r/tifu\n\nTITLE: A title\n\nPOST: ~~")
+    assert text.endswith("~\n\nTL;DR:")
 
 
 def test_what_no_cut_can_make_fit_is_unfittable(tokenizer: Any) -> None:
@@ -149,9 +147,9 @@ def test_query_and_response_are_tokenised_as_one_text(tokenizer: Any) -> None:
     joint = join_response(tokenizer, query, query_ids, response, 53)
     start = joint["response_start"]
     assert joint["input_ids"] == [*tokenizer(query + response)["input_ids"], tokenizer.eos_token_id]
-    assert joint["input_ids"][: len(query_ids)] != query_ids
     assert joint["input_ids"][:start] == query_ids[:start]
-    assert tokenizer.decode(joint["input_ids"][start:]) == " sister and my friend" + EOS
+    assert joint["input_ids"][start] != query_ids[start]
+    assert 0 < start < len(query_ids)
 
 
 @pytest.mark.parametrize(("spare", "truncated"), [(1, False), (0, False), (-1, True), (-3, True)])
@@ -167,11 +165,12 @@ def test_a_response_beyond_its_maximum_loses_its_end_and_eos(tokenizer: Any, spa
 
 
 def test_summaries_of_articles_may_be_longer(tokenizer: Any, pairs: list[dict[str, Any]]) -> None:
-    text = TextFormat(max_response_length=2, max_article_response_length=40)
-    assert [comparison(pair, tokenizer, text, "openai")["truncated"] for pair in pairs] == [True, True, True, False, False]
+    text = TextFormat(max_response_length=2, max_article_response_length=90)
+    truncated = [comparison(pair, tokenizer, text, "openai")["truncated"] for pair in pairs]
+    assert truncated == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize(("template", "bos"), [("$A <|endoftext|>", 0), ("<|endoftext|> $A", 1), (f"{EOS} $A {EOS}", 1)])
+@pytest.mark.parametrize(("template", "bos"), [(f"$A {EOS}", 0), (f"{EOS} $A", 1), (f"{EOS} $A {EOS}", 1)])
 def test_a_tokenizer_that_adds_eos_or_bos_gives_one_eos_at_the_end(tokenizer: Any, template: str, bos: int) -> None:
     plain = demonstration(RECORD, tokenizer, TextFormat(), "tldr", need_response=True)
     adding = copy.deepcopy(tokenizer)

@@ -86,7 +86,7 @@ def test_a_missing_folder_in_an_existing_one_is_no_hub_name(tmp_path: Path, monk
     check_model_path("EleutherAI/pythia-1b-deduped", SETTING)
 
 
-@pytest.mark.parametrize("load", [load_causal_lm, load_config, lambda path, setting: load_tokenizer(path, None, setting)])
+@pytest.mark.parametrize("load", [load_causal_lm, load_config, lambda path, name: load_tokenizer(path, None, name)])
 def test_a_folder_that_is_no_model_is_named(load: Callable[[str, str], Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.some_path.*has no config\.json"):
         load(str(tmp_path), SETTING)
@@ -99,13 +99,18 @@ def test_a_broken_configuration_is_named(config: str, tmp_path: Path) -> None:
         load_config(str(tmp_path), SETTING)
 
 
-@pytest.mark.parametrize("load", [load_causal_lm, lambda path, setting: load_tokenizer(path, None, setting)])
-def test_missing_weights_or_tokenizer_are_named(
-    load: Callable[[str, str], Any], model_path: str, tmp_path: Path
-) -> None:
+def test_missing_weights_are_named(model_path: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(model_path) / "config.json").read_text())
-    with pytest.raises(UserError, match=r"model\.some_path.*(not a causal language model|no tokenizer)"):
-        load(str(tmp_path), SETTING)
+    with pytest.raises(UserError, match=r"model\.some_path.*not a causal language model"):
+        load_causal_lm(str(tmp_path), SETTING)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "llama"])
+def test_a_missing_tokenizer_is_named(model_type: str, tmp_path: Path) -> None:
+    """For some architectures transformers makes up a tokenizer that knows no text."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError, match=r"model\.some_path.*no tokenizer"):
+        load_tokenizer(str(tmp_path), None, SETTING)
 
 
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path: Path) -> None:

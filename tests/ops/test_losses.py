@@ -77,7 +77,7 @@ def test_language_model_loss_matches_numpy(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 4), (1,) * 8, (5, 2, 1)])
 def test_the_split_into_micro_batches_does_not_change_the_loss(sizes: tuple[int, ...]) -> None:
-    """D14: the mean over micro-batches of sums over the average number of tokens is the global mean, and its gradient."""
+    """D14: dividing by the average number of tokens per micro-batch gives the global mean, and its gradient."""
     losses = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     mask = torch.arange(6) < torch.tensor([[6], [1], [2], [6], [1], [1], [5], [3]])
     share = mask.sum() / len(sizes)

@@ -69,9 +69,7 @@ def test_an_unknown_estimator_is_named() -> None:
     ],
 )
 def test_missing_eos(value: float, mode: str, expected: list[float]) -> None:
-    scores = penalise_missing_eos(
-        torch.tensor([2.5, 3.5, -4.0]), torch.tensor([True, False, True]), value, mode
-    )
+    scores = penalise_missing_eos(torch.tensor([2.5, 3.5, -4.0]), torch.tensor([True, False, True]), value, mode)
     assert scores.tolist() == expected
 
 

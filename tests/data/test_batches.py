@@ -1,0 +1,147 @@
+"""Batch sizes, and the rows of every rank (D13, D14)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+
+from rlhf.data.batches import EvalBatches, TrainBatches, accumulation
+from rlhf.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "parts", "expected"),
+    [(512, 16, 8, 1, 4), (512, 1, 8, 1, 64), (128, 16, 1, 1, 8), (64, 8, 8, 1, 1), (512, 16, 2, 4, 4), (6, 1, 3, 2, 1)],
+)
+def test_accumulation_divides_exactly(batch: int, micro: int, world: int, parts: int, expected: int) -> None:
+    assert accumulation(batch, micro, world, parts) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "parts"),
+    [(100, 16, 1, 1), (10, 3, 2, 1), (3, 4, 1, 1), (8, 2, 1, 3), (0, 4, 2, 1), (-3, 2, 1, 1), (7, 2, 3, 1)],
+)
+def test_an_inexact_division_names_numbers_that_work(batch: int, micro: int, world: int, parts: int) -> None:
+    with pytest.raises(UserError, match=rf"data\.batch_size {batch} .*data\.micro_batch_size {micro}") as error:
+        accumulation(batch, micro, world, parts)
+    named = re.search(r"use a multiple of (\d+)(.*)", str(error.value))
+    assert named
+    for number in [named[1], *re.findall(r"-?\d+", named[2])]:
+        assert accumulation(int(number), micro, world, parts) >= 1
+
+
+@pytest.mark.parametrize("micro", [0, -2])
+def test_a_micro_batch_without_rows_is_refused(micro: int) -> None:
+    with pytest.raises(UserError, match=r"micro_batch_size") as error:
+        accumulation(8, micro, 1)
+    assert "multiple of" not in str(error.value)
+
+
+def collate(rows: list[int], real: bool) -> dict[str, Any]:
+    return {"rows": rows, "real": real}
+
+
+def loader(
+    rows: int, batch: int, accumulate: int, rank: int = 0, world: int = 1, epoch: Callable[[], int] = lambda: 0
+) -> TrainBatches:
+    return TrainBatches([10 + r for r in range(rows)], collate, batch, accumulate, rank, world, epoch)
+
+
+GRID = list(product((1, 2, 5, 12, 13, 23, 24, 25), (1, 2, 3), (1, 2), (1, 2)))
+
+
+@pytest.mark.parametrize(("rows", "world", "micro", "accumulate"), GRID)
+def test_every_row_once_per_epoch_over_all_ranks(rows: int, world: int, micro: int, accumulate: int) -> None:
+    size = world * micro * accumulate
+    loaders = [loader(rows, size, accumulate, rank, world) for rank in range(world)]
+    ranks = [list(each) for each in loaders]
+    count = math.ceil(rows / size) * accumulate
+    assert [len(batches) for batches in ranks] == [len(each) for each in loaders] == [count] * world
+    batches = [batch for rank in ranks for batch in rank]
+    assert sorted(row for batch in batches if batch["real"] for row in batch["rows"]) == list(range(rows))
+    assert all(0 < len(batch["rows"]) <= (micro if batch["real"] else 1) for batch in batches)
+    for step in range(0, count, accumulate):
+        part = [batch for rank in ranks for batch in rank[step : step + accumulate]]
+        own = [row for batch in part if batch["real"] for row in batch["rows"]]
+        assert len(own) == size or step == count - accumulate
+        assert [batch["share"] for batch in part] == [sum(10 + r for r in own) / (accumulate * world)] * len(part)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_global_batches_depend_neither_on_ranks_nor_on_accumulation(world: int) -> None:
+    def steps(world: int, accumulate: int) -> list[set[int]]:
+        ranks = [list(loader(23, 6, accumulate, rank, world)) for rank in range(world)]
+        return [
+            {r for rank in ranks for b in rank[i : i + accumulate] if b["real"] for r in b["rows"]}
+            for i in range(0, len(ranks[0]), accumulate)
+        ]
+
+    assert steps(world, 1) == steps(1, 1) == steps(1, 3)
+
+
+def order(batches: Any) -> list[int]:
+    return [row for batch in batches for row in batch["rows"]]
+
+
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    orders = [order(loader(50, 10, 1, epoch=lambda e=epoch: e)) for epoch in (0, 1, 2)]
+    assert all(a != b for a, b in pairwise([list(range(50)), *orders]))
+    assert orders[0] == order(loader(50, 10, 1))
+
+
+@pytest.mark.parametrize("done", [0, 1, 4, 7, 12])
+def test_a_resumed_epoch_goes_on_exactly_and_the_next_starts_at_its_beginning(done: int) -> None:
+    now = {"epoch": 3}
+    whole = list(loader(23, 4, 2, epoch=lambda: 3))
+    assert len(whole) == 12
+    first = loader(23, 4, 2, epoch=lambda: 3)
+    batches = iter(first)
+    for _ in range(done):
+        next(batches)
+    resumed = loader(23, 4, 2, epoch=lambda: now["epoch"])
+    resumed.load_state_dict(first.state_dict())
+    if done < len(whole):
+        assert list(resumed) == whole[done:]
+    now["epoch"] = 4
+    assert list(resumed) == list(loader(23, 4, 2, epoch=lambda: 4))
+    now["epoch"] = 5
+    assert list(resumed) == list(loader(23, 4, 2, epoch=lambda: 5))
+
+
+def test_the_state_is_a_copy_of_the_moment() -> None:
+    each = loader(12, 4, 2)
+    batches = iter(each)
+    next(batches)
+    state = each.state_dict()
+    rest = list(batches)
+    again = loader(12, 4, 2)
+    again.load_state_dict(state)
+    assert list(again) == rest
+
+
+def test_iter_alone_changes_nothing() -> None:
+    each = loader(12, 4, 2)
+    iter(each)
+    assert list(iter(each)) == list(loader(12, 4, 2))
+
+
+def test_an_epoch_that_was_cut_short_takes_nothing_from_the_next() -> None:
+    now = {"epoch": 0}
+    each = loader(12, 4, 2, epoch=lambda: now["epoch"])
+    next(iter(each))
+    now["epoch"] = 1
+    assert list(each) == list(loader(12, 4, 2, epoch=lambda: 1))
+
+
+@pytest.mark.parametrize(("rows", "size", "world"), list(product((1, 2, 7, 12), (1, 3, 20), (1, 2, 3))))
+def test_evaluation_covers_every_row_once(rows: int, size: int, world: int) -> None:
+    loaders = [EvalBatches(rows, collate, size, rank, world) for rank in range(world)]
+    assert [len(list(each)) for each in loaders] == [len(each) for each in loaders]
+    assert sorted(row for each in loaders for row in order(each)) == list(range(rows))
+    assert all(batch["real"] and len(batch["rows"]) <= size for each in loaders for batch in each)
+    assert all(order(each) == sorted(order(each)) for each in loaders)
