@@ -103,14 +103,14 @@ def test_demonstrations_have_the_tldr_schema_and_tell_the_truth() -> None:
 def test_complete_is_the_best_policy_and_off_topic_the_worst(domain: Domain) -> None:
     scores = gold_by_policy(domain)
     assert scores["complete"] == len(domain.slots)
-    order = ["complete", "reference", "rambling", "cut_off", "fact_invented", "off_topic"]
+    order = ["complete", "reference", "cut_off", "fact_invented", "off_topic"]
     assert sorted(order, key=scores.__getitem__, reverse=True) == order
     assert scores["complete"] > scores["fact_dropped"] > scores["fact_invented"]
 
 
-def test_dropped_facts_make_a_summary_worse_than_the_reference() -> None:
+def test_dropped_facts_and_needless_sentences_make_a_summary_worse() -> None:
     scores = gold_by_policy(REDDIT)
-    assert scores["reference"] > scores["fact_dropped"]
+    assert scores["reference"] > max(scores["fact_dropped"], scores["rambling"])
 
 
 @DOMAINS
