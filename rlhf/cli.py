@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, find_user_error
 
 if TYPE_CHECKING:
     from rlhf.stage_cli import StageCLI
@@ -48,9 +48,12 @@ def main(args: Sequence[str] | None = None) -> None:
             stage_cli(words)
         else:
             raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join([*STAGE_VERBS, *VERBS])}.")
-    except UserError as error:
+    except Exception as error:
+        user_error = find_user_error(error)
+        if user_error is None:
+            raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {user_error}", file=sys.stderr)
         sys.exit(2)
 
 
