@@ -13,9 +13,13 @@ def shared_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
+def _sequence(*parts: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence((len(parts), *parts))  # with the length: numpy pads with zeros
+
+
 def derive_seed(*parts: int) -> int:
     """One seed from several numbers, for example (seed, update, rank); nearby numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(_sequence(*parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(device: torch.device | str, *parts: int) -> torch.Generator:
@@ -25,4 +29,4 @@ def generator(device: torch.device | str, *parts: int) -> torch.Generator:
 
 def permutation(n: int, *parts: int) -> list[int]:
     """A shuffle of `range(n)`, the same on every rank."""
-    return np.random.default_rng(np.random.SeedSequence((shared_seed(), *parts))).permutation(n).tolist()
+    return np.random.default_rng(_sequence(shared_seed(), *parts)).permutation(n).tolist()

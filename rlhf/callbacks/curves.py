@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf.ops.masking import masked_mean, masked_moments
+from rlhf.ops.masking import masked_mean
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -26,10 +26,12 @@ class PPOCurves(Callback):
 
     def __init__(self) -> None:
         self._start = 0.0
+        self._learning_rate = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The update begins."""
         self._start = time.perf_counter()
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The update is over: log its rollout."""
@@ -62,20 +64,19 @@ class PPOCurves(Callback):
         entropy = torch.where(rollout.mask, -rollout.logprobs, 0.0).sum(1)
         seconds = time.perf_counter() - self._start
         tokens = float(rollout.lengths.sum())
-        _, score_variance = masked_moments(rollout.scores, torch.ones_like(rollout.scores, dtype=torch.bool))
         curves = {
             "objective/kl": kl.mean(),
             "objective/entropy": entropy.mean(),
             "objective/non_score_reward": penalty.mean(),
             "objective/rlhf_reward": (penalty + rollout.scores).mean(),
             "objective/scores": rollout.scores.mean(),
-            "objective/scores_std": score_variance.sqrt(),
+            "objective/scores_std": rollout.scores.std(correction=0),
             "objective/kl_coefficient": pl_module.kl_control.coefficient,
             "objective/value": masked_mean(rollout.values, rollout.value_mask),
             "val/num_eos_tokens": rollout.has_eos.float().sum() * trainer.world_size,
             "rollout/eos_share": rollout.has_eos.float().mean(),
             "rollout/response_length": rollout.lengths.float().mean(),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._learning_rate,
             "episode": float(self.episodes(trainer)),
         }
         sampling = pl_module.seconds["sampling"]

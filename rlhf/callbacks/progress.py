@@ -48,13 +48,15 @@ class StageProgress(ProgressBar):
         if self._unit(pl_module) == "step":
             self._show(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move on after every PPO update."""
-        if self._unit(pl_module) == "update":
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move on after every PPO update: its metrics are there when the next one begins."""
+        if self._unit(pl_module) == "update" and trainer.current_epoch > 0:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
+        if self._unit(pl_module) == "update":
+            self._show(trainer, pl_module)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -72,7 +74,7 @@ class StageProgress(ProgressBar):
 
     def _position(self, trainer: Any, pl_module: LightningModule) -> tuple[int, int]:
         if self._unit(pl_module) == "update":
-            return trainer.current_epoch + 1, trainer.max_epochs or 0
+            return trainer.current_epoch, trainer.max_epochs or 0
         return trainer.global_step, int(trainer.estimated_stepping_batches)
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -78,6 +78,10 @@ class StageDataModule(LightningDataModule):
             )
         self._trainer.accumulate_grad_batches = derived
 
+    def progress(self) -> tuple[int, int]:
+        """The current epoch, and how many of its micro-batches are done; not 0 where a run resumes in mid-epoch."""
+        return self._trainer.current_epoch, self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
     def pad_queries(self, queries: list[list[int]]) -> dict[str, Tensor]:
         """Queries padded on the left to the longest of them (D03): `queries (B, P)`, `query_mask (B, P)`."""
         ids, mask = pad_sequences(queries, self.tokenizer.pad_token_id, "left")

@@ -40,7 +40,7 @@ class TrainBatches:
     Args:
         weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
         collate: row numbers and whether they count -> batch.
-        epoch: the number of the current epoch.
+        progress: the current epoch, and how many of its micro-batches are done already: a resumed run goes on there.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TrainBatches:
         accumulate: int,
         rank: int,
         world_size: int,
-        epoch: Callable[[], int],
+        progress: Callable[[], tuple[int, int]],
     ) -> None:
         self.weights = weights
         self.collate = collate
@@ -59,30 +59,27 @@ class TrainBatches:
         self.accumulate = accumulate
         self.rank = rank
         self.world_size = world_size
-        self.epoch = epoch
-        self._done = 0
+        self.progress = progress
 
     def __len__(self) -> int:
         return math.ceil(len(self.weights) / self.batch_size) * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(len(self.weights), self.epoch())
-        first, self._done = self._done % len(self), self._done % len(self)
-        for number in range(first, len(self)):
+        epoch, done = self.progress()
+        order = permutation(len(self.weights), epoch)
+        for number in range(done, len(self)):
             step, micro = divmod(number, self.accumulate)
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             share = sum(self.weights[r] for r in rows) / (self.accumulate * self.world_size)
             own = rows[self.rank :: self.world_size][micro :: self.accumulate]
-            self._done += 1
             yield {**self.collate(own or rows[:1], bool(own)), "share": share}
 
     def state_dict(self) -> dict[str, int]:
-        """How many micro-batches of this epoch were handed out: a resumed epoch goes on after them."""
-        return {"done": self._done}
+        """Nothing to keep: the Trainer knows the position. It tells Lightning that this loader can resume."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where a checkpoint stopped."""
-        self._done = state["done"]
+        """Nothing was kept."""
 
 
 class EvalBatches:

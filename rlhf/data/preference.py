@@ -75,7 +75,7 @@ class PreferenceDataModule(StageDataModule):
             self._trainer.accumulate_grad_batches,
             self.rank,
             self.world_size,
-            lambda: self._trainer.current_epoch,
+            self.progress,
         )
 
     def val_dataloader(self) -> list[EvalBatches]:

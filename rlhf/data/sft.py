@@ -59,7 +59,7 @@ class SFTDataModule(StageDataModule):
             self._trainer.accumulate_grad_batches,
             self.rank,
             self.world_size,
-            lambda: self._trainer.current_epoch,
+            self.progress,
         )
 
     def val_dataloader(self) -> EvalBatches | list[Any]:

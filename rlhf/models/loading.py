@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +30,9 @@ def check_model_path(path: str, setting: str) -> None:
         return
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
     if looks_local or folder.parent.is_dir() or folder.exists():
-        raise UserError(f"{setting}: there is no model folder {path}; give the folder of an export or a hub name.")
+        raise UserError(
+            f"{setting}: there is no model folder {path}; give the folder of an export, or a hub name (owner/name)."
+        )
 
 
 def load_config(path: str, setting: str) -> PreTrainedConfig:
@@ -64,6 +66,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {_first_line(error)}") from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: it holds no vocabulary.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{setting}: the tokenizer of {path} has no EOS token, so no response could ever end.")
     if pad_token is not None or tokenizer.pad_token is None:
@@ -86,27 +90,31 @@ def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, 
         )
 
 
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a model is a reward model or critic."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def embedding_rows(config: PreTrainedConfig) -> int:
     """Rows of the embedding matrix, as the configuration states them."""
     return config.get_text_config().vocab_size
 
 
-def load_causal_lm(
-    path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32, **kwargs: Any
-) -> PreTrainedModel:
+def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model in evaluation mode, with all dropout off.
 
     Args:
         dtype: of the weights. Explicit because transformers would else take the checkpoint's.
-        kwargs: for `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(path, setting)
+    if is_classifier(config):
+        raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
+            return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{setting}: {path} is not a causal language model: {_first_line(error)}") from error
 
 

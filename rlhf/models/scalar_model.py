@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.loading import load_config, quiet, save_pretrained
+from rlhf.models.loading import is_classifier, load_config, quiet, save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs
 
 if TYPE_CHECKING:
@@ -50,10 +50,11 @@ class ScalarModel(nn.Module):
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """A trained reward model or critic."""
         config = load_config(path, setting)
-        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        if not is_classifier(config) or config.num_labels != 1:
+            names = ", ".join(config.architectures or ["no model"])
             raise UserError(
-                f"{setting}: {path} holds {', '.join(config.architectures or ['no model'])}, not a reward model; "
-                "give the export folder of the reward stage."
+                f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the "
+                "reward stage."
             )
         return cls(_load_classifier(path, setting, dtype))
 
@@ -87,5 +88,5 @@ def _load_classifier(path: str, setting: str, dtype: torch.dtype) -> PreTrainedM
     try:
         with quiet():
             return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{setting}: {path} can't be loaded as a reward model: {error}") from error

@@ -424,6 +424,12 @@ class PPOModule(StageModule):
             self.log(name, deviation, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
         return loss
 
+    def on_train_epoch_end(self) -> None:
+        """The update is over: adapt the KL coefficient to the mean KL per response over all ranks."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        kl = self.reduce_sum(data.last_rollout.kl.sum(1).mean()) / self.trainer.world_size
+        self.kl_control.update(kl.item(), data.batch_size)
+
     def configure_callbacks(self) -> list[Any]:
         """With the curves of PPO and tables of samples."""
         return super().configure_callbacks() + self._unless_given(PPOCurves(), SampleTable())

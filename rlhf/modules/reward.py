@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from rlhf.callbacks.accuracy import AccuracyTable
-from rlhf.models.loading import check_pad_in_embedding, embedding_rows, load_config
+from rlhf.models.loading import check_pad_in_embedding, embedding_rows, is_classifier, load_config
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.base import Optimization, StageModule
 from rlhf.ops.losses import masked_total, pairwise_losses
@@ -31,7 +31,7 @@ class RewardModule(StageModule):
         super().__init__(model_path, optimization, pad_token)
         config = load_config(model_path, "model.model_path")
         check_pad_in_embedding(self.tokenizer, embedding_rows(config), model_path)
-        self.trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        self.trained = is_classifier(config)
         self.model: Any = None
 
     def configure_model(self) -> None:

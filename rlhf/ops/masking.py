@@ -26,7 +26,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the real entries.
+    """Mean and variance of the real entries.
 
     Args:
         values: `(...)`.
@@ -34,12 +34,12 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
         reduce: sums a tensor over all ranks, so that the moments are those of the global batch.
 
     Returns:
-        Two scalars. The variance has Bessel's correction (n - 1), as in the reference; it is 0 for a single entry.
+        Two scalars. The variance divides by n, as in the reference.
     """
     count, total = reduce(torch.stack([mask.sum().to(values.dtype), masked_sum(values, mask)]))
     mean = total / count.clamp(min=1)
     squares = reduce(masked_sum((values - mean) ** 2, mask))
-    return mean, squares / (count - 1).clamp(min=1)
+    return mean, squares / count.clamp(min=1)
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = identity) -> Tensor:

@@ -42,7 +42,7 @@ def language_model(architecture: str, dropouts: list[str], attention: str = "eag
 
     probabilities = dict.fromkeys(OFF, 0.0) | dict.fromkeys(dropouts, 0.1)
     config = AutoConfig.for_model(architecture, **SHAPE, **probabilities)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 class Module(LightningModule):

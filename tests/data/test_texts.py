@@ -69,6 +69,7 @@ LINES = "The first line.\nThe second line, longer.\n\nThe third line, which is t
         (LINES, "The first li"),
         ("No newline at all in this post", "No newline at all in this po"),
         ("\nOnly one, in front", ""),
+        ("\nOnly one, in front", "\nOnly one"),
     ],
 )
 def test_a_long_post_is_cut_at_its_last_newline_and_else_by_one_character(tokenizer: Any, post: str, kept: str) -> None:

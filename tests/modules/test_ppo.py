@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.callbacks.export import Export
+from rlhf.errors import UserError
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules import Optimization, PPOModule, PPOSettings
+from rlhf.rollout import Rollout
+
+Make = Callable[..., Any]
+FAST = Optimization(learning_rate=1e-3, schedule="linear")
+SETTINGS = PPOSettings(response_length=8, ppo_epochs=2)
+
+
+class Spy(Callback):
+    """Keeps the rollout and the logged metrics of every update."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.rollouts.append(trainer.datamodule.last_rollout)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if "objective/kl" in trainer.callback_metrics:
+            self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def number_of_words(queries: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    assert all(record["post"] in query for query, record in zip(queries, records, strict=True))
+    return [float(len(response.split())) for response in responses]
+
+
+def weights(module: PPOModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.fixture
+def run(model_path: str, reward_path: str, trainer: Make, rollout_data: Make) -> Make:
+    """Trains a PPOModule; returns it and what the spy saw."""
+
+    def run(
+        module: PPOModule | None = None, data: Any = None, max_epochs: int = 2, callbacks: Any = (), **fit: Any
+    ) -> tuple[PPOModule, Spy]:
+        module = module or PPOModule(model_path, reward_path, ppo=SETTINGS, optimization=FAST)
+        spy = Spy()
+        checkpointing = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        t = trainer(
+            max_epochs=max_epochs, limit_val_batches=0, callbacks=[spy, *callbacks], enable_checkpointing=checkpointing
+        )
+        t.fit(module, data or rollout_data(), **fit)
+        return module, spy
+
+    return run
+
+
+def test_ratio_is_one_before_the_first_step_and_the_first_kl_is_zero(run: Make) -> None:
+    _, spy = run(max_epochs=3)
+    assert len(spy.metrics) == 3
+    assert all(m["val/ratio_max_deviation"] < 1e-5 for m in spy.metrics)
+    assert spy.metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert spy.rollouts[-1].kl.abs().max() > 1e-3  # and later it is not
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_an_update_does_not_depend_on_the_micro_batch_size(
+    run: Make, rollout_data: Make, micro_batch_size: int
+) -> None:
+    expected, _ = run(data=rollout_data(), max_epochs=1)
+    actual, _ = run(data=rollout_data(micro_batch_size=micro_batch_size), max_epochs=1)
+    torch.testing.assert_close(weights(actual), weights(expected), atol=2e-5, rtol=0)
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+class StopAt(Callback):
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise Stop
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(run: Make, tmp_path: Path) -> None:
+    expected, spy = run(max_epochs=4)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_on_train_epoch_end=True)
+    with pytest.raises(Stop):
+        run(max_epochs=4, callbacks=[checkpoint, StopAt(2)])
+    resumed, after = run(max_epochs=4, ckpt_path=checkpoint.best_model_path)
+    assert torch.equal(weights(resumed), weights(expected))
+    assert torch.equal(after.rollouts[-1].responses, spy.rollouts[-1].responses)
+    assert after.metrics[-1]["objective/kl"] == spy.metrics[-1]["objective/kl"]
+
+
+def test_score_is_read_at_eos_and_lands_after_it(run: Make) -> None:
+    _, spy = run(max_epochs=1)
+    rollout = spy.rollouts[0]
+    for n in range(len(rollout)):
+        length, width = int(rollout.lengths[n]), rollout.responses.shape[1]
+        expected = -0.05 * rollout.kl[n]
+        expected[min(length, width - 1)] += rollout.scores[n]
+        torch.testing.assert_close(rollout.rewards[n], expected)
+
+
+def test_critic_starts_as_the_reward_model(run: Make) -> None:
+    _, spy = run(max_epochs=1)
+    rollout = spy.rollouts[0]
+    ended = (rollout.lengths < rollout.responses.shape[1]).nonzero().flatten().tolist()
+    assert ended or not rollout.has_eos.any()
+    for n in ended:
+        assert rollout.values[n, rollout.lengths[n]] == pytest.approx(rollout.scores[n].item(), abs=1e-4)
+
+
+def test_missing_eos_is_penalised(run: Make) -> None:
+    _, spy = run(max_epochs=1)
+    rollout = spy.rollouts[0]
+    assert (~rollout.has_eos).any()
+    assert (rollout.scores[~rollout.has_eos] == -1).all()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_reward_function(run: Make, model_path: str, reward_path: str, alone: bool) -> None:
+    settings = replace(SETTINGS, missing_eos_score=None)
+    path = None if alone else reward_path
+    module = PPOModule(model_path, path, number_of_words, ppo=settings, optimization=FAST)
+    _, spy = run(module, max_epochs=1)
+    rollout = spy.rollouts[0]
+    words = torch.tensor([float(len(text["response"].split())) for text in rollout.texts])
+    if alone:
+        assert torch.equal(rollout.scores, words)
+    else:
+        ids = torch.cat([rollout.queries, rollout.responses], 1)
+        mask = torch.cat([rollout.query_mask, rollout.mask.long()], 1)
+        model = ScalarModel.from_pretrained(reward_path, "model")
+        torch.testing.assert_close(rollout.scores, words + model.score(ids, mask).detach(), atol=1e-4, rtol=0)
+
+
+def test_filtered_episodes_teach_nothing(run: Make, model_path: str, reward_path: str) -> None:
+    class KeepNone(PPOModule):
+        def keep_episodes(self, episodes: Rollout) -> Tensor:
+            return torch.zeros(len(episodes), dtype=torch.bool)
+
+    still = replace(FAST, weight_decay=0.0)
+    module = KeepNone(model_path, reward_path, ppo=SETTINGS, optimization=still)
+    module.configure_model()
+    before = weights(module)
+    run(module, max_epochs=1)
+    assert torch.equal(weights(module), before)
+
+
+def test_it_learns_a_simple_reward(run: Make, model_path: str, rollout_data: Make) -> None:
+    def letter_e(queries: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+        return [float(response.count("e")) for response in responses]
+
+    settings = replace(SETTINGS, missing_eos_score=None, kl_coefficient=0.0, ppo_epochs=4)
+    module = PPOModule(model_path, None, letter_e, ppo=settings, optimization=replace(FAST, learning_rate=1e-2))
+    _, spy = run(module, rollout_data(batch_size=32, micro_batch_size=32, rollout_batch_size=32), max_epochs=15)
+    scores = [m["objective/scores"] for m in spy.metrics]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 2
+
+
+def test_adaptive_kl_coefficient_moves_and_is_kept(
+    run: Make, model_path: str, reward_path: str, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, kl_target=100.0, kl_horizon=80)
+    module = PPOModule(model_path, reward_path, ppo=settings, optimization=FAST)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_on_train_epoch_end=True)
+    run(module, max_epochs=2, callbacks=[checkpoint])
+    # kl far below its target: the error is clipped at -0.2, so every update multiplies by 1 - 0.2 x 8 / 80
+    assert module.kl_control.coefficient == pytest.approx(0.05 * 0.98**2)
+    again = PPOModule(model_path, reward_path, ppo=settings, optimization=FAST)
+    run(again, max_epochs=2, ckpt_path=checkpoint.best_model_path)
+    assert again.kl_control.coefficient == pytest.approx(0.05 * 0.98**2)
+
+
+def test_learning_rate_falls_linearly_once_per_update(run: Make) -> None:
+    _, spy = run(max_epochs=4)
+    assert [m["lr"] for m in spy.metrics] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_curves(run: Make) -> None:
+    _, spy = run(max_epochs=1)
+    rollout, metrics = spy.rollouts[0], spy.metrics[0]
+    assert metrics["objective/scores"] == pytest.approx(rollout.scores.mean().item(), abs=1e-5)
+    assert metrics["rollout/eos_share"] == pytest.approx(rollout.has_eos.float().mean().item())
+    assert metrics["episode"] == 8
+    names = (
+        "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "policy/approxkl_avg",
+        "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg",
+        "val/ratio", "val/ratio_var", "val/num_eos_tokens", "eps", "memory/peak_gib", "seconds/sampling",
+    )  # fmt: skip
+    assert set(names) <= set(metrics)
+
+
+def test_validation_is_on_the_whole_subset(
+    model_path: str, reward_path: str, trainer: Make, rollout_data: Make
+) -> None:
+    module = PPOModule(model_path, reward_path, evaluation_function=number_of_words, ppo=SETTINGS)
+    seen: list[str] = []
+    respond = module.respond
+
+    def spy(batch: dict[str, Any], seed: int) -> Rollout:
+        seen.extend(text["query"] for text in batch["texts"])
+        return respond(batch, seed)
+
+    module.respond = spy  # type: ignore[method-assign]
+    metrics = trainer().validate(module, rollout_data(eval_batch_size=4), verbose=False)[0]
+    assert len(seen) == len(set(seen)) == 6
+    assert {"validation/score", "validation/eos", "validation/length", "validation/number_of_words"} <= set(metrics)
+
+
+def test_exports_load_in_plain_transformers(run: Make, tmp_path: Path) -> None:
+    module, _ = run(max_epochs=1, callbacks=[Export()])
+    folder = tmp_path / "run" / "export"
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(policy(ids).logits, module.actor_critic.policy(ids).logits)
+    ours = module.actor_critic.critic.score(ids, torch.ones_like(ids))
+    torch.testing.assert_close(critic(ids).logits[:, 0] - critic.config.reward_shift, ours)
+
+
+def test_frozen_models_are_in_no_checkpoint(run: Make, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_on_train_epoch_end=True)
+    module, _ = run(max_epochs=1, callbacks=[checkpoint])
+    names = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    assert {name.split(".")[1] for name in names} == {"policy", "critic"}
+    assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"actor_critic"}
+
+
+class TestBadInput:
+    def test_no_reward(self, model_path: str) -> None:
+        with pytest.raises(UserError, match="no reward"):
+            PPOModule(model_path)
+
+    def test_reward_model_is_a_language_model(self, run: Make, model_path: str) -> None:
+        with pytest.raises(UserError, match="not a reward model"):
+            run(PPOModule(model_path, model_path))
+
+    def test_reward_model_with_another_tokenizer(self, model_path: str, tmp_path: Path) -> None:
+        from rlhf.data.embedded import SmallModel, create_model, train_tokenizer
+
+        folder = tmp_path / "other"
+        create_model(folder, train_tokenizer(["other words here"] * 9, 280), SmallModel(16, 1, 2), 1)
+        with pytest.raises(UserError, match="another tokenizer"):
+            PPOModule(model_path, str(folder))
+
+    @pytest.mark.parametrize("batch_size", [7, 64])
+    def test_batch_that_does_not_fit(self, run: Make, rollout_data: Make, batch_size: int) -> None:
+        with pytest.raises(UserError, match=r"data\.batch_size"):
+            run(data=rollout_data(batch_size=batch_size))
+
+    def test_reward_function_of_wrong_length(self, run: Make, model_path: str) -> None:
+        with pytest.raises(UserError, match="rewards for"):
+            run(PPOModule(model_path, None, lambda q, r, s: [1.0] * 1000, ppo=SETTINGS))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.callbacks.export import Export
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules import Optimization, RewardModule
+
+Make = Callable[..., Any]
+FAST = Optimization(learning_rate=1e-3)
+
+
+def weights(module: RewardModule) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+def trained(model_path: str, trainer: Make, data: Any, **settings: Any) -> RewardModule:
+    module = RewardModule(model_path, FAST)
+    trainer(limit_val_batches=0, **settings).fit(module, data)
+    return module
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_the_result_does_not_depend_on_the_micro_batch_size(
+    model_path: str, trainer: Make, preference_data: Make, micro_batch_size: int
+) -> None:
+    expected = weights(trained(model_path, trainer, preference_data()))
+    actual = weights(trained(model_path, trainer, preference_data(micro_batch_size=micro_batch_size)))
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
+
+
+def test_it_learns_to_tell_pairs_apart(model_path: str, trainer: Make, preference_data: Make) -> None:
+    data = preference_data()
+    module = trained(model_path, trainer, data, max_epochs=12)
+    accuracy = trainer().validate(module, data, verbose=False)[0]["validation/accuracy"]
+    assert accuracy >= 0.75  # on the pairs it has seen
+
+
+def test_news_is_a_split_of_its_own(model_path: str, trainer: Make, preference_data: Make) -> None:
+    metrics = trainer().validate(RewardModule(model_path, FAST), preference_data(), verbose=False)
+    names = {name for part in metrics for name in part}
+    assert {"validation/accuracy", "validation_cnndm/accuracy"} <= names
+
+
+def test_accuracy_is_over_all_pairs_of_a_split(model_path: str, trainer: Make, preference_data: Make) -> None:
+    module, data = RewardModule(model_path, FAST), preference_data(eval_batch_size=5)
+    metrics = trainer().validate(module, data, verbose=False)
+    correct = []
+    for row in data.splits["validation"]:
+        sides = [torch.tensor([row[name]]) for name in ("chosen_ids", "rejected_ids")]
+        chosen, rejected = (module.model.score(ids, torch.ones_like(ids)).item() for ids in sides)
+        correct.append(chosen > rejected)
+    assert metrics[0]["validation/accuracy"] == pytest.approx(sum(correct) / len(correct))
+
+
+def test_export_is_centred_and_loads_in_plain_transformers(
+    model_path: str, trainer: Make, preference_data: Make, tmp_path: Path
+) -> None:
+    data = preference_data()
+    trained(model_path, trainer, data, callbacks=[Export()])
+    folder = tmp_path / "run" / "export"
+    ours = ScalarModel.from_pretrained(str(folder), "model")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores, shifted = [], []
+    for row in data.splits["demonstrations"]:
+        ids = torch.tensor([row["input_ids"]])
+        scores.append(ours.score(ids, torch.ones_like(ids)).item())
+        padded = torch.tensor([row["input_ids"] + [tokenizer.pad_token_id] * 3])
+        shifted.append(plain(padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits.item())
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-5)
+    assert [s - plain.config.reward_shift for s in shifted] == pytest.approx(scores, abs=1e-5)
+    assert max(scores) - min(scores) > 1e-4
+
+
+def test_an_export_goes_on_as_it_is(model_path: str, reward_path: str) -> None:
+    module = RewardModule(reward_path)
+    module.configure_model()
+    assert module.model.bias.item() == pytest.approx(0.25)
+
+
+def test_predict_gives_the_rewards_of_every_pair(model_path: str, trainer: Make, preference_data: Make) -> None:
+    batches = trainer().predict(RewardModule(model_path), preference_data())
+    rows = [row for loader in batches for batch in loader for row in batch]
+    assert len(rows) == 24
+    assert {"reward_chosen", "reward_rejected", "batch", "confidence", "split"} <= set(rows[0])
