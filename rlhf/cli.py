@@ -48,6 +48,9 @@ def main(args: Sequence[str] | None = None) -> None:
             stage_cli(words)
         else:
             raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join([*STAGE_VERBS, *VERBS])}.")
+    except KeyboardInterrupt:
+        print("stopped; the run can go on: see --ckpt_path, or start the same pipeline again", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         user_error = find_user_error(error)
         if user_error is None:
@@ -120,6 +123,7 @@ def _quiet() -> None:
         ".*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*infer the batch indices fetched from your dataloader.*",
         r".*module\(s\) in eval mode at the start of training.*",
         ".*Total length of `list` across ranks is zero.*",
     ):
@@ -127,6 +131,7 @@ def _quiet() -> None:
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "False")  # asks the hub even for local files
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 

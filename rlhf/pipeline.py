@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -113,7 +114,8 @@ def _fingerprint(words: list[str], stage: Stage, state: _State) -> str:
     config = ""
     if "--config" in words:
         config = Path(words[words.index("--config") + 1]).read_text()
-    taken = {name: ident for name, ident in state.identities().items() if f"{{run}}/{name}/" in json.dumps(stage.takes)}
+    sources = set(re.findall(r"\{run\}/([^/\"]+)", json.dumps(stage.takes)))
+    taken = {name: identity for name, identity in state.identities().items() if name in sources}
     return hashlib.sha256(json.dumps([words, config, taken], sort_keys=True).encode()).hexdigest()
 
 

@@ -32,6 +32,7 @@ class StageDataModule(LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
         self.text = text
+        self.splits: dict[str, Any] = {}
 
     @property
     def _trainer(self) -> Any:
@@ -81,6 +82,13 @@ class StageDataModule(LightningDataModule):
     def progress(self) -> tuple[int, int]:
         """The current epoch, and how many of its micro-batches are done; not 0 where a run resumes in mid-epoch."""
         return self._trainer.current_epoch, self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def evaluation_split(self) -> str:
+        """The split of `test` and `predict`: `test` where there is one, else `validation`."""
+        for name in ("test", "validation"):
+            if name in self.splits:
+                return name
+        raise UserError("there is nothing to measure on: set data.test or data.validation.")
 
     def pad_queries(self, queries: list[list[int]]) -> dict[str, Tensor]:
         """Queries padded on the left to the longest of them (D03): `queries (B, P)`, `query_mask (B, P)`."""

@@ -19,13 +19,16 @@ def accumulation(batch_size: int, micro_batch_size: int, world_size: int, parts:
         parts: minibatches that the global batch is cut into (PPO).
     """
     unit = parts * world_size * micro_batch_size
-    if batch_size <= 0 or unit <= 0 or batch_size % unit:
+    for setting, value in (("data.micro_batch_size", micro_batch_size), ("model.ppo.minibatches", parts)):
+        if value < 1:
+            raise UserError(f"{setting} {value} must be at least 1.")
+    if batch_size < 1 or batch_size % unit:
         minibatches = f" x {parts} minibatches" if parts > 1 else ""
-        lower, upper = batch_size // unit * unit if unit > 0 else 0, -(-batch_size // unit) * unit if unit > 0 else 0
-        near = " or ".join(str(n) for n in sorted({lower, upper} - {0}))
+        near = {max(batch_size, 1) // unit * unit, -(-max(batch_size, 1) // unit) * unit} - {0}
         raise UserError(
             f"data.batch_size {batch_size} does not divide into {world_size} processes x data.micro_batch_size "
-            f"{micro_batch_size}{minibatches}; use a multiple of {unit}" + (f", for example {near}." if near else ".")
+            f"{micro_batch_size}{minibatches}; use a multiple of {unit}, for example "
+            f"{' or '.join(str(n) for n in sorted(near))}."
         )
     return batch_size // unit
 

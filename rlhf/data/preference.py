@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from rlhf.data.base import StageDataModule
@@ -46,7 +44,6 @@ class PreferenceDataModule(StageDataModule):
         super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
         self.sources = {"train": train, "validation": validation, "test": test}
         self.demonstrations = demonstrations
-        self.splits: dict[str, Any] = {}
 
     def load(self) -> None:
         """Load and tokenise the splits; CNN/DM pairs go to `<split>_cnndm`."""
@@ -84,7 +81,7 @@ class PreferenceDataModule(StageDataModule):
 
     def test_dataloader(self) -> list[EvalBatches]:
         """The test split, or the validation split."""
-        return self._evaluation("test" if "test" in self.splits else "validation")
+        return self._evaluation(self.evaluation_split())
 
     predict_dataloader = test_dataloader
 

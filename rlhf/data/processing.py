@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ def _process(
     text: TextFormat,
     schema: str,
 ) -> Dataset:
+    from datasets import Features
     from datasets.fingerprint import Hasher
 
     def one(record: Record, index: int) -> Record:
@@ -86,11 +88,27 @@ def _process(
         except BadRecordError as error:
             return {**empty, "problem": str(error)}
 
-    # The key is made of the tokenizer's content: its object changes with use and would miss the cache.
-    identity = (_VERSION, raw._fingerprint, schema, text, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    identity = (_VERSION, raw._fingerprint, schema, text, _content(tokenizer))
+    features = Features({**raw.features, **{name: _kind(name) for name in (*empty, "problem")}})
     description = f"Tokenising {source.path} ({source.split})"
-    done = raw.map(one, with_indices=True, new_fingerprint=Hasher.hash(identity), desc=description)
+    done = raw.map(one, with_indices=True, features=features, new_fingerprint=Hasher.hash(identity), desc=description)
     return _report(raw, done, source, setting)
+
+
+def _content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides a tokenizer's output, for the key of the cache; padding and truncation change with every use."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content |= {"padding": None, "truncation": None, "eos": tokenizer.eos_token_id}
+    return json.dumps(content, sort_keys=True)
+
+
+def _kind(column: str) -> Any:
+    """The type of a column that is added: Arrow would guess it from the first rows, which may all be empty."""
+    from datasets import List, Value
+
+    if column.endswith("_ids"):
+        return List(Value("int64"))
+    return Value({"response_start": "int64", "confidence": "int64", "truncated": "bool"}.get(column, "string"))
 
 
 def _report(raw: Dataset, done: Dataset, source: Source, setting: str) -> Dataset:

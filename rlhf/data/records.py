@@ -42,12 +42,16 @@ def load_records(source: Source, setting: str) -> Dataset:
     Args:
         setting: how the user names this source, for messages.
     """
+    if source.limit is not None and source.limit < 1:
+        raise UserError(f"{setting}.limit is {source.limit}; it must be at least 1.")
     dataset = _load(source, setting)
     for ours, theirs in (source.columns or {}).items():
         if theirs not in dataset.column_names:
             raise UserError(
                 f"{setting}.columns: {source.path} has no column {theirs!r}; it has {_names(dataset.column_names)}."
             )
+        if ours != theirs and ours in dataset.column_names:
+            raise UserError(f"{setting}.columns: {source.path} already has a column {ours!r}.")
         if ours != theirs:
             dataset = dataset.rename_column(theirs, ours)
     if len(dataset) == 0:
@@ -98,6 +102,8 @@ def _load_folder(folder: Path, source: Source, setting: str) -> Dataset:
         return datasets.load_from_disk(str(folder))
     files = [f for f in sorted(folder.iterdir()) if f.suffix in READERS]
     chosen = [f for f in files if f.stem == source.split or f.stem.startswith(f"{source.split}-")]
+    if len({f.suffix for f in chosen}) > 1:
+        raise UserError(f"{setting}: {folder} has {_names([f.name for f in chosen])}; keep one format per split.")
     if not chosen:
         raise UserError(
             f"{setting}: {folder} has no {source.split}.jsonl, .parquet or .csv; "

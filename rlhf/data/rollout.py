@@ -45,7 +45,6 @@ class RolloutDataModule(StageDataModule):
         super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
         self.rollout_batch_size = rollout_batch_size
         self.sources = {"train": train, "validation": validation, "test": test}
-        self.splits: dict[str, Any] = {}
         self.last_rollout: Rollout | None = None
 
     def load(self) -> None:
@@ -108,7 +107,7 @@ class RolloutDataModule(StageDataModule):
 
     def test_dataloader(self) -> EvalBatches:
         """The test split, or the validation split."""
-        return self._evaluation("test" if "test" in self.splits else "validation")
+        return self._evaluation(self.evaluation_split())
 
     predict_dataloader = test_dataloader
 

@@ -39,7 +39,6 @@ class SFTDataModule(StageDataModule):
     ) -> None:
         super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
         self.sources = {"train": train, "validation": validation, "test": test}
-        self.splits: dict[str, Any] = {}
 
     def load(self) -> None:
         """Load and tokenise the splits."""
@@ -68,7 +67,7 @@ class SFTDataModule(StageDataModule):
 
     def test_dataloader(self) -> EvalBatches:
         """The test split, or the validation split."""
-        return self._evaluation("test" if "test" in self.splits else "validation")
+        return self._evaluation(self.evaluation_split())
 
     predict_dataloader = test_dataloader
 

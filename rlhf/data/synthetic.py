@@ -213,9 +213,9 @@ def fact_dropped(domain: Domain, facts: Facts, post: str, rng: random.Random) ->
 
 
 def fact_invented(domain: Domain, facts: Facts, post: str, rng: random.Random) -> str:
-    """The reference with one to three of its facts replaced by wrong ones."""
-    told = _keep(domain, facts, KEEP, rng)
-    for slot in rng.sample(sorted(told), rng.randint(1, 3)):
+    """Every fact, but two to four of them are wrong."""
+    told = dict(facts)
+    for slot in rng.sample(sorted(told), rng.randint(2, 4)):
         told[slot] = rng.choice([v for v in domain.slots[slot] if v != facts[slot]])
     return _summary(domain, told, rng)
 
@@ -279,13 +279,13 @@ def demonstrations(n: int, seed: int, split: str, writers: Sequence[str] = ("ref
 
 
 def pretraining(n: int, seed: int, split: str) -> Iterator[dict[str, Any]]:
-    """What a base model has read: posts whose TL;DRs are true, by writers of every quality."""
-    return demonstrations(n, seed, split, ("reference", "complete", "fact_dropped", "rambling"))
+    """What a base model has read: posts with true TL;DRs, by careful and by careless writers."""
+    return demonstrations(n, seed, split, ("complete", "complete", "reference"))
 
 
 def _label(margin: float, noise: float, rng: random.Random) -> tuple[int, int]:
     """The choice of a Bradley-Terry labeller, and a confidence from 1 to 9 that grows with the margin."""
-    probability = 1 / (1 + math.exp(-margin / noise)) if noise > 0 else float(margin > 0)
+    probability = (1 + math.tanh(margin / (2 * noise))) / 2 if noise > 0 else float(margin > 0)
     choice = 0 if rng.random() < probability else 1
     confidence = round(1 + abs(margin) + rng.gauss(0, 1))
     return choice, min(9, max(1, confidence))
@@ -323,10 +323,12 @@ def comparisons(
                 "post": None if is_news else post,
                 "title": None if is_news else rng.choice(domain.title).format(**facts),
                 "subreddit": None if is_news else rng.choice(SUBREDDITS),
+                "site": None,
                 "article": post if is_news else None,
             },
-            "summaries": [{"text": t, "policy": p} for t, p in zip(texts, names, strict=True)],
+            "summaries": [{"text": t, "policy": p, "note": None} for t, p in zip(texts, names, strict=True)],
             "choice": choice,
+            "worker": None,
             "batch": f"{batch}_{written % 3}",
             "split": split,
             "extra": {"confidence": confidence},

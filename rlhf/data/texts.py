@@ -63,11 +63,11 @@ def fit_query(
     Returns:
         The text and its token ids.
     """
-    fields = dict(fields)
+    fields = {name: "" if value is None else value for name, value in fields.items()}
     while True:
         try:
             text = template.format(**fields)
-        except KeyError as error:
+        except (KeyError, IndexError) as error:
             raise BadRecordError(f"the query format needs the field {error}") from error
         ids = encode(tokenizer, text)
         if len(ids) <= max_length:
@@ -76,7 +76,9 @@ def fit_query(
         if not body:
             raise UnfittableError(f"the query has {len(ids)} tokens without any {field}, more than {max_length}")
         cut = body.rfind("\n")
-        fields[field] = body[: cut if cut >= 0 else -1]
+        # One character at a time is slow; as none is worth more than 4 tokens, these go in any case.
+        surplus = max(1, (len(ids) - max_length) // 4)
+        fields[field] = body[: cut if cut >= 0 else -surplus]
 
 
 def join_response(
@@ -148,7 +150,7 @@ def demonstration(
         query, ids = plain_query(record, tokenizer, text_format)
         column = "completion"
     response = required_text(record, column) if need_response else str(record.get(column) or "")
-    response = one_leading_space(response) if schema == "tldr" else response
+    response = one_leading_space(response) if schema == "tldr" and response else response
     joint = join_response(tokenizer, query, ids, response, text_format.max_response_length)
     return {"query": query, "reference": response, "query_ids": ids, **joint}
 
@@ -167,11 +169,11 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
         if info.get("article") and not info.get("post"):
             max_length = text_format.max_article_response_length
         summaries, choice = record["summaries"] or [], record["choice"]
-        if len(summaries) != 2:
-            raise BadRecordError(f"{len(summaries)} summaries instead of 2")
+        if len(summaries) != 2 or None in summaries:
+            raise BadRecordError(f"{len([s for s in summaries if s])} summaries instead of 2")
         if choice not in (0, 1):
             raise BadRecordError(f"choice {choice} is out of range")
-        pair = [summaries[choice], summaries[1 - choice]]
+        pair = [summaries[int(choice)], summaries[1 - int(choice)]]
         chosen, rejected = (one_leading_space(required_text(s, "text")) for s in pair)
         extra = {
             "batch": record.get("batch") or "",

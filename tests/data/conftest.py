@@ -61,6 +61,9 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
             world_size=world_size,
             accumulate_grad_batches=accumulate,
             current_epoch=0,
+            fit_loop=SimpleNamespace(
+                epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=0)))
+            ),
         )
         datamodule.setup(stage)
         return datamodule

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlhf.evaluation.statistics import rouge, win_rate
+
+
+def test_win_rate_counts_ties_as_half() -> None:
+    rate = win_rate([1, 2, 3, 4], [0, 2, 4, 0])
+    assert rate.rate == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert rate.rows == 4
+
+
+def test_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        wins = rng.random(200) < 0.7
+        rate = win_rate(wins.astype(float), np.full(200, 0.5))
+        hits += rate.low <= 0.7 <= rate.high
+    assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_rouge_of_equal_and_of_disjoint_texts() -> None:
+    assert rouge([" a b c", "x y"], ["a b c", "p q"]) == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5}
