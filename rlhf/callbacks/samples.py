@@ -8,8 +8,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf.rollout import Rollout
-
 
 class SampleTable(Callback):
     """Shows samples of validation (query, response, reference, score) on the console and as TensorBoard text.
@@ -29,9 +27,7 @@ class SampleTable(Callback):
     ) -> None:
         """Keep the first samples of the split."""
         if batch_idx == 0:
-            episodes: Rollout = outputs["episodes"]
-            rows = zip(episodes.texts, episodes.scores.tolist(), strict=True)
-            self._samples = [{**text, "score": score} for text, score in rows][: self.rows]
+            self._samples = outputs["samples"][: self.rows]
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,7 +42,7 @@ class SampleTable(Callback):
 
     def markdown(self) -> str:
         """The table as Markdown."""
-        cells = [[str(s[c]) for c in ("query", "response", "reference")] + [f"{s['score']:.2f}"] for s in self._samples]
+        cells = [[s["query"], s["response"], s["reference"], _score(s)] for s in self._samples]
         lines = ["| query | response | reference | score |", "|---|---|---|---|"]
         lines += ["| " + " | ".join(c.replace("\n", "<br>").replace("|", "\\|") for c in row) + " |" for row in cells]
         return "\n".join(lines)
@@ -59,5 +55,9 @@ class SampleTable(Callback):
         table = Table("query", "response", "reference", "score", show_lines=True)
         for s in self._samples:
             query = s["query"] if len(s["query"]) <= 240 else "… " + s["query"][-240:]
-            table.add_row(query, s["response"].strip(), s["reference"].strip(), f"{s['score']:.2f}")
+            table.add_row(query, s["response"].strip(), s["reference"].strip(), _score(s))
         Console().print(table)
+
+
+def _score(sample: dict[str, Any]) -> str:
+    return f"{sample['score']:.2f}" if "score" in sample else ""

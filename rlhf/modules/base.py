@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,31 +14,8 @@ from torch import Tensor
 
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.models.loading import load_tokenizer
+from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
-
-LossReduction = Literal["minibatch", "microbatch"]
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW and its schedule (D11): the paper's values, the same in all three stages.
-
-    Attributes:
-        learning_rate: the highest learning rate.
-        eps: AdamW's epsilon.
-        weight_decay: AdamW's decoupled weight decay (torch's default, which the reference uses).
-        schedule: `cosine` or `linear` to 0, or `constant`.
-        warmup_steps: optimizer steps (PPO: updates) from 0 to the learning rate.
-        loss_reduction: `minibatch` averages the loss over the real tokens or pairs of the whole global batch;
-            `microbatch` averages the means of the micro-batches, as the reference does (D14).
-    """
-
-    learning_rate: float = 3e-6
-    eps: float = 1e-5
-    weight_decay: float = 0.01
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    loss_reduction: LossReduction = "minibatch"
 
 
 class StageModule(LightningModule):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +26,13 @@ from rlhf.models.loading import (
     save_pretrained,
 )
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules.base import Optimization, StageModule
+from rlhf.modules.base import StageModule
+from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.ops.advantages import gae
 from rlhf.ops.kl_control import AdaptiveKL, FixedKL
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import masked_mean, whiten
 from rlhf.ops.rewards import (
-    KLEstimator,
-    MissingEOS,
-    ScorePosition,
     kl_estimate,
     penalise_missing_eos,
     score_index,
@@ -46,54 +43,6 @@ from rlhf.rollout import Rollout, response_masks
 from rlhf.seeding import generator
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class PPOSettings:
-    """The details of PPO; the defaults are the paper's.
-
-    Attributes:
-        response_length: longest response in tokens.
-        temperature: of the sampling and of all log-probabilities (D25, D26).
-        ppo_epochs: passes over each batch (D33).
-        minibatches: optimizer steps per pass (D33).
-        gamma, lam: of the advantage estimation (D31).
-        kl_coefficient: of the KL penalty in the reward; the start value where it adapts (D28).
-        kl_estimator: `k1`, `k2`, `k3` or `abs` (D28).
-        kl_target: mean KL per response in nats to adapt the coefficient to; null keeps it fixed.
-        kl_horizon: episodes over which the coefficient adapts.
-        missing_eos_score: score of a response without EOS (D27); null switches the EOS trick off.
-        missing_eos: `replace` the score by that value, or `subtract` it (D27).
-        score_position: the score lands `after_eos` or on the `eos` (D29).
-        whiten_rewards: scale the rewards to variance 1, keeping their mean (D30).
-        whiten_advantages: over the `global` batch, each `rank`'s own, or `off` (D32).
-        clip: of the policy's ratio (D34).
-        value_clip: of the value; null: no clipping (D34).
-        value_coefficient: weight of the value loss (D34).
-        entropy_coefficient: weight of an entropy bonus (D35).
-        evaluation_temperature: of the samples in validation (D37).
-    """
-
-    response_length: int = 53
-    temperature: float = 0.7
-    ppo_epochs: int = 4
-    minibatches: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl_coefficient: float = 0.05
-    kl_estimator: KLEstimator = "k1"
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    missing_eos_score: float | None = -1.0
-    missing_eos: MissingEOS = "replace"
-    score_position: ScorePosition = "after_eos"
-    whiten_rewards: bool = False
-    whiten_advantages: Literal["global", "rank", "off"] = "global"
-    clip: float = 0.2
-    value_clip: float | None = 0.2
-    value_coefficient: float = 0.1
-    entropy_coefficient: float = 0.0
-    evaluation_temperature: float = 0.01
 
 
 class PPOModule(StageModule):
@@ -181,17 +130,16 @@ class PPOModule(StageModule):
 
     def _load_frozen(self) -> None:
         """Reference and reward model, in the precision that the policy has now, so that the first KL is exactly 0."""
-        if self.reference is not None:
-            return
         dtype = next(self.actor_critic.policy.parameters()).dtype
-        reference = load_causal_lm(self.reference_path, "model.reference_path", dtype)
-        self.reference = FrozenModel(reference, self.reference_placement)
-        if self.reward_path is not None:
+        if self.reference is None and self.trainer.training:
+            reference = load_causal_lm(self.reference_path, "model.reference_path", dtype)
+            self.reference = FrozenModel(reference, self.reference_placement)
+        if self.reward_model is None and self.reward_path is not None:
             reward_model = ScalarModel.from_pretrained(self.reward_path, "model.reward_path", dtype)
             self.reward_model = FrozenModel(reward_model, self.reward_placement)
 
     def on_fit_start(self) -> None:
-        """Load the frozen models."""
+        """Load the frozen models; the reference is needed in training only."""
         self._load_frozen()
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
@@ -451,11 +399,11 @@ class PPOModule(StageModule):
         episodes.scores = self.score_responses(episodes).float()
         return episodes
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Rollout]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Responses to the whole validation subset: score, share with EOS, length (D37)."""
         return self._validate(batch, batch_idx, "validation")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Rollout]:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """As validation, on the test split."""
         return self._validate(batch, batch_idx, "test")
 
@@ -466,14 +414,15 @@ class PPOModule(StageModule):
         columns = ("query", "response", "reference")
         return [{**{c: t[c] for c in columns}, "score": s, "has_eos": e} for t, s, e in rows]
 
-    def _validate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Rollout]:
+    def _validate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Any]:
         episodes = self.respond(batch, batch_idx)
         values = {"score": episodes.scores, "eos": episodes.has_eos.float(), "length": episodes.lengths.float()}
         if self.evaluation_function is not None:
             values[self.evaluation_function.__name__] = self._call(self.evaluation_function, episodes.texts)
         for name, value in values.items():
             self.log(f"{split}/{name}", value.mean(), batch_size=len(episodes), sync_dist=True)
-        return {"episodes": episodes}
+        scores = episodes.scores.tolist()
+        return {"samples": [{**text, "score": score} for text, score in zip(episodes.texts, scores, strict=True)]}
 
     # --------------------------------------------------------------------------------------- checkpoints and export
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from rlhf.callbacks.accuracy import AccuracyTable
 from rlhf.models.loading import check_pad_in_embedding, embedding_rows, is_classifier, load_config
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules.base import Optimization, StageModule
+from rlhf.modules.base import StageModule
+from rlhf.modules.settings import Optimization
 from rlhf.ops.losses import masked_total, pairwise_losses
 
 

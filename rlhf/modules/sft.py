@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from rlhf.callbacks.samples import SampleTable
 from rlhf.generation import sample
 from rlhf.models.loading import (
     check_pad_in_embedding,
@@ -15,7 +16,8 @@ from rlhf.models.loading import (
     load_config,
     save_pretrained,
 )
-from rlhf.modules.base import Optimization, StageModule
+from rlhf.modules.base import StageModule
+from rlhf.modules.settings import Optimization
 from rlhf.ops.losses import language_model_losses, masked_total
 from rlhf.ops.masking import masked_sum
 from rlhf.ops.sequences import model_inputs
@@ -89,19 +91,23 @@ class SFTModule(StageModule):
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss, and ROUGE of samples against the references, over the whole split (D16)."""
-        self._evaluate(batch, batch_idx, "validation")
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Loss, and ROUGE of samples against the references, over the whole split (D16); returns the `samples`."""
+        return self._evaluate(batch, batch_idx, "validation")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """As validation, on the test split."""
-        self._evaluate(batch, batch_idx, "test")
+        return self._evaluate(batch, batch_idx, "test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A sample for every query."""
         responses = self.respond(batch, batch_idx)
         rows = zip(batch["query"], responses, batch["reference"], strict=True)
         return [{"query": q, "response": r, "reference": t} for q, r, t in rows]
+
+    def configure_callbacks(self) -> list[Any]:
+        """With tables of samples."""
+        return super().configure_callbacks() + self._unless_given(SampleTable())
 
     def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Texts sampled for the left-padded `queries (B, P)` of a batch."""
@@ -132,12 +138,14 @@ class SFTModule(StageModule):
         """Log ROUGE-1, ROUGE-2 and ROUGE-L of the whole split."""
         self._log_rouge("test")
 
-    def _evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> None:
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Any]:
         losses, mask = self.token_losses(batch)
         tokens = mask.sum()
         mean = masked_sum(losses, mask) / tokens.clamp(min=1)
         self.log(f"{split}/loss", mean, batch_size=int(tokens), sync_dist=True, prog_bar=True)
-        self.rouge.update([r.strip() for r in self.respond(batch, batch_idx)], [t.strip() for t in batch["reference"]])
+        samples = self.predict_step(batch, batch_idx)
+        self.rouge.update([s["response"].strip() for s in samples], [s["reference"].strip() for s in samples])
+        return {"samples": samples}
 
     def _new_rouge(self) -> None:
         from torchmetrics.text import ROUGEScore
