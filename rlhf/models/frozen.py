@@ -27,13 +27,16 @@ class FrozenModel(Generic[M]):
     def __init__(self, model: M, placement: Placement = "device") -> None:
         self._model = model.eval().requires_grad_(False)
         self.placement = placement
+        self._users = 0
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[M]:
-        """The model, ready on `device` inside the `with` block."""
+        """The model, ready on `device` inside the `with` block; blocks can be nested, the outermost one moves it."""
         self._model.to(device)
+        self._users += 1
         try:
             yield self._model
         finally:
-            if self.placement == "cpu":
+            self._users -= 1
+            if self.placement == "cpu" and not self._users:
                 self._model.to("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,8 @@ class PPOModule(StageModule):
                 raise UserError(f"score_responses gave shape {tuple(values.shape)} for {len(part)} episodes.")
             return (values,)
 
-        return self._in_chunks(episodes, chunk, scores)[0]
+        with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
+            return self._in_chunks(episodes, chunk, scores)[0]
 
     def _final_scores(self, episodes: Rollout, scores: Tensor) -> Tensor:
         if self.ppo.missing_eos_score is None:
@@ -339,12 +341,12 @@ class PPOModule(StageModule):
         policy, policy_clipped = policy_losses(now.logprobs, batch.logprobs, batch.advantages, p.clip)
         value, value_clipped = value_losses(now.values, batch.values, batch.returns, p.value_clip)
         tokens = self.normaliser(mask.sum(), batch.policy_share)
-        loss = masked_total(policy, mask, tokens)
-        loss = loss + p.value_coefficient * masked_total(
-            value, value_mask, self.normaliser(value_mask.sum(), batch.value_share)
-        )
+        actor = masked_total(policy, mask, tokens)
         if p.entropy_coefficient:
-            loss = loss - p.entropy_coefficient * masked_total(now.entropy, mask, tokens)
+            actor = actor - p.entropy_coefficient * masked_total(now.entropy, mask, tokens)
+        critic = masked_total(value, value_mask, self.normaliser(value_mask.sum(), batch.value_share))
+        warm = self.trainer.current_epoch >= p.critic_warmup
+        loss = (actor if warm else 0.0 * actor) + p.value_coefficient * critic
         log_ratio = (now.logprobs - batch.logprobs).detach()
         ratio = log_ratio.exp()
         statistics = {

@@ -55,6 +55,8 @@ class PPOSettings:
         value_clip: of the value; null: no clipping (D34).
         value_coefficient: weight of the value loss (D34).
         entropy_coefficient: weight of an entropy bonus (D35).
+        critic_warmup: updates at the beginning in which the critic learns alone. The paper has none; with a large
+            learning rate the policy would follow the first, wrong values.
         evaluation_temperature: of the samples in validation (D37).
     """
 
@@ -77,4 +79,5 @@ class PPOSettings:
     value_clip: float | None = 0.2
     value_coefficient: float = 0.1
     entropy_coefficient: float = 0.0
+    critic_warmup: int = 0
     evaluation_temperature: float = 0.01

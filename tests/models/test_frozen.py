@@ -62,3 +62,13 @@ def test_an_offloaded_model_goes_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="broken"), FrozenModel(model, "cpu").on(torch.device("meta")):
         raise RuntimeError("broken")
     assert model.places == ["meta", "cpu"]
+
+
+def test_nested_blocks_move_an_offloaded_model_back_once() -> None:
+    model = Recorder()
+    frozen = FrozenModel(model, "cpu")
+    with frozen.on(torch.device("meta")):
+        with frozen.on(torch.device("meta")):
+            pass
+        assert "cpu" not in model.places
+    assert model.places[-1] == "cpu"
