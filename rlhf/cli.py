@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print("stopped; the run can go on: see --ckpt_path, or start the same pipeline again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        user_error = find_user_error(error)
+        user_error = find_user_error(error) or (error if type(error).__name__ == "MisconfigurationException" else None)
         if user_error is None:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -28,7 +28,7 @@ class Stage:
     Attributes:
         name: of its folder in the run folder.
         command: what to run, as on the command line.
-        config: its YAML file, relative to the pipeline's own or to the working directory.
+        config: its YAML file in `config_dir`.
         takes: settings to override; `{run}` in a value stands for the run folder, so that
             `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`.
     """
@@ -134,6 +134,8 @@ class _State:
         """Whether a stage is done; refuses one that was run with other settings."""
         known = self.stages.get(stage.name)
         folder = self.run if stage.command == "report" else self.run / stage.name
+        if known is None and stage.command == "fit" and (folder / run_folder.CONFIG).exists():
+            raise UserError(f"{folder} holds a run that this pipeline did not start; choose another --run_dir.")
         if known is None or not folder.exists():
             return False
         if known["fingerprint"] == fingerprint:

@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.ops.rewards import ScorePosition
 from rlhf.ops.sequences import length_mask
 from rlhf.seeding import permutation
-
-_TENSORS = (
-    "queries", "query_mask", "responses", "lengths", "has_eos", "mask", "value_mask", "logprobs", "ref_logprobs",
-    "values", "scores", "kl", "rewards", "advantages", "returns",
-)  # fmt: skip
 
 
 class Rollout:
@@ -61,7 +57,7 @@ class Rollout:
         self.texts = texts or []
         self.policy_share = self.value_share = 0.0
         for name, tensor in tensors.items():
-            if name not in _TENSORS:
+            if name not in Rollout.__annotations__:
                 raise TypeError(f"a Rollout has no field {name!r}")
             setattr(self, name, tensor)
 
@@ -69,7 +65,7 @@ class Rollout:
         return len(self.queries)
 
     def _map(self, change: Callable[[str, Tensor], Tensor], texts: list[dict[str, Any]]) -> Rollout:
-        fields = {name: change(name, getattr(self, name)) for name in _TENSORS if hasattr(self, name)}
+        fields = {name: change(name, getattr(self, name)) for name in Rollout.__annotations__ if hasattr(self, name)}
         new = Rollout(texts, **fields)
         new.policy_share, new.value_share = self.policy_share, self.value_share
         return new
@@ -82,7 +78,7 @@ class Rollout:
         """Some episodes, without the columns that none of them uses."""
         index = torch.tensor(rows, device=self.queries.device)
         first = int(self.query_mask[index].any(0).long().argmax())
-        last = int(self.value_mask[index].any(0).nonzero().amax()) + 1 if self.value_mask[index].any() else 1
+        last = min(int(self.lengths[index].max()) + 1, self.responses.shape[1])
         cuts = {"queries": slice(first, None), "query_mask": slice(first, None)}
 
         def cut(name: str, tensor: Tensor) -> Tensor:
@@ -92,9 +88,13 @@ class Rollout:
         return self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
 
 
-def response_masks(lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`mask` and `value_mask` of a rollout, `(N,) -> (N, width)` each (D29)."""
-    return length_mask(lengths, width), length_mask(lengths + 1, width)
+def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = "after_eos") -> tuple[Tensor, Tensor]:
+    """`mask` and `value_mask` of a rollout, `(N,) -> (N, width)` each (D29).
+
+    The value mask is one wider, as the score lands one column later; where it lands on EOS, the state after it is over.
+    """
+    mask = length_mask(lengths, width)
+    return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
 
 
 class RolloutLoader:

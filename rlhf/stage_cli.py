@@ -16,11 +16,13 @@ import rlhf.data.preference
 import rlhf.data.rollout
 import rlhf.data.sft  # noqa: F401  (classes are found by name once they are imported)
 from rlhf import run_folder
+from rlhf.callbacks import unless_given
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.predictions import PredictionFile
 from rlhf.callbacks.progress import StageProgress
 from rlhf.cli import parse
 from rlhf.data.base import StageDataModule
+from rlhf.errors import UserError
 from rlhf.modules import StageModule
 
 
@@ -71,24 +73,34 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Claim the run folder before anything expensive."""
         settings = self.config[self.config.subcommand]
+        checkpoint = settings.get("ckpt_path")
+        if checkpoint and checkpoint not in ("last", "best", "hpc") and not Path(checkpoint).exists():
+            raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
         main_process = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-        if self.config.subcommand == "fit" and main_process and not settings.trainer.fast_dev_run:
-            run_folder.claim(settings.run_dir, resuming=bool(settings.get("ckpt_path")))
+        if main_process and not settings.trainer.fast_dev_run:
+            overwrites = self.config.subcommand == "fit" and not checkpoint
+            run_folder.claim(settings.run_dir, resuming=not overwrites)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         root = Path(config["default_root_dir"])
-        if config["logger"] is None or config["logger"] is True:
+        if self.subcommand != "fit":
+            config["logger"] = config["logger"] or False  # the curves of a run are those of its training
+        elif config["logger"] is None or config["logger"] is True:
             config["logger"] = TensorBoardLogger(root, name="", version=run_folder.CURVES, default_hp_metric=False)
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
         if config["enable_checkpointing"] is not False:
-            checkpoint = ModelCheckpoint(root / run_folder.CHECKPOINTS, save_last=True, save_on_train_epoch_end=True)
-            callbacks += _unless_given(given, checkpoint)
+            callbacks += unless_given(given, *self._checkpoints(root))
         if config["enable_progress_bar"] is not False:
-            callbacks += _unless_given(given, StageProgress())
-        callbacks += _unless_given(given, Export(), PredictionFile())
+            callbacks += unless_given(given, StageProgress())
+        callbacks += unless_given(given, Export(), PredictionFile())
         return super()._instantiate_trainer(config, callbacks)
 
-
-def _unless_given(given: list[Callback], *callbacks: Callback) -> list[Callback]:
-    return [c for c in callbacks if not any(isinstance(g, type(c)) for g in given)]
+    def _checkpoints(self, root: Path) -> list[Callback]:
+        """`checkpoints/last.ckpt`: written after every epoch; where one is long (not PPO), also every 200 steps."""
+        settings: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
+        folder = root / run_folder.CHECKPOINTS
+        callbacks: list[Callback] = [ModelCheckpoint(folder, save_on_train_epoch_end=True, **settings)]
+        if self.model.schedule_interval == "step":
+            callbacks.append(ModelCheckpoint(folder, every_n_train_steps=200, **settings))
+        return callbacks

@@ -16,15 +16,17 @@ ROOT = Path(rlhf.__file__).parent
 ALLOWED = {
     "ops": set(),
     "errors": set(),
+    "checks": {"errors"},
+    "rouge": set(),
     "seeding": set(),
     "run_folder": {"errors"},
     "generation": {"ops"},
     "rollout": {"ops", "seeding"},
     "models": {"ops", "errors"},
-    "data": {"ops", "errors", "seeding", "rollout", "models"},
+    "data": {"ops", "errors", "checks", "seeding", "rollout", "models"},
     "callbacks": {"ops", "errors", "rollout"},
-    "modules": {"ops", "errors", "seeding", "generation", "rollout", "models", "callbacks"},
-    "evaluation": {"ops", "errors", "generation", "models", "data", "callbacks", "run_folder"},
+    "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models", "callbacks"},
+    "evaluation": {"ops", "errors", "rouge", "generation", "models", "data", "callbacks", "run_folder"},
 }
 
 

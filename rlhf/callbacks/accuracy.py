@@ -56,6 +56,9 @@ class AccuracyTable(Callback):
         """Collect."""
         self._pairs += outputs["pairs"]
 
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather over ranks, print, and hand to TensorBoard."""
         pairs = self._gather()
@@ -67,6 +70,8 @@ class AccuracyTable(Callback):
                 text = "    " + table.to_string(index=False).replace("\n", "\n    ")
                 logger.experiment.add_text("accuracy", text, trainer.global_step)
         self._print(table)
+
+    on_test_end = on_validation_end
 
     def _gather(self) -> list[dict[str, Any]]:
         if not (dist.is_available() and dist.is_initialized()):
@@ -85,4 +90,4 @@ class AccuracyTable(Callback):
             group = f"{row.group} {row.value}".strip()
             interval = f"{row.low:.3f} to {row.high:.3f}"
             shown.add_row(row.split, group, str(row.pairs), f"{row.accuracy:.3f}", interval)
-        Console().print(shown)
+        Console(markup=False, emoji=False, highlight=False).print(shown)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf.ops.masking import masked_mean
+from rlhf.ops.masking import masked_moments
+from rlhf.ops.sequences import length_mask
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -25,21 +26,35 @@ class PPOCurves(Callback):
     """Logs the rollout of every update; the x-axis of all curves is the number of episodes."""
 
     def __init__(self) -> None:
-        self._start = 0.0
-        self._learning_rate = 0.0
+        self._start = self._validation = self._learning_rate = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The update begins."""
-        self._start = time.perf_counter()
+        self._start, self._validation = time.perf_counter(), 0.0
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is no part of the update's time."""
+        self._validation -= time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is over."""
+        self._validation += time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The update is over: log its rollout."""
-        curves, largest = self.curves(trainer, pl_module)
+        curves = self.curves(trainer, pl_module)
         pl_module.log_dict(curves, sync_dist=True)
-        pl_module.log("reward", curves["objective/rlhf_reward"], sync_dist=True, prog_bar=True, logger=False)
-        pl_module.log("kl", curves["objective/kl"], sync_dist=True, prog_bar=True, logger=False)
-        pl_module.log_dict(largest, sync_dist=True, reduce_fx="max")
+        costs = self.costs(trainer, pl_module)
+        pl_module.log_dict(costs, sync_dist=True, reduce_fx="max")
+        tokens = float(trainer.datamodule.last_rollout.lengths.sum()) * trainer.world_size
+        rates = {
+            "eps": trainer.datamodule.batch_size / costs["seconds/update"],
+            "tokens_per_second/sampling": tokens / costs["seconds/sampling"],
+        }
+        pl_module.log_dict(rates, sync_dist=True, reduce_fx="min")
+        for name, curve in (("reward", "objective/rlhf_reward"), ("kl", "objective/kl")):
+            pl_module.log(name, curves[curve], sync_dist=True, prog_bar=True, logger=False)
         pl_module.log("step", float(self.episodes(trainer)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,38 +67,43 @@ class PPOCurves(Callback):
         """Episodes seen so far, this update included; 0 outside of training."""
         return (trainer.current_epoch + 1) * trainer.datamodule.batch_size if trainer.state.fn == "fit" else 0
 
-    def curves(self, trainer: Any, pl_module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Curves of the last rollout as means over this rank's episodes, and those that are maxima over ranks.
-
-        All ranks have equally many episodes, so the mean over ranks is the mean over all; only per-token means need
-        sums over ranks.
-        """
+    def curves(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Curves of the last rollout, over the episodes of all ranks."""
         rollout = trainer.datamodule.last_rollout
+        real = length_mask(rollout.lengths, rollout.responses.shape[1])
         kl = rollout.kl.sum(1)
-        penalty = -pl_module.kl_control.coefficient * kl
-        entropy = torch.where(rollout.mask, -rollout.logprobs, 0.0).sum(1)
-        seconds = time.perf_counter() - self._start
-        tokens = float(rollout.lengths.sum())
-        curves = {
-            "objective/kl": kl.mean(),
-            "objective/entropy": entropy.mean(),
-            "objective/non_score_reward": penalty.mean(),
-            "objective/rlhf_reward": (penalty + rollout.scores).mean(),
-            "objective/scores": rollout.scores.mean(),
-            "objective/scores_std": rollout.scores.std(correction=0),
+        per_episode = {
+            "objective/kl": kl,
+            "objective/entropy": torch.where(real, -rollout.logprobs, 0.0).sum(1),
+            "objective/non_score_reward": -pl_module.kl_control.coefficient * kl,
+            "objective/rlhf_reward": rollout.scores - pl_module.kl_control.coefficient * kl,
+            "objective/scores": rollout.scores,
+            "rollout/eos_share": rollout.has_eos.float(),
+            "rollout/response_length": rollout.lengths.float(),
+        }
+        everyone = torch.ones_like(rollout.has_eos)
+        means = (
+            pl_module.reduce_sum(torch.stack([x.sum() for x in per_episode.values()])) / trainer.datamodule.batch_size
+        )
+        curves = dict(zip(per_episode, means.tolist(), strict=True))
+        _, variance = masked_moments(rollout.scores, everyone, pl_module.reduce_sum)
+        value, _ = masked_moments(rollout.values, rollout.value_mask, pl_module.reduce_sum)
+        return curves | {
+            "objective/scores_std": variance.sqrt().item(),
+            "objective/value": value.item(),
             "objective/kl_coefficient": pl_module.kl_control.coefficient,
-            "objective/value": masked_mean(rollout.values, rollout.value_mask),
-            "val/num_eos_tokens": rollout.has_eos.float().sum() * trainer.world_size,
-            "rollout/eos_share": rollout.has_eos.float().mean(),
-            "rollout/response_length": rollout.lengths.float().mean(),
+            "val/num_eos_tokens": curves["rollout/eos_share"] * trainer.datamodule.batch_size,
             "lr": self._learning_rate,
             "episode": float(self.episodes(trainer)),
         }
-        sampling = pl_module.seconds["sampling"]
-        curves["eps"] = trainer.datamodule.batch_size / seconds
-        curves["tokens_per_second/sampling"] = tokens * trainer.world_size / sampling
-        largest = {f"seconds/{phase}": value for phase, value in pl_module.seconds.items()}
-        largest["seconds/training"] = seconds - sum(pl_module.seconds.values())
-        largest["seconds/update"] = seconds
-        largest["memory/peak_gib"] = peak_memory_gib(pl_module.device)
-        return curves, largest
+
+    def costs(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Seconds per phase, and memory."""
+        seconds = time.perf_counter() - self._start - self._validation
+        phases = pl_module.seconds
+        return {
+            **{f"seconds/{phase}": value for phase, value in phases.items()},
+            "seconds/training": seconds - sum(phases.values()),
+            "seconds/update": seconds,
+            "memory/peak_gib": peak_memory_gib(pl_module.device),
+        }

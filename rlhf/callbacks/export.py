@@ -28,6 +28,7 @@ class Export(Callback):
 
     def __init__(self, every_n_epochs: int = 0) -> None:
         self.every_n_epochs = every_n_epochs
+        self._done = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """An export during the run."""
@@ -35,10 +36,17 @@ class Export(Callback):
         if self.every_n_epochs and epoch % self.every_n_epochs == 0:
             self.export(trainer, pl_module, f"export-{epoch}")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The export at the end."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.export(trainer, pl_module, "export")
+            self._done = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The export of a run that was resumed when it had nothing left to train; Lightning has moved it to the CPU."""
+        if not self._done:
+            pl_module.to(trainer.strategy.root_device)
+            self.on_train_end(trainer, pl_module)
 
     @staticmethod
     def export(trainer: Trainer, pl_module: Any, name: str) -> Path:

@@ -56,7 +56,7 @@ class SampleTable(Callback):
         for s in self._samples:
             query = s["query"] if len(s["query"]) <= 240 else "… " + s["query"][-240:]
             table.add_row(query, s["response"].strip(), s["reference"].strip(), _score(s))
-        Console().print(table)
+        Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 def _score(sample: dict[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from rlhf.data.batches import accumulation
+from rlhf.checks import at_least
+from rlhf.data.batches import Batch, EvalBatches, accumulation
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.ops.sequences import pad_sequences
@@ -28,6 +30,7 @@ class StageDataModule(LightningDataModule):
 
     def __init__(self, batch_size: int, micro_batch_size: int, eval_batch_size: int, text: TextFormat) -> None:
         super().__init__()
+        at_least("data.eval_batch_size", eval_batch_size, 1)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
@@ -57,17 +60,41 @@ class StageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise everything on one process; the others find it in the cache."""
+        if self._trainer.state.fn == "fit":
+            self.set_accumulation()
         self.load()
 
     def load(self) -> None:
-        """Load all splits."""
+        """Load all splits into `splits`."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         """Load all splits, and set the accumulation that the batch size asks for."""
         self.load()
+        self._check_lengths()
         if stage == "fit":
             self.set_accumulation()
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model will see."""
+        extra = {"query_ids": self._trainer.lightning_module.response_room}
+        lengths = [
+            len(ids) + extra.get(name, 0)
+            for rows in self.splits.values()
+            for name in {"query_ids", "input_ids", "chosen_ids", "rejected_ids"} & set(rows.column_names)
+            for ids in rows[name]
+        ]
+        return max(lengths)
+
+    def _check_lengths(self) -> None:
+        config = self._trainer.lightning_module.model_config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        longest = self.longest()
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"The longest sequence has {longest} tokens, more than the {positions} positions of the model; "
+                "lower data.text.max_query_length, or the response length."
+            )
 
     def set_accumulation(self, parts: int = 1) -> None:
         """Derive `accumulate_grad_batches`, the one place where batch sizes are divided."""
@@ -89,6 +116,27 @@ class StageDataModule(LightningDataModule):
             if name in self.splits:
                 return name
         raise UserError("there is nothing to measure on: set data.test or data.validation.")
+
+    def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
+        """A batch of rows of a split; where it is not `real`, it must count for nothing."""
+        raise NotImplementedError
+
+    def in_order(self, split: str) -> EvalBatches:
+        """All rows of a split in order, shared among the processes."""
+        collate = partial(self.collate, split)
+        return EvalBatches(len(self.splits[split]), collate, self.eval_batch_size, self.rank, self.world_size)
+
+    def val_dataloader(self) -> Any:
+        """The validation split, in order."""
+        return self.in_order("validation") if "validation" in self.splits else []
+
+    def test_dataloader(self) -> Any:
+        """The test split, or the validation split."""
+        return self.in_order(self.evaluation_split())
+
+    def predict_dataloader(self) -> Any:
+        """As `test_dataloader`."""
+        return self.test_dataloader()
 
     def pad_queries(self, queries: list[list[int]]) -> dict[str, Tensor]:
         """Queries padded on the left to the longest of them (D03): `queries (B, P)`, `query_mask (B, P)`."""

@@ -91,6 +91,8 @@ class EvalBatches:
     def __init__(
         self, rows: int, collate: Callable[[list[int], bool], Batch], size: int, rank: int, world: int
     ) -> None:
+        if rows < world:
+            raise UserError(f"a split of {rows} rows can't be shared by {world} processes; use fewer, or more rows.")
         self.rows = list(range(rank, rows, world))
         self.collate = collate
         self.size = size

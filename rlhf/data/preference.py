@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from rlhf.data.base import StageDataModule
@@ -67,7 +69,7 @@ class PreferenceDataModule(StageDataModule):
         """Shuffled micro-batches of pairs."""
         return TrainBatches(
             [1] * len(self.splits["train"]),
-            lambda numbers, real: self.collate("train", numbers, real),
+            partial(self.collate, "train"),
             self.batch_size,
             self._trainer.accumulate_grad_batches,
             self.rank,
@@ -77,39 +79,29 @@ class PreferenceDataModule(StageDataModule):
 
     def val_dataloader(self) -> list[EvalBatches]:
         """The validation split, and its CNN/DM pairs where there are any."""
-        return self._evaluation("validation")
+        return self._with_news("validation")
 
     def test_dataloader(self) -> list[EvalBatches]:
         """The test split, or the validation split."""
-        return self._evaluation(self.evaluation_split())
-
-    predict_dataloader = test_dataloader
+        return self._with_news(self.evaluation_split())
 
     def demonstration_dataloader(self) -> EvalBatches | None:
         """All demonstrations: `input_ids`, `attention_mask`, padded on the right."""
         if "demonstrations" not in self.splits:
             return None
-        rows = self.splits["demonstrations"]
-        return EvalBatches(len(rows), self._collate_demonstrations, self.eval_batch_size, self.rank, self.world_size)
+        return self.in_order("demonstrations")
 
-    def _evaluation(self, name: str) -> list[EvalBatches]:
-        names = [n for n in (name, f"{name}_cnndm") if len(self.splits.get(n, ()))]
-        return [self._split(n) for n in names]
-
-    def _split(self, name: str) -> EvalBatches:
-        collate = lambda numbers, real: self.collate(name, numbers, real)  # noqa: E731
-        return EvalBatches(len(self.splits[name]), collate, self.eval_batch_size, self.rank, self.world_size)
+    def _with_news(self, name: str) -> list[EvalBatches]:
+        return [self.in_order(n) for n in (name, f"{name}_cnndm") if len(self.splits.get(n, ()))]
 
     def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
         """A batch of B pairs: `input_ids (2B, T)`, all chosen, then all rejected, padded on the right (D07, D18)."""
         rows = self.splits[split].select(numbers).to_list()
+        if split == "demonstrations":
+            ids, mask = pad_sequences([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)
+            return {"input_ids": ids, "attention_mask": mask}
         both = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         ids, mask = pad_sequences(both, self.tokenizer.pad_token_id)
         pairs = [{"split": split, **{c: row[c] for c in _PAIR_COLUMNS}} for row in rows]
         pair_mask = torch.full((len(rows),), real)
         return {"input_ids": ids, "attention_mask": mask, "pair_mask": pair_mask, "pairs": pairs, "split": split}
-
-    def _collate_demonstrations(self, numbers: list[int], real: bool) -> Batch:
-        rows = self.splits["demonstrations"].select(numbers)["input_ids"][:]
-        ids, mask = pad_sequences(rows, self.tokenizer.pad_token_id)
-        return {"input_ids": ids, "attention_mask": mask}

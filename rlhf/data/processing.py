@@ -40,8 +40,8 @@ def load_demonstrations(
 ) -> Dataset:
     """Demonstrations (or, without `need_response`, prompts) as token ids.
 
-    Columns added to those of the record: `query`, `reference` (texts), `query_ids`, `input_ids`, `response_start`,
-    `truncated`.
+    Columns: `query`, `reference` (texts), `query_ids`, `input_ids`, `response_start`, `truncated`, and the whole
+    `record` as JSON.
     """
     raw = load_records(source, setting)
     schema = find_columns(raw, DEMONSTRATIONS if need_response else PROMPTS, setting, source.path)
@@ -53,8 +53,8 @@ def load_demonstrations(
 def load_comparisons(source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat) -> Dataset:
     """Comparisons as token ids.
 
-    Columns added: `query`, `chosen_text`, `rejected_text`, `chosen_ids`, `rejected_ids`, `truncated`, `batch`,
-    `confidence`, `chosen_policy`, `rejected_policy`.
+    Columns: `query`, `chosen_text`, `rejected_text`, `chosen_ids`, `rejected_ids`, `truncated`, `batch`, `confidence`,
+    `chosen_policy`, `rejected_policy`, and the whole `record` as JSON.
     """
     raw = load_records(source, setting)
     schema = find_columns(raw, COMPARISONS, setting, source.path)
@@ -78,20 +78,31 @@ def _process(
     from datasets import Features
     from datasets.fingerprint import Hasher
 
+    empty = {**empty, "record": ""}
+
     def one(record: Record, index: int) -> Record:
         try:
-            return {**process(record, tokenizer, text), "problem": ""}
+            return {**process(record, tokenizer, text), "problem": "", "record": json.dumps(dict(record), default=str)}
         except UnfittableError as error:
             if not text.drop_unfittable:
                 raise unfittable_error(record, index, error, setting) from error
             return {**empty, "problem": str(error)}
         except BadRecordError as error:
             return {**empty, "problem": str(error)}
+        except (AttributeError, TypeError, ValueError) as error:
+            return {**empty, "problem": f"not of the form of its kind ({error})"}
 
     identity = (_VERSION, raw._fingerprint, schema, text, _content(tokenizer))
-    features = Features({**raw.features, **{name: _kind(name) for name in (*empty, "problem")}})
+    features = Features({name: _kind(name) for name in (*empty, "problem")})
     description = f"Tokenising {source.path} ({source.split})"
-    done = raw.map(one, with_indices=True, features=features, new_fingerprint=Hasher.hash(identity), desc=description)
+    done = raw.map(
+        one,
+        with_indices=True,
+        remove_columns=raw.column_names,
+        features=features,
+        new_fingerprint=Hasher.hash(identity),
+        desc=description,
+    )
     return _report(raw, done, source, setting)
 
 
@@ -129,9 +140,3 @@ def _report(raw: Dataset, done: Dataset, source: Source, setting: str) -> Datase
         share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
         rank_zero_info(f"{name}: {share} are longer than their maximum; they lost their end and EOS.")
     return done.remove_columns("problem")
-
-
-def raw_record(row: dict[str, Any]) -> Record:
-    """A row without the columns that the processing added."""
-    added = {"query", "reference", "query_ids", "input_ids", "response_start", "truncated"}
-    return {column: value for column, value in row.items() if column not in added}

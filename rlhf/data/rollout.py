@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
+from rlhf.checks import at_least
 from rlhf.data.base import StageDataModule
-from rlhf.data.batches import Batch, EvalBatches
-from rlhf.data.processing import load_demonstrations, raw_record
+from rlhf.data.batches import Batch
+from rlhf.data.processing import load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
@@ -43,6 +44,7 @@ class RolloutDataModule(StageDataModule):
         text: TextFormat = TextFormat(),
     ) -> None:
         super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        at_least("data.rollout_batch_size", rollout_batch_size, 1)
         self.rollout_batch_size = rollout_batch_size
         self.sources = {"train": train, "validation": validation, "test": test}
         self.last_rollout: Rollout | None = None
@@ -57,8 +59,12 @@ class RolloutDataModule(StageDataModule):
     def set_accumulation(self, parts: int = 1) -> None:
         """With the PPO minibatches of the module."""
         super().set_accumulation(self._trainer.lightning_module.ppo.minibatches)
+
+    def setup(self, stage: str) -> None:
+        """Load all splits; an update needs as many prompts as episodes."""
+        super().setup(stage)
         prompts = len(self.splits["train"])
-        if self.batch_size > prompts:
+        if stage == "fit" and self.batch_size > prompts:
             raise UserError(
                 f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
                 "would hold the same prompt twice."
@@ -101,22 +107,8 @@ class RolloutDataModule(StageDataModule):
             rows.append(orders[number][offset])
         return rows
 
-    def val_dataloader(self) -> EvalBatches | list[Any]:
-        """The whole validation subset, in order (D37)."""
-        return self._evaluation("validation") if "validation" in self.splits else []
-
-    def test_dataloader(self) -> EvalBatches:
-        """The test split, or the validation split."""
-        return self._evaluation(self.evaluation_split())
-
-    predict_dataloader = test_dataloader
-
-    def _evaluation(self, split: str) -> EvalBatches:
-        collate = lambda numbers, real: self.collate(split, numbers, real)  # noqa: E731
-        return EvalBatches(len(self.splits[split]), collate, self.eval_batch_size, self.rank, self.world_size)
-
     def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
         """`queries (B, P)` padded on the left, `query_mask (B, P)`, and `texts`: `query`, `reference`, `record`."""
         rows = self.splits[split].select(numbers).to_list()
-        texts = [{"query": r["query"], "reference": r["reference"], "record": raw_record(r)} for r in rows]
+        texts = [{"query": r["query"], "reference": r["reference"], "record": json.loads(r["record"])} for r in rows]
         return {**self.pad_queries([row["query_ids"] for row in rows]), "texts": texts}

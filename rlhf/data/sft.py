@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
 from rlhf.data.base import StageDataModule
-from rlhf.data.batches import Batch, EvalBatches, TrainBatches
+from rlhf.data.batches import Batch, TrainBatches
 from rlhf.data.processing import load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
@@ -53,28 +53,13 @@ class SFTDataModule(StageDataModule):
         lengths = [len(ids) for ids in rows["input_ids"]]
         return TrainBatches(
             [length - max(1, start) for length, start in zip(lengths, starts, strict=True)],
-            lambda numbers, real: self.collate("train", numbers, real),
+            partial(self.collate, "train"),
             self.batch_size,
             self._trainer.accumulate_grad_batches,
             self.rank,
             self.world_size,
             self.progress,
         )
-
-    def val_dataloader(self) -> EvalBatches | list[Any]:
-        """The validation split, in order."""
-        return self._evaluation("validation") if "validation" in self.splits else []
-
-    def test_dataloader(self) -> EvalBatches:
-        """The test split, or the validation split."""
-        return self._evaluation(self.evaluation_split())
-
-    predict_dataloader = test_dataloader
-
-    def _evaluation(self, split: str) -> EvalBatches:
-        rows = len(self.splits[split])
-        collate = lambda numbers, real: self.collate(split, numbers, real)  # noqa: E731
-        return EvalBatches(rows, collate, self.eval_batch_size, self.rank, self.world_size)
 
     @property
     def _response_only(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf.checks import at_least
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,15 @@ class TextFormat:
     max_response_length: int = 53
     max_article_response_length: int = 155
     drop_unfittable: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("query", "article"):
+            try:
+                list(string.Formatter().parse(getattr(self, name)))
+            except ValueError as error:
+                raise UserError(f"data.text.{name} is no format string: {error}.") from error
+        for name in ("max_query_length", "max_article_length", "max_response_length", "max_article_response_length"):
+            at_least(f"data.text.{name}", getattr(self, name), 1)
 
 
 class BadRecordError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import run_folder
 from rlhf.callbacks.accuracy import accuracy_table
 from rlhf.callbacks.export import is_complete
 from rlhf.data.records import Source
@@ -12,8 +13,9 @@ from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import read_curves
 from rlhf.evaluation.plots import Curves, plot_curves
-from rlhf.evaluation.statistics import rouge, win_rate
+from rlhf.evaluation.statistics import win_rate
 from rlhf.evaluation.tables import add_gold, comparison_margins, generate, has_gold, reward_scores
+from rlhf.rouge import rouge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,8 +67,7 @@ def report(
     for name, folder in folders.items():
         if not is_complete(folder / "export"):
             raise UserError(f"{name}: {folder} has no finished export; run that stage first.")
-    out = Path(output)
-    out.mkdir(parents=True, exist_ok=True)
+    out = run_folder.claim(output, resuming=True)
     reward_export = str(folders["reward"] / "export")
     tables = {}
     for label, name in (("SFT", "sft"), ("PPO", "ppo")):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
 
 from rlhf.data.gold import gold_scores
-from rlhf.data.processing import load_comparisons, load_demonstrations, raw_record
+from rlhf.data.processing import load_comparisons, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat, encode
 from rlhf.generation import sample
@@ -59,7 +60,7 @@ def generate(
         for row, response, length, ended in zip(part, texts, lengths.tolist(), has_eos.tolist(), strict=True):
             out.append({
                 "query": row["query"], "response": response, "reference": row["reference"], "length": length,
-                "has_eos": ended, "record": raw_record(row),
+                "has_eos": ended, "record": json.loads(row["record"]),
             })  # fmt: skip
     return pd.DataFrame(out)
 
@@ -113,8 +114,8 @@ def comparison_margins(reward_path: str, source: Source, text: TextFormat, batch
         **{name: rows[name] for name in ("batch", "confidence", "chosen_policy", "rejected_policy")},
         "margin": [a - b for a, b in zip(better, worse, strict=True)],
     })  # fmt: skip
-    if "facts" in rows.columns:
-        records = [{"facts": facts} for facts in rows["facts"]]
+    records = [json.loads(record) for record in rows["record"]]
+    if "facts" in records[0]:
         golds = zip(gold_scores(queries, chosen, records), gold_scores(queries, rejected, records), strict=True)
         table["gold_margin"] = [a - b for a, b in golds]
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -95,6 +95,22 @@ def is_classifier(config: PreTrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
+def check_language_model(config: PreTrainedConfig, path: str, setting: str) -> None:
+    """Refuse a reward model where a language model is needed: its output layer would be random."""
+    if is_classifier(config):
+        raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
+
+
+def check_reward_model(config: PreTrainedConfig, path: str, setting: str) -> None:
+    """Refuse what is no reward model: its head would be random."""
+    if not is_classifier(config) or config.num_labels != 1:
+        names = ", ".join(config.architectures or ["no model"])
+        raise UserError(
+            f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the reward "
+            "stage."
+        )
+
+
 def embedding_rows(config: PreTrainedConfig) -> int:
     """Rows of the embedding matrix, as the configuration states them."""
     return config.get_text_config().vocab_size
@@ -109,13 +125,38 @@ def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dt
     from transformers import AutoModelForCausalLM
 
     config = load_config(path, setting)
-    if is_classifier(config):
-        raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
+    check_language_model(config, path, setting)
+    return from_pretrained(AutoModelForCausalLM, path, config, setting, dtype)
+
+
+def from_pretrained(
+    auto_class: Any,
+    path: str,
+    config: PreTrainedConfig,
+    setting: str,
+    dtype: torch.dtype,
+    may_miss: frozenset[str] = frozenset(),
+) -> PreTrainedModel:
+    """Load weights, all of them: transformers would fill in random ones for those that a file lacks.
+
+    Args:
+        auto_class: `AutoModelForCausalLM` or a sibling.
+        may_miss: names of weights that may be new.
+    """
+    from safetensors import SafetensorError
+
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{setting}: {path} is not a causal language model: {_first_line(error)}") from error
+            model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{setting}: the model {path} can't be loaded: {_first_line(error)}") from error
+    missing = sorted(set(report["missing_keys"]) - may_miss)
+    if missing:
+        raise UserError(
+            f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
+            f"{missing[0]}."
+        )
+    return model
 
 
 @contextmanager

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.loading import is_classifier, load_config, quiet, save_pretrained
+from rlhf.models.loading import check_reward_model, from_pretrained, load_config, save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHIFT = "reward_shift"
+HEAD = "score.weight"
 
 
 class ScalarModel(nn.Module):
@@ -38,7 +39,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_policy(cls, path: str, seed: int, setting: str = "model.model_path") -> ScalarModel:
         """The backbone of a language model with a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
-        model = cls(_load_classifier(path, setting, torch.float32))
+        model = cls(_load_classifier(path, setting, torch.float32, frozenset({HEAD})))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -50,18 +51,13 @@ class ScalarModel(nn.Module):
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """A trained reward model or critic."""
         config = load_config(path, setting)
-        if not is_classifier(config) or config.num_labels != 1:
-            names = ", ".join(config.architectures or ["no model"])
-            raise UserError(
-                f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the "
-                "reward stage."
-            )
-        return cls(_load_classifier(path, setting, dtype))
+        check_reward_model(config, path, setting)
+        return cls(_load_classifier(path, setting, dtype, frozenset()))
 
     @property
     def head_weight(self) -> Tensor:
         """Weights of the head, `(1, d)`."""
-        return self.model.get_parameter("score.weight")
+        return self.model.get_parameter(HEAD)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One number per token in float32, `(B, T) -> (B, T)`. What stands at padding means nothing."""
@@ -80,13 +76,9 @@ class ScalarModel(nn.Module):
         save_pretrained(self.model, tokenizer, folder)
 
 
-def _load_classifier(path: str, setting: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_classifier(path: str, setting: str, dtype: torch.dtype, may_miss: frozenset[str]) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, setting)
     config.num_labels = 1
-    try:
-        with quiet():
-            return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{setting}: {path} can't be loaded as a reward model: {error}") from error
+    return from_pretrained(AutoModelForSequenceClassification, path, config, setting, dtype, may_miss)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import load_config, load_tokenizer
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
 
@@ -34,6 +35,7 @@ class StageModule(LightningModule):
         self.model_path = model_path
         self.optimization = optimization
         self.tokenizer = load_tokenizer(model_path, pad_token)
+        self.model_config = load_config(model_path, "model.model_path")
 
     # ------------------------------------------------------------------------------------- to be given by a stage
 
@@ -43,6 +45,11 @@ class StageModule(LightningModule):
 
     def prepare_export(self) -> None:
         """What all ranks must do before an export."""
+
+    @property
+    def response_room(self) -> int:
+        """How many tokens this stage may append to a query by sampling."""
+        return 0
 
     # ----------------------------------------------------------------------------------------------------- ranks
 
@@ -88,11 +95,11 @@ class StageModule(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Callbacks that every stage needs; one of the same class in `trainer.callbacks` takes its place."""
-        return self._unless_given(DisableDropout())
+        return self.unless_given(DisableDropout())
 
-    def _unless_given(self, *callbacks: Any) -> list[Any]:
-        given = {type(c) for c in getattr(self.trainer, "callbacks", ())}
-        return [c for c in callbacks if type(c) not in given]
+    def unless_given(self, *callbacks: Any) -> list[Any]:
+        """Those callbacks that the Trainer does not have already."""
+        return unless_given(getattr(self.trainer, "callbacks", ()), *callbacks)
 
     @property
     def seed(self) -> int:

@@ -18,8 +18,9 @@ from rlhf.generation import sample
 from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import (
-    check_model_path,
+    check_language_model,
     check_pad_in_embedding,
+    check_reward_model,
     embedding_rows,
     load_causal_lm,
     load_config,
@@ -32,7 +33,7 @@ from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.ops.advantages import gae
 from rlhf.ops.kl_control import AdaptiveKL, FixedKL
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
-from rlhf.ops.masking import masked_mean, whiten
+from rlhf.ops.masking import masked_sum, whiten
 from rlhf.ops.rewards import (
     kl_estimate,
     penalise_missing_eos,
@@ -90,8 +91,7 @@ class PPOModule(StageModule):
         self.reference_placement = reference_placement
         self.reward_placement = reward_placement
         self.ppo = ppo
-        rows = embedding_rows(load_config(model_path, "model.model_path"))
-        check_pad_in_embedding(self.tokenizer, rows, model_path)
+        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         self._check_settings()
         self.actor_critic: Any = None
         self.reference: FrozenModel[Any] | None = None
@@ -100,22 +100,31 @@ class PPOModule(StageModule):
         if ppo.kl_target is not None:
             self.kl_control = AdaptiveKL(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
         self.seconds: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
 
     def _check_settings(self) -> None:
         own_reward = type(self).score_responses is not PPOModule.score_responses
         if self.reward_path is None and self.reward_function is None and not own_reward:
             raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
-        check_model_path(self.reference_path, "model.reference_path")
-        if self.ppo.temperature <= 0:
-            raise UserError(f"model.ppo.temperature is {self.ppo.temperature}; it must be greater than 0.")
+        check_language_model(self.model_config, self.model_path, "model.model_path")
+        if self.reference_path != self.model_path:
+            config = load_config(self.reference_path, "model.reference_path")
+            check_language_model(config, self.reference_path, "model.reference_path")
         if self.reward_path is not None:
-            check_model_path(self.reward_path, "model.reward_path")
+            check_reward_model(
+                load_config(self.reward_path, "model.reward_path"), self.reward_path, "model.reward_path"
+            )
             theirs = load_tokenizer(self.reward_path, self.tokenizer.pad_token, "model.reward_path")
             if theirs.get_vocab() != self.tokenizer.get_vocab():
                 raise UserError(
                     f"The reward model {self.reward_path} has another tokenizer than the policy {self.model_path}; "
                     "train it from the same SFT model."
                 )
+
+    @property
+    def response_room(self) -> int:
+        """Responses of the rollout."""
+        return self.ppo.response_length
 
     # ------------------------------------------------------------------------------------------------------ models
 
@@ -163,7 +172,7 @@ class PPOModule(StageModule):
         responses = self._sample_chunks(queries, query_mask, chunk, self.ppo.temperature, random)
         lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
         responses = self._widen(responses, lengths)
-        mask, value_mask = response_masks(lengths, responses.shape[1])
+        mask, value_mask = response_masks(lengths, responses.shape[1], self.ppo.score_position)
         texts = self._with_responses(batch["texts"], responses, mask)
         episodes = Rollout(
             texts, queries=queries, query_mask=query_mask, responses=responses, lengths=lengths, has_eos=has_eos,
@@ -180,7 +189,7 @@ class PPOModule(StageModule):
         episodes.scores = self._final_scores(episodes, self._score(episodes, chunk))
         start = self._clock("reward", start)
         # 4. Episodes that are not to be learnt from.
-        keep = self.keep_episodes(episodes).unsqueeze(1)
+        keep = self.keep_episodes(episodes).to(self.device).unsqueeze(1)
         episodes.mask, episodes.value_mask = mask & keep, value_mask & keep
         # 5. Rewards per token: the KL penalty, and the score where it lands.
         kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
@@ -225,7 +234,10 @@ class PPOModule(StageModule):
         return scores
 
     def keep_episodes(self, episodes: Rollout) -> Tensor:
-        """Which episodes to learn from, bool `(N,)`; the others count nowhere in the update. By default all."""
+        """Which episodes to learn from, bool `(N,)`; by default all.
+
+        The others count in no loss and no whitening. The curves of the rollout show all episodes.
+        """
         return torch.ones(len(episodes), dtype=torch.bool, device=self.device)
 
     def token_rewards(self, episodes: Rollout) -> Tensor:
@@ -292,7 +304,7 @@ class PPOModule(StageModule):
 
     def _score(self, episodes: Rollout, chunk: int) -> Tensor:
         def scores(part: Rollout) -> tuple[Tensor]:
-            values = self.score_responses(part).float()
+            values = self.score_responses(part).to(self.device, torch.float32)
             if values.shape != (len(part),):
                 raise UserError(f"score_responses gave shape {tuple(values.shape)} for {len(part)} episodes.")
             return (values,)
@@ -366,8 +378,8 @@ class PPOModule(StageModule):
         now = self._networks(batch)
         loss, statistics = self.loss(now, batch)
         for name, (values, mask) in statistics.items():
-            count = max(1, int(mask.sum()))
-            self.log(name, masked_mean(values, mask), on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+            sums = torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)])
+            self._sums[name] = self._sums.get(name, 0) + sums
         if batch_idx < self.trainer.accumulate_grad_batches:
             deviation = torch.where(batch.mask, (now.logprobs - batch.logprobs).detach().expm1().abs(), 0.0).max()
             name = "val/ratio_max_deviation"
@@ -375,14 +387,18 @@ class PPOModule(StageModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """The update is over: adapt the KL coefficient to the mean KL per response over all ranks."""
+        """The update is over: log its statistics over all ranks, and adapt the KL coefficient to its KL."""
+        sums = self.reduce_sum(torch.stack(list(self._sums.values())))
+        means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        self.log_dict(dict(zip(self._sums, means, strict=True)), sync_dist=True)
+        self._sums = {}
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         kl = self.reduce_sum(data.last_rollout.kl.sum(1).mean()) / self.trainer.world_size
         self.kl_control.update(kl.item(), data.batch_size)
 
     def configure_callbacks(self) -> list[Any]:
         """With the curves of PPO and tables of samples."""
-        return super().configure_callbacks() + self._unless_given(PPOCurves(), SampleTable())
+        return super().configure_callbacks() + self.unless_given(PPOCurves(), SampleTable())
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -398,7 +414,7 @@ class PPOModule(StageModule):
             self._with_responses(batch["texts"], responses, mask), queries=queries, query_mask=query_mask,
             responses=responses, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask,
         )  # fmt: skip
-        episodes.scores = self.score_responses(episodes).float()
+        episodes.scores = self._score(episodes, len(episodes))
         return episodes
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

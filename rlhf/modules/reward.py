@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from rlhf.callbacks.accuracy import AccuracyTable
-from rlhf.models.loading import check_pad_in_embedding, embedding_rows, is_classifier, load_config
+from rlhf.models.loading import check_pad_in_embedding, embedding_rows, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
@@ -22,17 +22,23 @@ class RewardModule(StageModule):
 
     Args:
         model_path: the SFT model it starts from (D17); a folder or a hub name.
+        centering: weight of `(r_chosen + r_rejected)^2` in the loss (Eisenstein et al. 2023, arXiv 2312.09244), which
+            holds rewards of different queries at one level; the pairwise loss alone leaves it open. The paper has none.
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
     """
 
     def __init__(
-        self, model_path: str, optimization: Optimization = Optimization(), pad_token: str | None = None
+        self,
+        model_path: str,
+        centering: float = 0.0,
+        optimization: Optimization = Optimization(),
+        pad_token: str | None = None,
     ) -> None:
         super().__init__(model_path, optimization, pad_token)
-        config = load_config(model_path, "model.model_path")
-        check_pad_in_embedding(self.tokenizer, embedding_rows(config), model_path)
-        self.trained = is_classifier(config)
+        self.centering = centering
+        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
+        self.trained = is_classifier(self.model_config)
         self.model: Any = None
 
     def configure_model(self) -> None:
@@ -57,7 +63,7 @@ class RewardModule(StageModule):
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Any]) -> Tensor:
         """Loss per pair, `(B,)`. Override this for a margin, label smoothing, or weights."""
-        return pairwise_losses(chosen, rejected)
+        return pairwise_losses(chosen, rejected) + self.centering * (chosen + rejected) ** 2
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
@@ -66,17 +72,17 @@ class RewardModule(StageModule):
         pairs = mask.sum()
         correct = ((chosen > rejected) & mask).sum() / pairs.clamp(min=1)
         log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": int(pairs), "sync_dist": True}
-        self.log("loss/reward", masked_total(losses.detach(), mask, pairs.clamp(min=1)), **log)
+        mean = masked_total(losses.detach(), mask, pairs.clamp(min=1))
+        self.log("loss/reward", mean, **log)
         self.log("train/accuracy", correct, **log)
-        loss = masked_total(losses, mask, self.normaliser(pairs, batch["share"]))
-        self.log("loss/reward_step", loss.detach(), prog_bar=True)
-        return loss
+        self.log("loss/reward_step", mean, prog_bar=True, batch_size=int(pairs))
+        return masked_total(losses, mask, self.normaliser(pairs, batch["share"]))
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
     def configure_callbacks(self) -> list[Any]:
         """With the table of accuracies per split, batch and confidence (D22)."""
-        return super().configure_callbacks() + self._unless_given(AccuracyTable())
+        return super().configure_callbacks() + self.unless_given(AccuracyTable())
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Loss and accuracy of a split; returns `pairs`, a row per pair."""
@@ -96,7 +102,7 @@ class RewardModule(StageModule):
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> dict[str, Any]:
         chosen, rejected = self.scores(batch)
-        name = f"{stage}{batch['split'].removeprefix(stage)}"  # validation, validation_cnndm
+        name = stage + ("_cnndm" if batch["split"].endswith("_cnndm") else "")
         log: dict[str, Any] = {"batch_size": len(chosen), "sync_dist": True, "add_dataloader_idx": False}
         self.log(f"{name}/loss", pairwise_losses(chosen, rejected).mean(), **log)
         self.log(f"{name}/accuracy", (chosen > rejected).float().mean(), prog_bar=True, **log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf.checks import above, at_least
 from rlhf.ops.rewards import KLEstimator, MissingEOS, ScorePosition
 
 LossReduction = Literal["minibatch", "microbatch"]
@@ -30,6 +31,10 @@ class Optimization:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     loss_reduction: LossReduction = "minibatch"
+
+    def __post_init__(self) -> None:
+        above("model.optimization.learning_rate", self.learning_rate, 0)
+        at_least("model.optimization.warmup_steps", self.warmup_steps, 0)
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,13 @@ class PPOSettings:
     entropy_coefficient: float = 0.0
     critic_warmup: int = 0
     evaluation_temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("response_length", "ppo_epochs", "minibatches", "kl_horizon"):
+            at_least(f"model.ppo.{name}", getattr(self, name), 1)
+        for name in ("temperature", "evaluation_temperature", "clip"):
+            above(f"model.ppo.{name}", getattr(self, name), 0)
+        for name in ("kl_target", "value_clip"):
+            value = getattr(self, name)
+            if value is not None:
+                above(f"model.ppo.{name}", value, 0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rlhf.callbacks.samples import SampleTable
+from rlhf.checks import above, at_least
 from rlhf.generation import sample
 from rlhf.models.loading import (
+    check_language_model,
     check_pad_in_embedding,
     embedding_rows,
     load_causal_lm,
-    load_config,
     save_pretrained,
 )
 from rlhf.modules.base import StageModule
@@ -21,6 +23,7 @@ from rlhf.modules.settings import Optimization
 from rlhf.ops.losses import language_model_losses, masked_total
 from rlhf.ops.masking import masked_sum
 from rlhf.ops.sequences import model_inputs
+from rlhf.rouge import ROUGE, rouge
 from rlhf.seeding import generator
 
 
@@ -53,10 +56,17 @@ class SFTModule(StageModule):
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings
+        at_least("model.response_length", response_length, 1)
+        above("model.temperature", temperature, 0)
+        check_language_model(self.model_config, model_path, "model.model_path")
         if not resize_embeddings:
-            rows = embedding_rows(load_config(model_path, "model.model_path"))
-            check_pad_in_embedding(self.tokenizer, rows, model_path)
+            check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         self.model: Any = None
+
+    @property
+    def response_room(self) -> int:
+        """Samples of validation."""
+        return self.response_length
 
     def configure_model(self) -> None:
         """Load the model, once."""
@@ -85,9 +95,8 @@ class SFTModule(StageModule):
         tokens = mask.sum()
         mean = masked_sum(losses.detach(), mask) / tokens.clamp(min=1)
         self.log("loss/sft", mean, on_step=False, on_epoch=True, batch_size=int(tokens), sync_dist=True)
-        loss = masked_total(losses, mask, self.normaliser(tokens, batch["share"]))
-        self.log("loss/sft_step", loss.detach(), prog_bar=True)
-        return loss
+        self.log("loss/sft_step", mean, prog_bar=True, batch_size=int(tokens))
+        return masked_total(losses, mask, self.normaliser(tokens, batch["share"]))
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -107,7 +116,7 @@ class SFTModule(StageModule):
 
     def configure_callbacks(self) -> list[Any]:
         """With tables of samples."""
-        return super().configure_callbacks() + self._unless_given(SampleTable())
+        return super().configure_callbacks() + self.unless_given(SampleTable())
 
     def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Texts sampled for the left-padded `queries (B, P)` of a batch."""
@@ -125,8 +134,8 @@ class SFTModule(StageModule):
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     def on_validation_start(self) -> None:
-        """A fresh ROUGE for this split."""
-        self._new_rouge()
+        """Start a new split."""
+        self._rouge = torch.zeros(len(ROUGE) + 1, device=self.device, dtype=torch.float64)
 
     on_test_start = on_validation_start
 
@@ -144,19 +153,15 @@ class SFTModule(StageModule):
         mean = masked_sum(losses, mask) / tokens.clamp(min=1)
         self.log(f"{split}/loss", mean, batch_size=int(tokens), sync_dist=True, prog_bar=True)
         samples = self.predict_step(batch, batch_idx)
-        self.rouge.update([s["response"].strip() for s in samples], [s["reference"].strip() for s in samples])
+        scores = rouge([s["response"] for s in samples], [s["reference"] for s in samples])
+        sums = [scores[name] * len(samples) for name in ROUGE]
+        self._rouge += torch.tensor([*sums, len(samples)], device=self.device, dtype=torch.float64)
         return {"samples": samples}
 
-    def _new_rouge(self) -> None:
-        from torchmetrics.text import ROUGEScore
-
-        self.rouge = ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL")).to(self.device)
-
     def _log_rouge(self, split: str) -> None:
-        for name, value in self.rouge.compute().items():
-            if name.endswith("fmeasure"):
-                self.log(f"{split}/{name.removesuffix('_fmeasure')}", value.to(self.device), rank_zero_only=False)
-        self.rouge.reset()
+        *sums, rows = self.reduce_sum(self._rouge).tolist()
+        for name, total in zip(ROUGE, sums, strict=True):
+            self.log(f"{split}/{name}", total / max(rows, 1), sync_dist=True)
 
     # ------------------------------------------------------------------------------------------------------ export
 

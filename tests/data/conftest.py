@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from transformers import GPTNeoXConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -56,7 +57,10 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
         datamodule: Any, stage: str = "fit", rank: int = 0, world_size: int = 1, accumulate: int = 1, **module: Any
     ) -> Any:
         datamodule.trainer = SimpleNamespace(
-            lightning_module=SimpleNamespace(tokenizer=tokenizer, **module),
+            lightning_module=SimpleNamespace(
+                tokenizer=tokenizer, **({"response_room": 4, "model_config": GPTNeoXConfig()} | module)
+            ),
+            state=SimpleNamespace(fn=stage),
             global_rank=rank,
             world_size=world_size,
             accumulate_grad_batches=accumulate,

@@ -12,7 +12,7 @@ import pytest
 from lightning_utilities.core import rank_zero
 
 from rlhf.data import processing
-from rlhf.data.processing import load_comparisons, load_demonstrations, raw_record
+from rlhf.data.processing import load_comparisons, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
@@ -40,7 +40,7 @@ def test_demonstrations_in_the_public_schema(tokenizer: Any, demonstrations_file
         assert tokenizer.decode(row["input_ids"]) == query + " " + demo["summary"] + EOS
         assert row["input_ids"][: row["response_start"]] == row["query_ids"]
         assert not row["truncated"]
-        assert raw_record(row) == demo
+        assert json.loads(row["record"]) == demo
 
 
 def test_comparisons_in_the_public_schema(tokenizer: Any, comparisons_file: str, pairs: Records) -> None:

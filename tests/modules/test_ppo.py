@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.callbacks.export import Export
 from rlhf.errors import UserError
+from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.rollout import Rollout
@@ -260,6 +261,7 @@ class TestBadInput:
 
         folder = tmp_path / "other"
         create_model(folder, train_tokenizer(["other words here"] * 9, 280), SmallModel(16, 1, 2), 1)
+        ScalarModel.from_policy(str(folder), 1).save(folder, load_tokenizer(str(folder)))
         with pytest.raises(UserError, match="another tokenizer"):
             PPOModule(model_path, str(folder))
 

@@ -21,7 +21,7 @@ def weights(module: RewardModule) -> torch.Tensor:
 
 
 def trained(model_path: str, trainer: Make, data: Any, **settings: Any) -> RewardModule:
-    module = RewardModule(model_path, FAST)
+    module = RewardModule(model_path, optimization=FAST)
     trainer(limit_val_batches=0, **settings).fit(module, data)
     return module
 
@@ -42,14 +42,25 @@ def test_it_learns_to_tell_pairs_apart(model_path: str, trainer: Make, preferenc
     assert accuracy >= 0.75  # on the pairs it has seen
 
 
+def test_centering_holds_rewards_at_one_level(model_path: str, trainer: Make, preference_data: Make) -> None:
+    levels = []
+    for centering in (0.0, 1.0):
+        module = RewardModule(model_path, centering, FAST)
+        data = preference_data()
+        trainer(limit_val_batches=0, max_epochs=6).fit(module, data)
+        rows = [row for part in trainer().predict(module, data) for batch in part for row in batch]
+        levels.append(sum((row["reward_chosen"] + row["reward_rejected"]) ** 2 for row in rows))
+    assert levels[1] < 0.2 * levels[0]
+
+
 def test_news_is_a_split_of_its_own(model_path: str, trainer: Make, preference_data: Make) -> None:
-    metrics = trainer().validate(RewardModule(model_path, FAST), preference_data(), verbose=False)
+    metrics = trainer().validate(RewardModule(model_path, optimization=FAST), preference_data(), verbose=False)
     names = {name for part in metrics for name in part}
     assert {"validation/accuracy", "validation_cnndm/accuracy"} <= names
 
 
 def test_accuracy_is_over_all_pairs_of_a_split(model_path: str, trainer: Make, preference_data: Make) -> None:
-    module, data = RewardModule(model_path, FAST), preference_data(eval_batch_size=5)
+    module, data = RewardModule(model_path, optimization=FAST), preference_data(eval_batch_size=5)
     metrics = trainer().validate(module, data, verbose=False)
     correct = []
     for row in data.splits["validation"]:
