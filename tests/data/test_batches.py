@@ -111,7 +111,12 @@ def test_iter_alone_changes_nothing() -> None:
     assert list(iter(each)) == list(loader(12, 4, 2))
 
 
-@pytest.mark.parametrize(("rows", "size", "world"), list(product((1, 2, 7, 12), (1, 3, 20), (1, 2, 3))))
+def test_a_split_with_fewer_rows_than_processes_is_refused() -> None:
+    with pytest.raises(UserError, match="2 rows can't be shared by 3 processes"):
+        EvalBatches(2, collate, 1, 0, 3)
+
+
+@pytest.mark.parametrize(("rows", "size", "world"), list(product((3, 4, 7, 12), (1, 3, 20), (1, 2, 3))))
 def test_evaluation_covers_every_row_once(rows: int, size: int, world: int) -> None:
     loaders = [EvalBatches(rows, collate, size, rank, world) for rank in range(world)]
     assert [len(list(each)) for each in loaders] == [len(each) for each in loaders]

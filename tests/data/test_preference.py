@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def make(attach: Attach, comparisons_file: str, demonstrations_file: str) -> Att
 
 
 def ids_of(rows: Any) -> list[str]:
-    return [info["id"] for info in rows["info"]]
+    return [json.loads(record)["info"]["id"] for record in rows["record"]]
 
 
 def test_defaults_are_the_papers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_a_bad_demonstration_is_left_out_and_reported(
     report = rf"data\.train: .*bad\.jsonl \(train\): left out 1 of 5 .*{reason}: 1, first in record 2 \(id t3_a2\)"
     with pytest.warns(UserWarning, match=report):
         rows = demonstrations_of(path, tokenizer)
-    assert rows["id"][:] == ["t3_a1", "t3_a3", "t3_a4", "t3_a5"]
+    assert [json.loads(record)["id"] for record in rows["record"]] == ["t3_a1", "t3_a3", "t3_a4", "t3_a5"]
 
 
 BAD_PAIRS = [
@@ -111,7 +112,7 @@ def test_a_bad_comparison_is_left_out_and_reported(
     path = write_jsonl("bad.jsonl", pairs)
     with pytest.warns(UserWarning, match=rf"left out 1 of 5 .*{reason}: 1, first in record 2 \(id t3_a2\)"):
         rows = comparisons_of(path, tokenizer)
-    assert [info["id"] for info in rows["info"]] == ["t3_a1", "t3_a3", "c1", "c2"]
+    assert [json.loads(record)["info"]["id"] for record in rows["record"]] == ["t3_a1", "t3_a3", "c1", "c2"]
 
 
 def test_a_choice_read_as_a_float_is_a_choice(tokenizer: Any, write_jsonl: Writer, pairs: Records) -> None:
@@ -158,7 +159,7 @@ def test_an_unfittable_query_is_an_error_that_names_the_record(
         demonstrations_of(path, tokenizer, max_query_length=300)
     with pytest.warns(UserWarning, match=r"left out 1 of 5 .*more than 300: 1, first in record 3 \(id t3_a3\)"):
         rows = demonstrations_of(path, tokenizer, max_query_length=300, drop_unfittable=True)
-    assert rows["id"][:] == ["t3_a1", "t3_a2", "t3_a4", "t3_a5"]
+    assert [json.loads(record)["id"] for record in rows["record"]] == ["t3_a1", "t3_a2", "t3_a4", "t3_a5"]
 
 
 @pytest.mark.parametrize(("length", "report"), [(99, None), (5, "5 of 5 responses (100.0%)")])
