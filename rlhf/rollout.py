@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.ops.rewards import ScorePosition
@@ -95,6 +96,19 @@ def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = 
     """
     mask = length_mask(lengths, width)
     return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
+
+
+def in_chunks(episodes: Rollout, chunk: int, evaluate: Callable[[Rollout], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Apply `evaluate` to slices of rows, without the columns a slice does not use, and put the results together.
+
+    Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
+    """
+    width = episodes.responses.shape[1]
+    parts = []
+    for start in range(0, len(episodes), chunk):
+        out = evaluate(episodes.select(list(range(start, min(start + chunk, len(episodes))))))
+        parts.append([F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
 class RolloutLoader:

@@ -87,6 +87,8 @@ def _load(source: Source, setting: str) -> Dataset:
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
+        if "scripts are no longer supported" in reason:
+            reason += f"; set {setting}.revision to refs/convert/parquet"
         raise UserError(f"{setting}: {source.path} ({source.split}) can't be read: {reason}") from error
 
 

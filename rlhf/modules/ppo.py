@@ -41,7 +41,7 @@ from rlhf.ops.rewards import (
     token_rewards,
 )
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
-from rlhf.rollout import Rollout, response_masks
+from rlhf.rollout import Rollout, in_chunks, response_masks
 from rlhf.seeding import generator
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -180,7 +180,7 @@ class PPOModule(StageModule):
         )  # fmt: skip
         start = self._clock("sampling", start)
         # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
-        now = self._in_chunks(episodes, chunk, self._evaluate)
+        now = in_chunks(episodes, chunk, self._evaluate)
         episodes.logprobs, episodes.values = now[0], torch.where(value_mask, now[1], 0.0)
         start = self._clock("values", start)
         episodes.ref_logprobs = self._reference_logprobs(episodes, chunk)
@@ -270,20 +270,6 @@ class PPOModule(StageModule):
         decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [{**text, "response": response} for text, response in zip(texts, decoded, strict=True)]
 
-    def _in_chunks(
-        self, episodes: Rollout, chunk: int, evaluate: Callable[[Rollout], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """Apply `evaluate` to slices of rows, without the columns a slice does not use, and put the results together.
-
-        Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
-        """
-        width = episodes.responses.shape[1]
-        parts = []
-        for rows in torch.arange(len(episodes)).split(chunk):
-            out = evaluate(episodes.select(rows.tolist()))
-            parts.append([torch.nn.functional.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])
-        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
-
     def _evaluate(self, part: Rollout) -> tuple[Tensor, Tensor]:
         with self.autocast():
             now = self._networks(part)
@@ -300,7 +286,7 @@ class PPOModule(StageModule):
                 inputs = (part.queries, part.query_mask, part.responses, part.mask)
                 return (response_logprobs(reference, *inputs, self.ppo.temperature)[0],)
 
-            return self._in_chunks(episodes, chunk, logprobs)[0]
+            return in_chunks(episodes, chunk, logprobs)[0]
 
     def _score(self, episodes: Rollout, chunk: int) -> Tensor:
         def scores(part: Rollout) -> tuple[Tensor]:
@@ -310,7 +296,7 @@ class PPOModule(StageModule):
             return (values,)
 
         with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
-            return self._in_chunks(episodes, chunk, scores)[0]
+            return in_chunks(episodes, chunk, scores)[0]
 
     def _final_scores(self, episodes: Rollout, scores: Tensor) -> Tensor:
         if self.ppo.missing_eos_score is None:

@@ -167,3 +167,28 @@ def test_missing_columns_are_reported_beside_those_that_are_there() -> None:
     there = r"data\.train: a\.jsonl has the columns text, prompt, but needs post, summary or prompt, completion"
     with pytest.raises(UserError, match=rf"{there}.*data\.train\.columns"):
         find_columns(dataset([{"text": "x", "prompt": "y"}]), CHOICES, "data.train", "a.jsonl")
+
+
+def test_a_hub_data_set_with_a_script_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found summarize_from_feedback.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"data\.train\.revision to refs/convert/parquet"):
+        load_records(Source("openai/summarize_from_feedback", name="comparisons"), "data.train")
+
+
+def test_a_hub_data_set_is_asked_for_by_name_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def load_dataset(path: str, name: str | None, **kwargs: object) -> datasets.Dataset:
+        asked.update(kwargs, path=path, name=name)
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("openai/summarize_from_feedback", "validation", "comparisons", "refs/convert/parquet")
+    assert len(load_records(source, "data.train")) == 1
+    assert asked == {
+        "path": "openai/summarize_from_feedback", "name": "comparisons", "split": "validation",
+        "revision": "refs/convert/parquet",
+    }  # fmt: skip
