@@ -13,7 +13,7 @@ Curves = dict[str, "pd.Series"]
 
 
 def plot_curves(curves: Curves, panels: Sequence[tuple[str, Sequence[str]]], x_label: str, file: Path) -> bool:
-    """Draw curves side by side.
+    """Draw curves in panels, three in a row.
 
     Args:
         curves: name -> values, indexed by x.
@@ -33,8 +33,12 @@ def plot_curves(curves: Curves, panels: Sequence[tuple[str, Sequence[str]]], x_l
     shown = [(title, names) for title, names in shown if names]
     if not shown:
         return False
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False)
-    for axis, (title, names) in zip(axes[0], shown, strict=True):
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (title, names) in zip(axes.flat, shown, strict=False):
         for name in names:
             marker = "o" if len(curves[name]) < 10 else ""
             axis.plot(curves[name].index, curves[name].values, marker=marker, label=name)
