@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.checks import at_least
 from rlhf.data.batches import Batch, EvalBatches, accumulation
+from rlhf.data.processing import lengths
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.ops.sequences import pad_sequences
@@ -77,14 +78,13 @@ class StageDataModule(LightningDataModule):
 
     def longest(self) -> int:
         """Tokens of the longest sequence that the model will see."""
-        extra = {"query_ids": self._trainer.lightning_module.response_room}
-        lengths = [
-            len(ids) + extra.get(name, 0)
+        room = {"query_ids": self._trainer.lightning_module.response_room}
+        return max(
+            max(lengths(rows, name)) + room.get(name, 0)
             for rows in self.splits.values()
+            if len(rows)
             for name in {"query_ids", "input_ids", "chosen_ids", "rejected_ids"} & set(rows.column_names)
-            for ids in rows[name]
-        ]
-        return max(lengths)
+        )
 
     def _check_lengths(self) -> None:
         config = self._trainer.lightning_module.model_config.get_text_config()

@@ -140,3 +140,10 @@ def _report(raw: Dataset, done: Dataset, source: Source, setting: str) -> Datase
         share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
         rank_zero_info(f"{name}: {share} are longer than their maximum; they lost their end and EOS.")
     return done.remove_columns("problem")
+
+
+def lengths(rows: Dataset, column: str) -> list[int]:
+    """Length of every list in a column, without making lists of them."""
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(rows.with_format("arrow")[:][column]).to_pylist()

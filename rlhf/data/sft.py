@@ -8,7 +8,7 @@ import torch
 
 from rlhf.data.base import StageDataModule
 from rlhf.data.batches import Batch, TrainBatches
-from rlhf.data.processing import load_demonstrations
+from rlhf.data.processing import lengths, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.ops.sequences import pad_sequences
@@ -50,9 +50,9 @@ class SFTDataModule(StageDataModule):
         """Shuffled micro-batches of the training split."""
         rows = self.splits["train"]
         starts = rows["response_start"][:] if self._response_only else [1] * len(rows)
-        lengths = [len(ids) for ids in rows["input_ids"]]
+        counts = [n - max(1, start) for n, start in zip(lengths(rows, "input_ids"), starts, strict=True)]
         return TrainBatches(
-            [length - max(1, start) for length, start in zip(lengths, starts, strict=True)],
+            counts,
             partial(self.collate, "train"),
             self.batch_size,
             self._trainer.accumulate_grad_batches,
