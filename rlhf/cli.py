@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError, find_user_error
+from rlhf.parsing import parse
 
 if TYPE_CHECKING:
     from rlhf.stage_cli import StageCLI
@@ -84,36 +84,6 @@ def _call(function: Callable[..., Any], verb: str, words: list[str]) -> None:
     config = parse(parser, words)
     config.pop("config", None)
     function(**vars(parser.instantiate_classes(config)))
-
-
-def parse(parser: Any, words: list[str]) -> Any:
-    """Parse, and turn what the parser complains about into one sentence."""
-    from jsonargparse import ArgumentError
-
-    try:
-        return parser.parse_args(words)
-    except ArgumentError as error:
-        raise UserError(explain(str(error))) from error
-
-
-NOISE = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Expected a <class 'NoneType'>",
-    "Expected a path but",
-    "Given value",
-)
-
-
-def explain(message: str) -> str:
-    """A parser's message in one sentence: which setting, and what is wrong with it, without the parser's noise."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith(NOISE))
-    text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
-    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
-    text = re.sub(r"Expected a dot import path string: (\S+)", r"there is no class \1; give its import path", text)
-    return text.rstrip(".") + "."
 
 
 def _quiet() -> None:

@@ -20,10 +20,10 @@ from rlhf.callbacks import unless_given
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.predictions import PredictionFile
 from rlhf.callbacks.progress import StageProgress
-from rlhf.cli import parse
 from rlhf.data.base import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
+from rlhf.parsing import parse
 
 
 class SaveConfig(SaveConfigCallback):

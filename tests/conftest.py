@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rlhf.data.synthetic import demonstrations
 from rlhf.data.texts import TextFormat, one_leading_space
 
 torch.set_num_threads(1)
+logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
 
 
 @pytest.fixture(scope="session")

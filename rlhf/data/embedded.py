@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.synthetic import NEWS, comparisons, demonstrations, pretraining
+from rlhf.data.domains import NEWS
+from rlhf.data.synthetic import comparisons, demonstrations, pretraining
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.errors import UserError
 from rlhf.models.loading import quiet

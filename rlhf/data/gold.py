@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rlhf.data.domains import all_slots
+
 FREE_WORDS = 30
 PER_WORD = 0.1
 
@@ -43,7 +45,5 @@ def gold_score(summary: str, facts: Mapping[str, str], slots: Mapping[str, Seque
 
 def gold_scores(queries: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
     """The gold score as a reward function: for `model.evaluation_function` on the embedded data."""
-    from rlhf.data.synthetic import all_slots
-
     facts = [{slot: value for slot, value in record["facts"].items() if value is not None} for record in records]
     return [gold_score(text, known, all_slots()).score for text, known in zip(responses, facts, strict=True)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf.data.domains import NEWS, REDDIT, Domain, all_slots
 from rlhf.data.gold import gold_score, gold_scores
-from rlhf.data.synthetic import NEWS, REDDIT, Domain, all_slots
 
 FACTS = {"relation": "sister", "amount": "20", "place": "in Paris", "ask": "what to say"}
 THIRTY = "My sister lost 20 in Paris so tell me what to say" + " please" * 18

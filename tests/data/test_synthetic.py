@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.domains import NEWS, REDDIT, Domain
 from rlhf.data.gold import gold_score
-from rlhf.data.synthetic import (
-    NEWS,
-    POLICIES,
-    REDDIT,
-    Domain,
-    comparisons,
-    demonstrations,
-    draw_facts,
-    pretraining,
-    write_post,
-)
+from rlhf.data.synthetic import POLICIES, comparisons, demonstrations, draw_facts, pretraining, write_post
 
 DOMAINS = pytest.mark.parametrize("domain", [REDDIT, NEWS], ids=["reddit", "news"])
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.data.domains import NEWS, REDDIT
 from rlhf.data.gold import gold_score
 from rlhf.data.records import Source
-from rlhf.data.synthetic import NEWS, REDDIT, comparisons, demonstrations
+from rlhf.data.synthetic import comparisons, demonstrations
 from rlhf.data.texts import TextFormat
 from rlhf.evaluation.tables import add_gold, comparison_margins, generate, has_gold, reward_scores
 from rlhf.models.loading import load_tokenizer

@@ -11,11 +11,12 @@ import lightning as L
 import pytest
 from lightning.pytorch import Trainer
 
+from rlhf.data.domains import NEWS
 from rlhf.data.preference import PreferenceDataModule
 from rlhf.data.records import Source
 from rlhf.data.rollout import RolloutDataModule
 from rlhf.data.sft import SFTDataModule
-from rlhf.data.synthetic import NEWS, comparisons, demonstrations
+from rlhf.data.synthetic import comparisons, demonstrations
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 
