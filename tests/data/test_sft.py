@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig
 
 from rlhf.data.records import Source
 from rlhf.data.sft import SFTDataModule
@@ -153,3 +154,8 @@ def test_formats_and_lengths_are_settings(make: Attach) -> None:
     row = data.splits["train"][0]
     assert row["query"].startswith("Post: My flatmate")
     assert len(row["input_ids"]) == row["response_start"] + 4
+
+
+def test_a_sequence_longer_than_the_positions_of_the_model_is_refused(make: Attach) -> None:
+    with pytest.raises(UserError, match="more than the 16 positions of the model"):
+        make(trainer={"model_config": GPTNeoXConfig(max_position_embeddings=16)})

@@ -111,25 +111,6 @@ def test_a_resumed_run_equals_one_that_never_stopped(run: Make, tmp_path: Path) 
     assert after.metrics[-1]["objective/kl"] == spy.metrics[-1]["objective/kl"]
 
 
-def test_score_is_read_at_eos_and_lands_after_it(run: Make) -> None:
-    _, spy = run(max_epochs=1)
-    rollout = spy.rollouts[0]
-    for n in range(len(rollout)):
-        length, width = int(rollout.lengths[n]), rollout.responses.shape[1]
-        expected = -0.05 * rollout.kl[n]
-        expected[min(length, width - 1)] += rollout.scores[n]
-        torch.testing.assert_close(rollout.rewards[n], expected)
-
-
-def test_critic_starts_as_the_reward_model(run: Make) -> None:
-    _, spy = run(max_epochs=1)
-    rollout = spy.rollouts[0]
-    ended = (rollout.lengths < rollout.responses.shape[1]).nonzero().flatten().tolist()
-    assert ended or not rollout.has_eos.any()
-    for n in ended:
-        assert rollout.values[n, rollout.lengths[n]] == pytest.approx(rollout.scores[n].item(), abs=1e-4)
-
-
 def test_missing_eos_is_penalised(run: Make) -> None:
     _, spy = run(max_epochs=1)
     rollout = spy.rollouts[0]
