@@ -15,6 +15,7 @@ from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
 from rlhf.ops.losses import masked_total, pairwise_losses
+from rlhf.ops.masking import masked_mean
 
 
 class RewardModule(StageModule):
@@ -72,7 +73,7 @@ class RewardModule(StageModule):
         pairs = mask.sum()
         correct = ((chosen > rejected) & mask).sum() / pairs.clamp(min=1)
         log: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": int(pairs), "sync_dist": True}
-        mean = masked_total(losses.detach(), mask, pairs.clamp(min=1))
+        mean = masked_mean(losses.detach(), mask)
         self.log("loss/reward", mean, **log)
         self.log("train/accuracy", correct, **log)
         self.log("loss/reward_step", mean, prog_bar=True, batch_size=int(pairs))

@@ -21,7 +21,7 @@ from rlhf.models.loading import (
 from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
 from rlhf.ops.losses import language_model_losses, masked_total
-from rlhf.ops.masking import masked_sum
+from rlhf.ops.masking import masked_mean
 from rlhf.ops.sequences import model_inputs
 from rlhf.rouge import ROUGE, rouge
 from rlhf.seeding import generator
@@ -93,7 +93,7 @@ class SFTModule(StageModule):
         """The loss of one micro-batch."""
         losses, mask = self.token_losses(batch)
         tokens = mask.sum()
-        mean = masked_sum(losses.detach(), mask) / tokens.clamp(min=1)
+        mean = masked_mean(losses.detach(), mask)
         self.log("loss/sft", mean, on_step=False, on_epoch=True, batch_size=int(tokens), sync_dist=True)
         self.log("loss/sft_step", mean, prog_bar=True, batch_size=int(tokens))
         return masked_total(losses, mask, self.normaliser(tokens, batch["share"]))
@@ -150,7 +150,7 @@ class SFTModule(StageModule):
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Any]:
         losses, mask = self.token_losses(batch)
         tokens = mask.sum()
-        mean = masked_sum(losses, mask) / tokens.clamp(min=1)
+        mean = masked_mean(losses, mask)
         self.log(f"{split}/loss", mean, batch_size=int(tokens), sync_dist=True, prog_bar=True)
         samples = self.predict_step(batch, batch_idx)
         scores = rouge([s["response"] for s in samples], [s["reference"] for s in samples])
