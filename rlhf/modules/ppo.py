@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +10,16 @@ from torch import Tensor
 
 from rlhf.callbacks.curves import PPOCurves
 from rlhf.callbacks.samples import SampleTable
-from rlhf.errors import UserError
-from rlhf.generation import sample
-from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
-from rlhf.models.frozen import FrozenModel, Placement
-from rlhf.models.loading import (
-    check_language_model,
-    check_pad_in_embedding,
-    check_reward_model,
-    embedding_rows,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    save_pretrained,
-)
-from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules.base import StageModule
-from rlhf.modules.settings import Optimization, PPOSettings
-from rlhf.ops.advantages import gae
-from rlhf.ops.kl_control import AdaptiveKL, FixedKL
+from rlhf.models.actor_critic import Evaluation
+from rlhf.models.loading import save_pretrained
+from rlhf.modules.experience import ExperienceModule
+from rlhf.ops.kl_control import AdaptiveKL
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
-from rlhf.ops.masking import masked_sum, whiten
-from rlhf.ops.rewards import (
-    kl_estimate,
-    penalise_missing_eos,
-    score_index,
-    token_rewards,
-)
-from rlhf.ops.sequences import response_lengths, truncate_after_eos
-from rlhf.rollout import Rollout, in_chunks, response_masks
-from rlhf.seeding import generator
-
-RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
+from rlhf.ops.masking import masked_sum
+from rlhf.rollout import Rollout
 
 
-class PPOModule(StageModule):
+class PPOModule(ExperienceModule):
     """Trains a policy and a critic with PPO.
 
     To change what it does, subclass it and override one of: `sample_responses`, `score_responses`, `keep_episodes`,
@@ -67,262 +39,6 @@ class PPOModule(StageModule):
         optimization: learning rate, schedule (stepping once per update), loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
     """
-
-    schedule_interval = "epoch"
-
-    def __init__(
-        self,
-        model_path: str,
-        reward_path: str | None = None,
-        reward_function: RewardFunction | None = None,
-        evaluation_function: RewardFunction | None = None,
-        reference_path: str | None = None,
-        reference_placement: Placement = "device",
-        reward_placement: Placement = "device",
-        ppo: PPOSettings = PPOSettings(),
-        optimization: Optimization = Optimization(schedule="linear"),
-        pad_token: str | None = None,
-    ) -> None:
-        super().__init__(model_path, optimization, pad_token)
-        self.reward_path = reward_path
-        self.reward_function = reward_function
-        self.evaluation_function = evaluation_function
-        self.reference_path = reference_path or model_path
-        self.reference_placement = reference_placement
-        self.reward_placement = reward_placement
-        self.ppo = ppo
-        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
-        self._check_settings()
-        self.actor_critic: Any = None
-        self.reference: FrozenModel[Any] | None = None
-        self.reward_model: FrozenModel[ScalarModel] | None = None
-        self.kl_control: FixedKL | AdaptiveKL = FixedKL(ppo.kl_coefficient)
-        if ppo.kl_target is not None:
-            self.kl_control = AdaptiveKL(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
-        self.seconds: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-
-    def _check_settings(self) -> None:
-        own_reward = type(self).score_responses is not PPOModule.score_responses
-        if self.reward_path is None and self.reward_function is None and not own_reward:
-            raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
-        check_language_model(self.model_config, self.model_path, "model.model_path")
-        if self.reference_path != self.model_path:
-            config = load_config(self.reference_path, "model.reference_path")
-            check_language_model(config, self.reference_path, "model.reference_path")
-        if self.reward_path is not None:
-            check_reward_model(
-                load_config(self.reward_path, "model.reward_path"), self.reward_path, "model.reward_path"
-            )
-            theirs = load_tokenizer(self.reward_path, self.tokenizer.pad_token, "model.reward_path")
-            if theirs.get_vocab() != self.tokenizer.get_vocab():
-                raise UserError(
-                    f"The reward model {self.reward_path} has another tokenizer than the policy {self.model_path}; "
-                    "train it from the same SFT model."
-                )
-
-    @property
-    def response_room(self) -> int:
-        """Responses of the rollout."""
-        return self.ppo.response_length
-
-    # ------------------------------------------------------------------------------------------------------ models
-
-    def configure_model(self) -> None:
-        """Load policy and critic, once (D24)."""
-        if self.actor_critic is not None:
-            return
-        if self.reward_path is not None:
-            critic = ScalarModel.from_pretrained(self.reward_path, "model.reward_path")
-        else:
-            critic = ScalarModel.from_policy(self.model_path, self.seed)
-        self.actor_critic = ActorCritic(load_causal_lm(self.model_path), critic)
-
-    def _load_frozen(self) -> None:
-        """Reference and reward model, in the precision that the policy has now, so that the first KL is exactly 0."""
-        dtype = next(self.actor_critic.policy.parameters()).dtype
-        if self.reference is None and self.trainer.training:
-            reference = load_causal_lm(self.reference_path, "model.reference_path", dtype)
-            self.reference = FrozenModel(reference, self.reference_placement)
-        if self.reward_model is None and self.reward_path is not None:
-            reward_model = ScalarModel.from_pretrained(self.reward_path, "model.reward_path", dtype)
-            self.reward_model = FrozenModel(reward_model, self.reward_placement)
-
-    def on_fit_start(self) -> None:
-        """Load the frozen models; the reference is needed in training only."""
-        self._load_frozen()
-
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
-
-    # ----------------------------------------------------------------------------------------------------- rollout
-
-    @torch.no_grad()
-    def rollout(self, batch: dict[str, Any], update: int) -> Rollout:
-        """One batch of experience, from prompts to advantages.
-
-        Args:
-            batch: `queries (N, P)` padded on the left, `query_mask (N, P)`, `texts`: per row `query`, `reference`,
-                `record`; `chunk`: how many rows go through a model at a time.
-            update: the number of this update; it seeds the sampling.
-        """
-        start = time.perf_counter()
-        queries, query_mask, chunk = batch["queries"], batch["query_mask"], batch["chunk"]
-        # 1. Sample responses; everything after the first EOS is PAD.
-        random = generator(self.device, update, self.global_rank)
-        responses = self._sample_chunks(queries, query_mask, chunk, self.ppo.temperature, random)
-        lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
-        responses = self._widen(responses, lengths)
-        mask, value_mask = response_masks(lengths, responses.shape[1], self.ppo.score_position)
-        texts = self._with_responses(batch["texts"], responses, mask)
-        episodes = Rollout(
-            texts, queries=queries, query_mask=query_mask, responses=responses, lengths=lengths, has_eos=has_eos,
-            mask=mask, value_mask=value_mask,
-        )  # fmt: skip
-        start = self._clock("sampling", start)
-        # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
-        now = in_chunks(episodes, chunk, self._evaluate)
-        episodes.logprobs, episodes.values = now[0], torch.where(value_mask, now[1], 0.0)
-        start = self._clock("values", start)
-        episodes.ref_logprobs = self._reference_logprobs(episodes, chunk)
-        start = self._clock("reference", start)
-        # 3. One score per response; the EOS trick.
-        episodes.scores = self._final_scores(episodes, self._score(episodes, chunk))
-        start = self._clock("reward", start)
-        # 4. Episodes that are not to be learnt from.
-        keep = self.keep_episodes(episodes).to(self.device).unsqueeze(1)
-        episodes.mask, episodes.value_mask = mask & keep, value_mask & keep
-        # 5. Rewards per token: the KL penalty, and the score where it lands.
-        kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
-        episodes.kl = torch.where(mask, kl, 0.0)
-        episodes.rewards = self.token_rewards(episodes)
-        if self.ppo.whiten_rewards:
-            episodes.rewards = whiten(episodes.rewards, episodes.value_mask, False, self.reduce_sum)
-        # 6. Advantages and returns.
-        episodes.advantages, episodes.returns = gae(episodes.rewards, episodes.values, self.ppo.gamma, self.ppo.lam)
-        episodes.advantages = self._whiten_advantages(episodes)
-        self._clock("advantages", start)
-        return episodes
-
-    def sample_responses(
-        self, queries: Tensor, query_mask: Tensor, temperature: float, random: torch.Generator
-    ) -> Tensor:
-        """Token ids `(n, r)` for left-padded queries `(n, P)`, at most `response_length` wide."""
-        return sample(
-            self.actor_critic.policy,
-            queries,
-            query_mask,
-            max_new_tokens=self.ppo.response_length,
-            temperature=temperature,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            generator=random,
-        )
-
-    def score_responses(self, episodes: Rollout) -> Tensor:
-        """The reward of every episode, `(N,)`: reward model, reward function, or their sum. Override for your own.
-
-        Args:
-            episodes: with `queries`, `responses`, their masks, `lengths`, `has_eos`, and `texts`.
-        """
-        scores = torch.zeros(len(episodes), device=self.device)
-        if self.reward_model is not None:
-            ids, mask = join(episodes.queries, episodes.query_mask, episodes.responses, episodes.mask)
-            with self.reward_model.on(self.device) as model, self.autocast():
-                scores = model.score(ids, mask)
-        if self.reward_function is not None:
-            scores = scores + self._call(self.reward_function, episodes.texts)
-        return scores
-
-    def keep_episodes(self, episodes: Rollout) -> Tensor:
-        """Which episodes to learn from, bool `(N,)`; by default all.
-
-        The others count in no loss and no whitening. The curves of the rollout show all episodes.
-        """
-        return torch.ones(len(episodes), dtype=torch.bool, device=self.device)
-
-    def token_rewards(self, episodes: Rollout) -> Tensor:
-        """Rewards per token `(N, R)` from `kl (N, R)` and `scores (N,)` (D28, D29)."""
-        index = score_index(episodes.lengths, episodes.responses.shape[1], self.ppo.score_position)
-        return token_rewards(episodes.kl, episodes.scores, index, episodes.mask, self.kl_control.coefficient)
-
-    # -------------------------------------------------------------------------------------------- rollout, smaller
-
-    def _sample_chunks(
-        self, queries: Tensor, query_mask: Tensor, chunk: int, temperature: float, random: torch.Generator
-    ) -> Tensor:
-        parts = []
-        with self.autocast():
-            for q, m in zip(queries.split(chunk), query_mask.split(chunk), strict=True):
-                parts.append(self.sample_responses(q, m, temperature, random))
-        width = max(p.shape[1] for p in parts)
-        pad = self.tokenizer.pad_token_id
-        responses = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=pad) for p in parts])
-        return truncate_after_eos(responses, self.tokenizer.eos_token_id, pad)
-
-    def _widen(self, responses: Tensor, lengths: Tensor) -> Tensor:
-        """One more column where the longest response leaves room for it, for the score after EOS (D29)."""
-        width = min(int(lengths.max()) + 1, self.ppo.response_length)
-        pad = self.tokenizer.pad_token_id
-        return torch.nn.functional.pad(responses, (0, max(0, width - responses.shape[1])), value=pad)
-
-    def _with_responses(self, texts: list[dict[str, Any]], responses: Tensor, mask: Tensor) -> list[dict[str, Any]]:
-        tokens = [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)]
-        decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [{**text, "response": response} for text, response in zip(texts, decoded, strict=True)]
-
-    def _evaluate(self, part: Rollout) -> tuple[Tensor, Tensor]:
-        with self.autocast():
-            now = self._networks(part)
-        return now.logprobs, now.values
-
-    def _networks(self, part: Rollout) -> Evaluation:
-        return self.actor_critic(part.queries, part.query_mask, part.responses, part.mask, self.ppo.temperature)
-
-    def _reference_logprobs(self, episodes: Rollout, chunk: int) -> Tensor:
-        assert self.reference is not None
-        with self.reference.on(self.device) as reference, self.autocast():
-
-            def logprobs(part: Rollout) -> tuple[Tensor]:
-                inputs = (part.queries, part.query_mask, part.responses, part.mask)
-                return (response_logprobs(reference, *inputs, self.ppo.temperature)[0],)
-
-            return in_chunks(episodes, chunk, logprobs)[0]
-
-    def _score(self, episodes: Rollout, chunk: int) -> Tensor:
-        def scores(part: Rollout) -> tuple[Tensor]:
-            values = self.score_responses(part).to(self.device, torch.float32)
-            if values.shape != (len(part),):
-                raise UserError(f"score_responses gave shape {tuple(values.shape)} for {len(part)} episodes.")
-            return (values,)
-
-        with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
-            return in_chunks(episodes, chunk, scores)[0]
-
-    def _final_scores(self, episodes: Rollout, scores: Tensor) -> Tensor:
-        if self.ppo.missing_eos_score is None:
-            return scores
-        return penalise_missing_eos(scores, episodes.has_eos, self.ppo.missing_eos_score, self.ppo.missing_eos)
-
-    def _call(self, function: RewardFunction, texts: list[dict[str, Any]]) -> Tensor:
-        names = ("query", "response", "record")
-        values = function(*([text[name] for text in texts] for name in names))
-        if len(values) != len(texts):
-            raise UserError(f"{function.__name__} gave {len(values)} rewards for {len(texts)} responses.")
-        return torch.tensor([float(v) for v in values], device=self.device)
-
-    def _whiten_advantages(self, episodes: Rollout) -> Tensor:
-        if self.ppo.whiten_advantages == "off":
-            return torch.where(episodes.mask, episodes.advantages, 0.0)
-        if self.ppo.whiten_advantages == "rank":
-            return whiten(episodes.advantages, episodes.mask)
-        return whiten(episodes.advantages, episodes.mask, reduce=self.reduce_sum)
-
-    def _clock(self, phase: str, start: float) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = now - start
-        return now
 
     # ---------------------------------------------------------------------------------------------------- training
 
@@ -359,6 +75,10 @@ class PPOModule(StageModule):
         }
         return loss, statistics
 
+    def on_train_epoch_start(self) -> None:
+        """A new update: no statistics yet."""
+        self._sums: dict[str, Tensor] = {}
+
     def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
         """The loss of one micro-batch of the current rollout."""
         now = self._networks(batch)
@@ -377,7 +97,6 @@ class PPOModule(StageModule):
         sums = self.reduce_sum(torch.stack(list(self._sums.values())))
         means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
         self.log_dict(dict(zip(self._sums, means, strict=True)), sync_dist=True)
-        self._sums = {}
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         kl = self.reduce_sum(data.last_rollout.kl.sum(1).mean()) / self.trainer.world_size
         self.kl_control.update(kl.item(), data.batch_size)
@@ -387,22 +106,6 @@ class PPOModule(StageModule):
         return super().configure_callbacks() + self.unless_given(PPOCurves(), SampleTable())
 
     # -------------------------------------------------------------------------------------------------- evaluation
-
-    def respond(self, batch: dict[str, Any], seed: int) -> Rollout:
-        """Responses at the evaluation temperature, with their scores (without the EOS trick)."""
-        queries, query_mask = batch["queries"], batch["query_mask"]
-        random = generator(self.device, 0, seed, self.global_rank)
-        temperature = self.ppo.evaluation_temperature
-        responses = self._sample_chunks(queries, query_mask, len(queries), temperature, random)
-        lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
-        mask, value_mask = response_masks(lengths, responses.shape[1])
-        episodes = Rollout(
-            self._with_responses(batch["texts"], responses, mask), queries=queries, query_mask=query_mask,
-            responses=responses, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask,
-        )  # fmt: skip
-        episodes.scores = self._score(episodes, len(episodes))
-        return episodes
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Responses to the whole validation subset: score, share with EOS, length (D37)."""
         return self._validate(batch, batch_idx, "validation")
