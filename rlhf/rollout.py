@@ -35,6 +35,7 @@ class Rollout:
         rewards: `(N, R)` per token.
         advantages, returns: `(N, R)`.
         texts: per episode a dict with `query`, `response`, `reference` and the `record`.
+        rows: which rows of the rollout a slice holds.
         policy_share, value_share: average real tokens per micro-batch of the global minibatch (D14), set on slices.
     """
 
@@ -57,6 +58,7 @@ class Rollout:
     def __init__(self, texts: list[dict[str, Any]] | None = None, **tensors: Tensor) -> None:
         self.texts = texts or []
         self.policy_share = self.value_share = 0.0
+        self.rows: list[int] = []
         for name, tensor in tensors.items():
             if name not in Rollout.__annotations__:
                 raise TypeError(f"a Rollout has no field {name!r}")
@@ -68,7 +70,7 @@ class Rollout:
     def _map(self, change: Callable[[str, Tensor], Tensor], texts: list[dict[str, Any]]) -> Rollout:
         fields = {name: change(name, getattr(self, name)) for name in Rollout.__annotations__ if hasattr(self, name)}
         new = Rollout(texts, **fields)
-        new.policy_share, new.value_share = self.policy_share, self.value_share
+        new.policy_share, new.value_share, new.rows = self.policy_share, self.value_share, self.rows
         return new
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Rollout:
@@ -86,7 +88,9 @@ class Rollout:
             tensor = tensor[index]
             return tensor if tensor.dim() == 1 else tensor[:, cuts.get(name, slice(0, last))]
 
-        return self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
+        new = self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
+        new.rows = rows
+        return new
 
 
 def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = "after_eos") -> tuple[Tensor, Tensor]:

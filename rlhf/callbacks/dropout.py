@@ -18,28 +18,34 @@ def _is_probability(name: str, value: object) -> bool:
     return any(h in name.lower() for h in _HINTS) and isinstance(value, float) and value > 0
 
 
-def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout of a model to 0; returns how many were on.
+def _places(model: nn.Module) -> Iterator[tuple[object, str]]:
+    """Objects and their attributes that hold a dropout which is on.
 
     Dropout hides in three places: `nn.Dropout` modules, probabilities held as plain floats by modules (attention
     layers of GPT-NeoX, Llama, Qwen; `layerdrop` of OPT), and fields of the configuration that are read at run time.
     """
-    found = 0
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            module.p = 0.0
-            found += 1
-        holders = [module, getattr(module, "config", None)]
-        for holder in holders:
-            if holder is None or (holder is not module and id(holder) in seen):
+            yield module, "p"
+        for holder in (module, getattr(module, "config", None)):
+            if holder is None or id(holder) in seen:
                 continue
             seen.add(id(holder))
-            for name, value in list(vars(holder).items()):
-                if _is_probability(name, value):
-                    setattr(holder, name, 0.0)
-                    found += 1
-    return found
+            yield from ((holder, name) for name, value in list(vars(holder).items()) if _is_probability(name, value))
+
+
+def active_dropout(model: nn.Module) -> int:
+    """In how many places dropout is on."""
+    return sum(1 for _ in _places(model))
+
+
+def disable_dropout(model: nn.Module) -> int:
+    """Set every dropout of a model to 0; returns in how many places it was on."""
+    places = list(_places(model))
+    for holder, name in places:
+        setattr(holder, name, 0.0)
+    return len(places)
 
 
 def draws_random_numbers(model: nn.Module) -> bool:

@@ -75,7 +75,7 @@ class TrainBatches:
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             share = sum(self.weights[r] for r in rows) / (self.accumulate * self.world_size)
             own = rows[self.rank :: self.world_size][micro :: self.accumulate]
-            yield {**self.collate(own or rows[:1], bool(own)), "share": share}
+            yield {**self.collate(own or rows[:1], bool(own)), "share": share, "rows": own}
 
     def state_dict(self) -> dict[str, int]:
         """Nothing to keep: the Trainer knows the position. It tells Lightning that this loader can resume."""

@@ -6,11 +6,12 @@ import json
 
 from rlhf.checks import at_least
 from rlhf.data.base import StageDataModule
-from rlhf.data.batches import Batch
+from rlhf.data.batches import Batch, EvalBatches
 from rlhf.data.processing import load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
+from rlhf.ops.sequences import pad_sequences
 from rlhf.rollout import Rollout, RolloutLoader
 from rlhf.seeding import permutation
 
@@ -48,6 +49,7 @@ class RolloutDataModule(StageDataModule):
         self.rollout_batch_size = rollout_batch_size
         self.sources = {"train": train, "validation": validation, "test": test}
         self.last_rollout: Rollout | None = None
+        self.last_prompts: list[int] = []
 
     def load(self) -> None:
         """Load and tokenise the prompts."""
@@ -87,11 +89,25 @@ class RolloutDataModule(StageDataModule):
     def make_rollout(self, update: int) -> Rollout:
         """This rank's experience of an update, kept as `last_rollout` for the callbacks."""
         module = self._trainer.lightning_module
-        batch = self.collate("train", self.prompts_of(update), True)
+        self.last_prompts = self.prompts_of(update)
+        batch = self.collate("train", self.last_prompts, True)
         batch |= {name: batch[name].to(module.device) for name in ("queries", "query_mask")}
         self.last_rollout = None  # the old one's memory is free before the new one needs it
         self.last_rollout = module.rollout({**batch, "chunk": self.rollout_batch_size}, update)
         return self.last_rollout
+
+    def demonstration_dataloader(self) -> EvalBatches | None:
+        """Some training prompts with their whole references: `input_ids`, `attention_mask`, padded on the right."""
+        some = self.splits["train"].select(range(min(256, len(self.splits["train"]))))
+        rows = [row["input_ids"] for row in some if row["reference"] and not row["truncated"]]
+        if len(rows) < self.world_size:
+            return None
+
+        def collate(numbers: list[int], real: bool) -> Batch:
+            ids, mask = pad_sequences([rows[n] for n in numbers], self.tokenizer.pad_token_id)
+            return {"input_ids": ids, "attention_mask": mask}
+
+        return EvalBatches(len(rows), collate, self.eval_batch_size, self.rank, self.world_size)
 
     def prompts_of(self, update: int) -> list[int]:
         """Row numbers of this rank's prompts: a stretch of the endless sequence of shuffled passes (D23)."""

@@ -29,6 +29,10 @@ class FrozenModel(Generic[M]):
         self.placement = placement
         self._users = 0
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, wherever they are."""
+        return self._model.parameters()
+
     @contextmanager
     def on(self, device: torch.device) -> Iterator[M]:
         """The model, ready on `device` inside the `with` block; blocks can be nested, the outermost one moves it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config, save_pretrained
-from rlhf.ops.sequences import last_real_token, model_inputs
+from rlhf.ops.sequences import last_real_token, model_inputs, move_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +69,15 @@ class ScalarModel(nn.Module):
         """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
         values = self(input_ids, attention_mask)
         return values.gather(1, last_real_token(attention_mask).unsqueeze(1)).squeeze(1)
+
+    @torch.no_grad()
+    def padding_side_difference(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Largest difference between the rewards with all padding left and all right (D20), in units of the largest
+        reward (at least 1); `(B, T)` of both. There is padding in every row: eight more columns of it are added.
+        """
+        ids, mask = F.pad(input_ids, (0, 8)), F.pad(attention_mask.long(), (0, 8))
+        left, right = (self.score(*move_padding(ids, mask, side)) for side in ("left", "right"))
+        return (left - right).abs().max() / right.abs().max().clamp(min=1)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the model for plain `AutoModelForSequenceClassification`, the shift in its configuration."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
+from rlhf.callbacks.invariants import Invariants
+from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config, load_tokenizer
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
@@ -51,6 +53,19 @@ class StageModule(LightningModule):
         """How many tokens this stage may append to a query by sampling."""
         return 0
 
+    @property
+    def frozen_models(self) -> list[FrozenModel[Any]]:
+        """Models that are only read."""
+        return []
+
+    def padding_side_difference(self, batch: Any) -> Tensor | None:
+        """How much the rewards of a training batch depend on the side of the padding (D20), where there are rewards."""
+        return None
+
+    def demonstration_rewards(self) -> Tensor | None:
+        """This rank's rewards of some demonstrations, whose mean should be 0 (D21), where there are any."""
+        return None
+
     # ----------------------------------------------------------------------------------------------------- ranks
 
     def reduce_sum(self, x: Tensor) -> Tensor:
@@ -59,6 +74,14 @@ class StageModule(LightningModule):
             return x
         x = x.clone()
         dist.all_reduce(x)
+        return x
+
+    def reduce_max(self, x: Tensor) -> Tensor:
+        """The maximum of a tensor over all ranks, element by element."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return x
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -75,6 +98,10 @@ class StageModule(LightningModule):
             share: their average number per micro-batch of the global batch, over accumulation and ranks.
         """
         return share if self.optimization.loss_reduction == "minibatch" else max(int(own), 1)
+
+    def log_learning_rate(self) -> None:
+        """A point of the curve `lr`."""
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
 
     def total_schedule_steps(self) -> int:
         """How often the schedule steps: optimizer steps, or PPO updates."""
@@ -94,8 +121,8 @@ class StageModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule_interval}}
 
     def configure_callbacks(self) -> list[Any]:
-        """Callbacks that every stage needs; one of the same class in `trainer.callbacks` takes its place."""
-        return self.unless_given(DisableDropout())
+        """Callbacks that every stage has; one of the same class in `trainer.callbacks` takes its place."""
+        return self.unless_given(DisableDropout(), Invariants())
 
     def unless_given(self, *callbacks: Any) -> list[Any]:
         """Those callbacks that the Trainer does not have already."""

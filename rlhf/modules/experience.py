@@ -125,6 +125,41 @@ class ExperienceModule(StageModule):
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    @property
+    def frozen_models(self) -> list[FrozenModel[Any]]:
+        """Reference and reward model, those that are loaded."""
+        return [model for model in (self.reference, self.reward_model) if model is not None]
+
+    # -------------------------------------------------------------------------------------------- what should hold
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether policy and reference are the same model before the first update (D24)."""
+        return self.reference_path == self.model_path
+
+    @property
+    def critic_starts_at_reward(self) -> bool:
+        """Whether values equal rewards before the first update (D24)."""
+        own_reward = type(self).score_responses is not ExperienceModule.score_responses
+        return self.reward_path is not None and self.reward_function is None and not own_reward
+
+    def padding_side_difference(self, batch: Rollout) -> Tensor | None:
+        """Of the reward model, on a slice of the rollout."""
+        if self.reward_model is None:
+            return None
+        with self.reward_model.on(self.device) as model, self.autocast():
+            return model.padding_side_difference(*join(batch.queries, batch.query_mask, batch.responses, batch.mask))
+
+    def demonstration_rewards(self) -> Tensor | None:
+        """Of the reward model, on the references of some prompts, where there are any."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = data.demonstration_dataloader()
+        if self.reward_model is None or batches is None:
+            return None
+        with torch.no_grad(), self.reward_model.on(self.device) as model, self.autocast():
+            pairs = ((b["input_ids"].to(self.device), b["attention_mask"].to(self.device)) for b in batches)
+            return torch.cat([model.score(ids, mask) for ids, mask in pairs])
+
     # ----------------------------------------------------------------------------------------------------- rollout
 
     @torch.no_grad()

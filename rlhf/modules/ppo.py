@@ -78,6 +78,7 @@ class PPOModule(ExperienceModule):
     def on_train_epoch_start(self) -> None:
         """A new update: no statistics yet."""
         self._sums: dict[str, Tensor] = {}
+        self.ratio_deviation = torch.zeros((), device=self.device)
 
     def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
         """The loss of one micro-batch of the current rollout."""
@@ -88,8 +89,7 @@ class PPOModule(ExperienceModule):
             self._sums[name] = self._sums.get(name, 0) + sums
         if batch_idx < self.trainer.accumulate_grad_batches:
             deviation = torch.where(batch.mask, (now.logprobs - batch.logprobs).detach().expm1().abs(), 0.0).max()
-            name = "val/ratio_max_deviation"
-            self.log(name, deviation, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
+            self.ratio_deviation = torch.maximum(self.ratio_deviation, deviation)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -97,6 +97,7 @@ class PPOModule(ExperienceModule):
         sums = self.reduce_sum(torch.stack(list(self._sums.values())))
         means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
         self.log_dict(dict(zip(self._sums, means, strict=True)), sync_dist=True)
+        self.log("val/ratio_max_deviation", self.ratio_deviation, sync_dist=True, reduce_fx="max")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         kl = self.reduce_sum(data.last_rollout.kl.sum(1).mean()) / self.trainer.world_size
         self.kl_control.update(kl.item(), data.batch_size)

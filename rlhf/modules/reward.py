@@ -40,6 +40,7 @@ class RewardModule(StageModule):
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         self.trained = is_classifier(self.model_config)
+        self._centred = False
         self.model: Any = None
 
     def configure_model(self) -> None:
@@ -66,8 +67,14 @@ class RewardModule(StageModule):
         """Loss per pair, `(B,)`. Override this for a margin, label smoothing, or weights."""
         return pairwise_losses(chosen, rejected) + self.centering * (chosen + rejected) ** 2
 
+    def padding_side_difference(self, batch: dict[str, Any]) -> Tensor:
+        """Between left- and right-padded sequences of the batch."""
+        with self.autocast():
+            return self.model.padding_side_difference(batch["input_ids"], batch["attention_mask"])
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
+        self.log_learning_rate()
         chosen, rejected = self.scores(batch)
         losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()
         pairs = mask.sum()
@@ -112,20 +119,32 @@ class RewardModule(StageModule):
 
     # ------------------------------------------------------------------------------------------------------ export
 
-    @torch.no_grad()
     def mean_demonstration_reward(self) -> Tensor | None:
         """Mean reward of all demonstrations over all ranks, None where the DataModule has none."""
+        scores = self._score_demonstrations(None)
+        if scores is None:
+            return None
+        total, count = self.reduce_sum(torch.stack([scores.sum(), scores.new_tensor(len(scores))]))
+        return total / count
+
+    def demonstration_rewards(self) -> Tensor | None:
+        """Of the first demonstrations, once the reward was centred."""
+        return self._score_demonstrations(256) if self._centred else None
+
+    @torch.no_grad()
+    def _score_demonstrations(self, limit: int | None) -> Tensor | None:
         datamodule = getattr(self.trainer, "datamodule", None)
         batches = datamodule and datamodule.demonstration_dataloader()
         if not batches:
             return None
-        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        scores = [torch.zeros(0, device=self.device)]
         with self.autocast():
             for batch in batches:
-                scores = self.model.score(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
-                total += torch.stack([scores.double().sum(), total.new_tensor(len(scores))])
-        total = self.reduce_sum(total)
-        return total[0] / total[1]
+                ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+                scores.append(self.model.score(ids, mask))
+                if limit is not None and sum(map(len, scores)) >= limit:
+                    break
+        return torch.cat(scores).double()
 
     def prepare_export(self) -> None:
         """Shift the reward so that demonstrations have mean 0 (D21)."""
@@ -135,6 +154,7 @@ class RewardModule(StageModule):
             return
         with torch.no_grad():
             self.model.bias -= mean.to(self.model.bias.dtype)
+        self._centred = True
         rank_zero_info(f"Reward centred: the demonstrations had a mean reward of {mean:.4f}, now 0.")
 
     def save_export(self, folder: Path) -> None:

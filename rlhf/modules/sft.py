@@ -91,6 +91,7 @@ class SFTModule(StageModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
+        self.log_learning_rate()
         losses, mask = self.token_losses(batch)
         tokens = mask.sum()
         mean = masked_mean(losses.detach(), mask)

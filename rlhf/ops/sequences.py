@@ -38,6 +38,12 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]
     return {"input_ids": input_ids * mask, "attention_mask": mask, "position_ids": position_ids(mask)}
 
 
+def move_padding(input_ids: Tensor, attention_mask: Tensor, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """The same sequences with all padding on one side; ids and mask, `(B, T)` each."""
+    order = attention_mask.long().argsort(dim=1, descending=side == "right", stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
 def last_real_token(attention_mask: Tensor) -> Tensor:
     """Index of the last real token of every row, `(B, T) -> (B,)`, for padding on either side (D19)."""
     positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)

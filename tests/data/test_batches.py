@@ -43,7 +43,7 @@ def test_a_micro_batch_without_rows_is_refused(micro: int) -> None:
 
 
 def collate(rows: list[int], real: bool) -> dict[str, Any]:
-    return {"rows": rows, "real": real}
+    return {"taken": rows, "real": real}
 
 
 def loader(
@@ -63,11 +63,12 @@ def test_every_row_once_per_epoch_over_all_ranks(rows: int, world: int, micro: i
     count = math.ceil(rows / size) * accumulate
     assert [len(batches) for batches in ranks] == [len(each) for each in loaders] == [count] * world
     batches = [batch for rank in ranks for batch in rank]
-    assert sorted(row for batch in batches if batch["real"] for row in batch["rows"]) == list(range(rows))
-    assert all(0 < len(batch["rows"]) <= (micro if batch["real"] else 1) for batch in batches)
+    assert sorted(row for batch in batches if batch["real"] for row in batch["taken"]) == list(range(rows))
+    assert sorted(row for batch in batches for row in batch["rows"]) == list(range(rows))
+    assert all(0 < len(batch["taken"]) <= (micro if batch["real"] else 1) for batch in batches)
     for step in range(0, count, accumulate):
         part = [batch for rank in ranks for batch in rank[step : step + accumulate]]
-        own = [row for batch in part if batch["real"] for row in batch["rows"]]
+        own = [row for batch in part if batch["real"] for row in batch["taken"]]
         assert len(own) == size or step == count - accumulate
         assert [batch["share"] for batch in part] == [sum(10 + r for r in own) / (accumulate * world)] * len(part)
 
@@ -77,7 +78,7 @@ def test_global_batches_depend_neither_on_ranks_nor_on_accumulation(world: int) 
     def steps(world: int, accumulate: int) -> list[set[int]]:
         ranks = [list(loader(23, 6, accumulate, rank, world)) for rank in range(world)]
         return [
-            {r for rank in ranks for b in rank[i : i + accumulate] if b["real"] for r in b["rows"]}
+            {r for rank in ranks for b in rank[i : i + accumulate] if b["real"] for r in b["taken"]}
             for i in range(0, len(ranks[0]), accumulate)
         ]
 
@@ -85,7 +86,7 @@ def test_global_batches_depend_neither_on_ranks_nor_on_accumulation(world: int) 
 
 
 def order(batches: Any) -> list[int]:
-    return [row for batch in batches for row in batch["rows"]]
+    return [row for batch in batches for row in batch["taken"]]
 
 
 def test_each_epoch_has_an_order_of_its_own() -> None:
@@ -121,5 +122,5 @@ def test_evaluation_covers_every_row_once(rows: int, size: int, world: int) -> N
     loaders = [EvalBatches(rows, collate, size, rank, world) for rank in range(world)]
     assert [len(list(each)) for each in loaders] == [len(each) for each in loaders]
     assert sorted(row for each in loaders for row in order(each)) == list(range(rows))
-    assert all(batch["real"] and len(batch["rows"]) <= size for each in loaders for batch in each)
+    assert all(batch["real"] and len(batch["taken"]) <= size for each in loaders for batch in each)
     assert all(order(each) == sorted(order(each)) for each in loaders)
