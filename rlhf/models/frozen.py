@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Generic, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Placement = Literal["device", "cpu"]
 M = TypeVar("M", bound=nn.Module)
@@ -20,14 +21,15 @@ class FrozenModel(Generic[M]):
 
     Args:
         model: any module; its parameters stop requiring gradients and it goes into evaluation mode.
-        placement: `device` keeps it on the training device; `cpu` keeps it in CPU memory and brings it in for the time
-            of a `with` block.
+        placement: `device` keeps it on the training device; `cpu` keeps it in CPU memory (pinned, where the device is
+            a GPU) and brings a copy in for the time of a `with` block, which is dropped after it.
     """
 
     def __init__(self, model: M, placement: Placement = "device") -> None:
         self._model = model.eval().requires_grad_(False)
         self.placement = placement
         self._users = 0
+        self._at_home: list[tuple[Tensor, Tensor]] = []
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, wherever they are."""
@@ -36,11 +38,27 @@ class FrozenModel(Generic[M]):
     @contextmanager
     def on(self, device: torch.device) -> Iterator[M]:
         """The model, ready on `device` inside the `with` block; blocks can be nested, the outermost one moves it."""
-        self._model.to(device)
+        if not self._users:
+            self._bring(device)
         self._users += 1
         try:
             yield self._model
         finally:
             self._users -= 1
-            if self.placement == "cpu" and not self._users:
-                self._model.to("cpu")
+            if not self._users:
+                self._drop()
+
+    def _bring(self, device: torch.device) -> None:
+        if self.placement == "device":
+            self._model.to(device)
+            return
+        if not self._at_home:
+            tensors = chain(self._model.parameters(), self._model.buffers())
+            pinned = device.type == "cuda"
+            self._at_home = [(t, t.data.pin_memory() if pinned else t.data) for t in tensors]
+        for tensor, home in self._at_home:
+            tensor.data = home.to(device, non_blocking=True)
+
+    def _drop(self) -> None:
+        for tensor, home in self._at_home:
+            tensor.data = home

@@ -48,27 +48,53 @@ def test_a_frozen_model_is_no_part_of_its_owner() -> None:
     assert frozen.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("placement", "places"), [("device", ["meta"]), ("cpu", ["meta", "cpu"])])
-def test_placement(placement: Any, places: list[str]) -> None:
+def test_a_model_on_the_device_is_moved_there_and_stays() -> None:
     model = Recorder()
-    with FrozenModel(model, placement).on(torch.device("meta")) as given:
+    with FrozenModel(model).on(torch.device("meta")) as given:
         assert given is model
-        assert model.places == ["meta"]
-    assert model.places == places
+    assert model.places == ["meta"]
+
+
+def away(model: nn.Linear) -> None:
+    """Does what a copy onto a device does: the weight lies somewhere else."""
+    model.weight.data = model.weight.data + 1
+
+
+def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays() -> None:
+    model = nn.Linear(3, 3)
+    home, before = model.weight.data_ptr(), model.weight.detach().clone()
+    frozen = FrozenModel(model, "cpu")
+    for _ in range(2):
+        with frozen.on(CPU) as given:
+            assert torch.equal(given.weight, before)
+            away(model)
+        assert model.weight.data_ptr() == home
+        assert torch.equal(model.weight, before)
 
 
 def test_an_offloaded_model_goes_back_after_an_error() -> None:
-    model = Recorder()
-    with pytest.raises(RuntimeError, match="broken"), FrozenModel(model, "cpu").on(torch.device("meta")):
+    model = nn.Linear(3, 3)
+    home = model.weight.data_ptr()
+    with pytest.raises(RuntimeError, match="broken"), FrozenModel(model, "cpu").on(CPU):
+        away(model)
         raise RuntimeError("broken")
-    assert model.places == ["meta", "cpu"]
+    assert model.weight.data_ptr() == home
 
 
-def test_nested_blocks_move_an_offloaded_model_back_once() -> None:
-    model = Recorder()
+def test_nested_blocks_move_an_offloaded_model_once() -> None:
+    model = nn.Linear(3, 3)
+    home = model.weight.data_ptr()
     frozen = FrozenModel(model, "cpu")
-    with frozen.on(torch.device("meta")):
-        with frozen.on(torch.device("meta")):
-            pass
-        assert "cpu" not in model.places
-    assert model.places[-1] == "cpu"
+    with frozen.on(CPU):
+        away(model)
+        with frozen.on(CPU):
+            assert model.weight.data_ptr() != home
+        assert model.weight.data_ptr() != home
+    assert model.weight.data_ptr() == home
+
+
+def test_buffers_are_offloaded_too() -> None:
+    model = nn.BatchNorm1d(2)
+    with FrozenModel(model, "cpu").on(CPU):
+        model.running_mean.data = torch.full((2,), 7.0)
+    assert model.running_mean.tolist() == [0, 0]
