@@ -75,9 +75,14 @@ def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays() -> No
 def test_an_offloaded_model_goes_back_after_an_error() -> None:
     model = nn.Linear(3, 3)
     home = model.weight.data_ptr()
-    with pytest.raises(RuntimeError, match="broken"), FrozenModel(model, "cpu").on(CPU):
-        away(model)
-        raise RuntimeError("broken")
+
+    def fail() -> None:
+        with FrozenModel(model, "cpu").on(CPU):
+            away(model)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
     assert model.weight.data_ptr() == home
 
 
