@@ -36,11 +36,12 @@ def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cl
     """PPO's clipped surrogate per token (D34; Schulman et al. 2017, arXiv 1707.06347, eq. 7, negated).
 
     `max(-A x ratio, -A x clamp(ratio, 1 - clip, 1 + clip))` with `ratio = exp(logprob - old_logprob)`; all `(B, R)`.
+    The exponent ends at 80: beyond, float32 overflows, and the gradient of a term that does not count would be NaN.
 
     Returns:
         The losses and, as bool, where the clipped term was the larger one.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = torch.exp((logprobs - old_logprobs).clamp(max=80))
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(unclipped, clipped), clipped > unclipped
@@ -58,6 +59,6 @@ def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: floa
     unclipped = (values - returns) ** 2
     if clip is None:
         return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    near = torch.clamp(values, old_values - clip, old_values + clip)
     clipped = (near - returns) ** 2
     return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped

@@ -38,8 +38,8 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
     """
     count, total = reduce(torch.stack([mask.sum().to(values.dtype), masked_sum(values, mask)]))
     mean = total / count.clamp(min=1)
-    squares = reduce(masked_sum((values - mean) ** 2, mask))
-    return mean, squares / count.clamp(min=1)
+    deviations = torch.where(mask, values - mean, 0.0)
+    return mean, reduce((deviations**2).sum()) / count.clamp(min=1)
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = identity) -> Tensor:
@@ -47,6 +47,7 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce
 
     `(x - mean) / sqrt(var + 1e-8)`, plus the mean again where it is not to be shifted (D30, D32).
     """
+    values = torch.where(mask, values, 0.0)
     mean, variance = masked_moments(values, mask, reduce)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:

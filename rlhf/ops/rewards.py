@@ -58,7 +58,9 @@ def token_rewards(kl: Tensor, scores: Tensor, index: Tensor, mask: Tensor, coeff
         kl: `(B, R)` per token.
         scores: `(B,)`.
         index: `(B,)` column of the score.
-        mask: `(B, R)`, true on real response tokens; the penalty is 0 elsewhere.
+        mask: `(B, R)`, true on real response tokens; the penalty is 0 elsewhere. A row without any, an episode that
+            is not to be learnt from, has no score either.
     """
     rewards = torch.where(mask, -coefficient * kl, 0.0)
+    scores = torch.where(mask.any(1), scores, 0.0)
     return rewards.scatter_add(1, index.unsqueeze(1), scores.unsqueeze(1))
