@@ -1,0 +1,257 @@
+"""Peak memory of each process's device, from the shapes of a run, before anything is loaded (docs/memory.md)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import nn
+
+from rlhf.errors import UserError
+from rlhf.models.frozen import Placement
+from rlhf.models.scalar_model import ScalarModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Strategy = Literal["single", "ddp", "zero2"]
+Precision = Literal["32-true", "bf16-mixed"]
+
+FLOAT32, BFLOAT16 = 4, 2
+ZERO3_PREFETCH = 50_000_000  # values that DeepSpeed gathers before their use (stage3_prefetch_bucket_size)
+AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the backward pass (measured)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What each process does.
+
+    Attributes:
+        stage: `sft`, `reward` or `ppo`.
+        strategy: `single` device, `ddp`, or `zero2` (DeepSpeed ZeRO stage 2).
+        precision: `32-true`, or `bf16-mixed`: autocast over float32 weights; under `zero2` bfloat16 weights.
+        world_size: number of processes.
+        micro_batch: rows (reward model: pairs) that go through the networks at a time in training.
+        inference_batch: the same without gradients, in rollouts and validation.
+        query_length, response_length: the longest, in tokens.
+        reference, reward: where PPO holds its frozen models; None: there is no such model.
+        offload_optimizer: ZeRO keeps the optimizer's states in CPU memory.
+        activation_checkpointing: layers keep their input only and are computed again in the backward pass.
+        bucket_size: values that ZeRO reduces at a time.
+        gradient_as_bucket_view: DDP's setting of that name.
+    """
+
+    stage: Literal["sft", "reward", "ppo"]
+    strategy: Strategy = "single"
+    precision: Precision = "32-true"
+    world_size: int = 1
+    micro_batch: int = 1
+    inference_batch: int = 1
+    query_length: int = 512
+    response_length: int = 53
+    reference: Placement | None = "device"
+    reward: Placement | None = "device"
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    bucket_size: int = 5_000_000
+    gradient_as_bucket_view: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("strategy", get_args(Strategy)), ("precision", get_args(Precision))):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"trainer.{name} is {value!r}; memory can be estimated for {', '.join(known)}.")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that are on the device at the same time, by part; docs/memory.md tells what is in each."""
+
+    weights: int
+    optimizer_states: int
+    frozen_models: int
+    gradients: int = 0
+    buffers: int = 0
+    weight_copies: int = 0
+    activations: int = 0
+    logits: int = 0
+    kv_cache: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(astuple(self))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The phases of a stage by name: `sampling`, `scoring` (other forwards without gradients), `training`, `step`."""
+
+    phases: dict[str, Phase]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: self.phases[name].total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak: the maximum over the phases, as they follow one another."""
+        return self.phases[self.peak_phase].total
+
+
+def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
+    """Peak memory of a stage on each process's device.
+
+    Args:
+        config: of the causal language model that all networks of the stage are made of. Nothing is loaded.
+    """
+    f = _Formula(config, workload)
+    pairs = 2 if workload.stage == "reward" else 1
+    micro, rows = pairs * workload.micro_batch, pairs * workload.inference_batch
+    always = Phase(f.stored * f.parameters, f.optimizer_states(), f.frozen("device"))
+    stepped = replace(always, gradients=FLOAT32 * f.own, buffers=0 if f.zero else f.reduction())
+    # without ZeRO gradients live until the next forward of training; PPO frees them before its rollout
+    between = always if f.zero or workload.stage == "ppo" else stepped
+    work, outputs = f.at_work(rows), f.scoring_logits(rows)
+    forward = replace(between, weight_copies=f.weight_copies(), activations=work)
+    moved = always.frozen_models + max(f.frozen("cpu"), f.frozen("zero3"))
+    # logits come when the layers are done, so the larger of the two counts
+    either = {"activations": work} if work > outputs else {"activations": 0, "logits": outputs}
+    kept, logits = f.activations(micro), f.training_logits(micro)
+    phases = {
+        "sampling": replace(forward, kv_cache=f.kv_cache(rows)),
+        "scoring": replace(forward, frozen_models=moved, **either),
+        "training": replace(
+            stepped, buffers=f.reduction(), weight_copies=f.weight_copies(), activations=kept, logits=logits
+        ),
+        "step": replace(stepped, buffers=stepped.buffers + f.square_roots()),
+    }
+    if workload.stage == "reward":
+        del phases["sampling"]
+    return MemoryEstimate(phases)
+
+
+class Network:
+    """The sizes of a model, which may be on the `meta` device.
+
+    Attributes:
+        parameters: number of values.
+        largest: those of the largest weight.
+        matrices: name -> values of each weight of a linear layer: all matrices but the embeddings.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.largest = max(p.numel() for p in model.parameters())
+        layers = [(name, m) for name, m in model.named_modules() if not isinstance(m, nn.Embedding)]
+        own = [(f"{name}.{key}", p) for name, m in layers for key, p in m.named_parameters(recurse=False)]
+        self.matrices = {name: p.numel() for name, p in own if p.dim() == 2}
+
+
+def networks(config: PreTrainedConfig) -> tuple[Network, Network, Network]:
+    """The language model, a reward model or critic, and the backbone that they share."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    labelled = copy.deepcopy(config)
+    labelled.num_labels = 1
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(config)
+        scalar_model = ScalarModel(AutoModelForSequenceClassification.from_config(labelled))
+    return Network(language_model), Network(scalar_model), Network(language_model.base_model)
+
+
+class _Formula:
+    """Every term, in bytes, is one method."""
+
+    def __init__(self, config: PreTrainedConfig, run: Workload) -> None:
+        self.run, self.config = run, config.get_text_config()
+        self.language_model, self.scalar_model, self.backbone = networks(config)
+        both = [self.language_model, self.scalar_model]
+        self.trained = {"sft": both[:1], "reward": both[1:], "ppo": both}[run.stage]
+        self.zero = run.strategy == "zero2"
+        self.mixed = run.precision == "bf16-mixed"
+        self.parameters = sum(network.parameters for network in self.trained)
+        self.own = math.ceil(self.parameters / run.world_size) if self.zero else self.parameters
+        self.compute = BFLOAT16 if self.mixed else FLOAT32
+        self.stored = self.compute if self.zero else FLOAT32
+        self.tokens = run.query_length + run.response_length
+        # logits per row: of all positions, or of the response
+        self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage] * self.config.vocab_size
+
+    def optimizer_states(self) -> int:
+        """AdamW has two moments per value; ZeRO also a float32 master copy of each rank's share."""
+        return 0 if self.run.offload_optimizer else (3 if self.zero else 2) * FLOAT32 * self.own
+
+    def square_roots(self) -> int:
+        """AdamW on a GPU takes the square root of all second moments at once."""
+        return 0 if self.run.offload_optimizer else FLOAT32 * self.own
+
+    def reduction(self) -> int:
+        """DDP copies all gradients into buckets, ZeRO fills two in turn; a weight beyond their size is one by itself.
+
+        With float32 weights ZeRO also holds the last micro-batch's share until it is added to the sum.
+        """
+        if self.zero:
+            bucket = max(self.run.bucket_size, *(network.largest for network in self.trained))
+            return 2 * self.stored * bucket + (0 if self.mixed else FLOAT32 * self.own)
+        copied = self.run.strategy == "ddp" and not self.run.gradient_as_bucket_view
+        return FLOAT32 * self.parameters if copied else 0
+
+    def weight_copies(self) -> int:
+        """Autocast casts the weights that it multiplies with and keeps the copies, for the backward pass too."""
+        if self.zero or not self.mixed:
+            return 0
+        return BFLOAT16 * sum(sum(network.matrices.values()) for network in self.trained)
+
+    def layer(self, rows: int) -> int:
+        """What one layer keeps for its backward pass.
+
+        Per token the wide side of every linear layer, a gated one's gate also after its activation, the results of two
+        norms, rotated queries and keys, and in float32 the inputs of the norms: one, where attention and MLP share it.
+        Attention keeps no T x T matrix per head, but its mask is one per row.
+        """
+        hidden, matrices = self.config.hidden_size, self.backbone.matrices
+        gates = sum(values for name, values in matrices.items() if "gate" in name)
+        wide = (sum(matrices.values()) + gates) // (hidden * self.config.num_hidden_layers)
+        inputs = 1 if getattr(self.config, "use_parallel_residual", False) else 2
+        token = self.compute * (wide + 4 * hidden) + FLOAT32 * inputs * hidden
+        return rows * self.tokens * (token + self.compute * self.tokens)
+
+    def at_work(self, rows: int) -> int:
+        """What a layer holds at a time in a forward without gradients."""
+        return int(AT_WORK * self.layer(rows))
+
+    def activations(self, rows: int) -> int:
+        """Those of all layers of all networks, and the gradients of the layer at work."""
+        layers, layer = len(self.trained) * self.config.num_hidden_layers, self.layer(rows)
+        if self.run.activation_checkpointing:
+            inputs = rows * self.tokens * self.stored * self.config.hidden_size
+            return layers * inputs + layer + self.at_work(rows)
+        return layers * layer + self.at_work(rows)
+
+    def training_logits(self, rows: int) -> int:
+        """In float32 SFT: log p, and two gradients on the way back; PPO: log p and p."""
+        return FLOAT32 * (3 if self.run.stage == "sft" else 2) * rows * self.outputs
+
+    def scoring_logits(self, rows: int) -> int:
+        """The logits; in float32 SFT: logits and log p; PPO: log p, p and their product."""
+        return (self.compute + FLOAT32 * (2 if self.run.stage == "sft" else 3)) * rows * self.outputs
+
+    def kv_cache(self, rows: int) -> int:
+        """Keys and values of every token; under autocast in float32, in which the keys come out of their rotation."""
+        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return rows * self.tokens * self.config.num_hidden_layers * 2 * heads * size * self.stored
+
+    def frozen(self, placement: Placement) -> int:
+        """`device`: models that stay. `cpu`: the larger that comes in. `zero3`: the weight in use and the next ones."""
+        held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
+        models = [model for where, model in held if where == placement and self.run.stage == "ppo"]
+        if placement == "zero3":
+            return self.stored * max((min(m.parameters, m.largest + ZERO3_PREFETCH) for m in models), default=0)
+        sizes = [model.parameters for model in models]
+        return self.stored * (sum(sizes) if placement == "device" else max(sizes, default=0))
