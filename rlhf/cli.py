@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
+    "check": "try one update of a stage and show what can be known of the run; exit status 1 when something is wrong",
     "validate": "measure a stage on its validation data",
     "test": "measure a stage on its test data",
     "predict": "write samples or scores to a file",
@@ -26,6 +27,7 @@ VERBS = {
     "pipeline": ("rlhf.pipeline", "pipeline", "run stages one after another, skipping those that are finished"),
     "synthesize": ("rlhf.data.embedded", "synthesize", "write the embedded data and a small model"),
     "report": ("rlhf.evaluation.report", "report", "write report.md and plots of a finished pipeline"),
+    "ablate": ("rlhf.evaluation.ablation", "ablate", "run PPO with small changes, plot each against the default"),
 }
 
 
@@ -57,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {user_error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if words[0] == "check" else 2)
 
 
 def stage_cli(words: list[str]) -> StageCLI:

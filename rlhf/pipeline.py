@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -28,14 +30,14 @@ class Stage:
     Attributes:
         name: of its folder in the run folder.
         command: what to run, as on the command line.
-        config: its YAML file in `config_dir`.
+        config: its YAML file in `config_dir`; of several, later ones win.
         takes: settings to override; `{run}` in a value stands for the run folder, so that
             `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`.
     """
 
     name: str
     command: Literal["fit", "synthesize", "report"] = "fit"
-    config: str | None = None
+    config: str | list[str] | None = None
     takes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,65 +60,130 @@ def pipeline(
         arguments: further words for the command line of every training stage, for example `--trainer.devices=2`.
     """
     run = run_folder.claim(run_dir, resuming=True)
-    state = _State(run)
+    runner = Runner(run, Path(config_dir), seed, arguments)
     started = time.monotonic()
     for number, stage in enumerate(stages, 1):
-        words = _words(stage, run, Path(config_dir), seed, arguments or [])
-        fingerprint = _fingerprint(words, stage, state)
-        title = f"[{number}/{len(stages)}] {stage.name}"
-        if state.finished(stage, fingerprint):
-            print(f"{title}: finished before, skipped", flush=True)
-            continue
-        resuming = stage.command == "fit" and (run / stage.name / run_folder.CONFIG).exists()
-        if resuming:
-            words += ["--ckpt_path", "last"]
-        print(f"{title}: {'going on' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
-        state.start(stage.name, fingerprint)
-        seconds = _run(stage, words)
-        state.finish(stage.name, seconds)
-        print(f"{title}: done in {seconds:.0f} s\n", flush=True)
+        runner.run_stage(stage, f"[{number}/{len(stages)}]")
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
     report = run / "report.md"
     if report.exists():
         print(f"Report:  {report}\nCurves:  tensorboard --logdir {run}")
 
 
-def _words(stage: Stage, run: Path, config_dir: Path, seed: int | None, arguments: list[str]) -> list[str]:
-    words: list[str] = [stage.command]
-    if stage.config is not None:
-        config = config_dir / stage.config
-        if not config.is_file():
-            raise UserError(f"stages.{stage.name}.config: there is no file {config}.")
-        words += ["--config", str(config)]
-    folder = "run_dir" if stage.command == "fit" else "output"
-    takes = {folder: "{run}" if stage.command == "report" else f"{{run}}/{stage.name}"} | stage.takes
-    for key, value in takes.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        words.append(f"--{key}={text.replace('{run}', str(run))}")
-    if stage.command == "fit":
-        words += arguments
-    if seed is not None and stage.command != "report":
-        words.append(f"--{'seed_everything' if stage.command == 'fit' else 'seed'}={seed}")
-    return words
+class Runner:
+    """Runs stages in one run folder, each in its own process; one at a time, or several from threads.
+
+    Args:
+        run: folder of the run.
+        config_dir, seed, arguments: as of `pipeline`.
+        base: folder of another, finished pipeline, for which `{base}` stands in what a stage takes.
+        logged: a stage writes what it prints to `<name>.log` in the run folder.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config_dir: Path = Path("."),
+        seed: int | None = None,
+        arguments: list[str] | None = None,
+        base: Path | None = None,
+        logged: bool = False,
+    ) -> None:
+        self.run, self.config_dir, self.seed, self.base, self.logged = run, config_dir, seed, base, logged
+        self.arguments = arguments or []
+        self._state = _State(run)
+
+    def run_stage(self, stage: Stage, title: str = "") -> None:
+        """Run a stage, or go on with it; a finished one is skipped.
+
+        Args:
+            stage: what to run.
+            title: what the lines about it begin with.
+
+        Raises:
+            UserError: it failed, its folder holds a run with other settings, or a stage of `base` is missing.
+        """
+        words, fingerprint, finished = self.plan(stage)
+        title = f"{title} {stage.name}".strip()
+        if finished:
+            print(f"{title}: finished before, skipped", flush=True)
+            return
+        resuming = stage.command == "fit" and (self.run / stage.name / run_folder.CONFIG).exists()
+        if resuming:
+            words += ["--ckpt_path", "last"]
+        print(f"{title}: {'going on' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
+        self._state.start(stage.name, fingerprint)
+        seconds = _run(stage, words, self.run / f"{stage.name}.log") if self.logged else _run(stage, words)
+        self._state.finish(stage.name, seconds)
+        print(f"{title}: done in {seconds:.0f} s\n", flush=True)
+
+    def plan(self, stage: Stage) -> tuple[list[str], str, bool]:
+        """The command line of a stage, a fingerprint of all that it is made from, and whether it is finished.
+
+        Raises:
+            UserError: it can't run, see `run_stage`.
+        """
+        words = self._words(stage)
+        fingerprint = _fingerprint(words, self._taken(stage))
+        return words, fingerprint, self._state.finished(stage, fingerprint)
+
+    def _words(self, stage: Stage) -> list[str]:
+        words: list[str] = [stage.command]
+        for name in [stage.config] if isinstance(stage.config, str) else stage.config or []:
+            config = self.config_dir / name
+            if not config.is_file():
+                raise UserError(f"stages.{stage.name}.config: there is no file {config}.")
+            words += ["--config", str(config)]
+        folder = "run_dir" if stage.command == "fit" else "output"
+        takes = {folder: "{run}" if stage.command == "report" else f"{{run}}/{stage.name}"} | stage.takes
+        for key, value in takes.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            text = text.replace("{run}", str(self.run))
+            words.append(f"--{key}={text if self.base is None else text.replace('{base}', str(self.base))}")
+        if stage.command == "fit":
+            words += self.arguments
+        if self.seed is not None and stage.command != "report":
+            words.append(f"--{'seed_everything' if stage.command == 'fit' else 'seed'}={self.seed}")
+        return words
+
+    def _taken(self, stage: Stage) -> dict[str, str]:
+        """The identities of the stages that this one takes from."""
+        takes = json.dumps(stage.takes)
+        own = set(re.findall(r"\{run\}/([^/\"]+)", takes)) & set(self._state.stages)
+        taken = {name: self._state.stages[name]["identity"] for name in own}
+        if self.base is not None:
+            bases = _State(self.base)
+            for name in re.findall(r"\{base\}/([^/\"]+)", takes):
+                known = bases.stages.get(name, {"finished": False})
+                if not (known["finished"] and (self.base / name).is_dir()):
+                    raise UserError(
+                        f"base: {self.base} has no finished stage {name!r}; run its pipeline first, for the quickstart "
+                        "with `python train.py pipeline --config configs/quickstart/pipeline.yaml`."
+                    )
+                taken[f"base/{name}"] = known["identity"]
+        return taken
 
 
-def _run(stage: Stage, words: list[str]) -> float:
+def _run(stage: Stage, words: list[str], log: Path | None = None) -> float:
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    code = subprocess.run([sys.executable, "-m", "rlhf", *words], env=environment).returncode
+    command = [sys.executable, "-m", "rlhf", *words]
+    if log is None:
+        code = subprocess.run(command, env=environment).returncode
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as output:
+            code = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
     if code:
-        raise UserError(f"the stage {stage.name} ended with status {code}; the same command goes on from there.")
+        seen = f", see {log}" if log is not None else ""
+        raise UserError(f"the stage {stage.name} ended with status {code}{seen}; the same command goes on from there.")
     return time.monotonic() - start
 
 
-def _fingerprint(words: list[str], stage: Stage, state: _State) -> str:
+def _fingerprint(words: list[str], taken: dict[str, str]) -> str:
     """Of everything that a stage is made from: its settings, and the earlier stages that it takes."""
-    config = ""
-    if "--config" in words:
-        config = Path(words[words.index("--config") + 1]).read_text()
-    sources = set(re.findall(r"\{run\}/([^/\"]+)", json.dumps(stage.takes)))
-    taken = {name: identity for name, identity in state.identities().items() if name in sources}
-    return hashlib.sha256(json.dumps([words, config, taken], sort_keys=True).encode()).hexdigest()
+    configs = [Path(value).read_text() for word, value in itertools.pairwise(words) if word == "--config"]
+    return hashlib.sha256(json.dumps([words, "".join(configs), taken], sort_keys=True).encode()).hexdigest()
 
 
 class _State:
@@ -125,10 +192,8 @@ class _State:
     def __init__(self, run: Path) -> None:
         self.run = run
         self.file = run / STATE
+        self._lock = threading.Lock()
         self.stages: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def identities(self) -> dict[str, str]:
-        return {name: stage["identity"] for name, stage in self.stages.items()}
 
     def finished(self, stage: Stage, fingerprint: str) -> bool:
         """Whether a stage is done; refuses one that was run with other settings."""
@@ -148,14 +213,14 @@ class _State:
         )
 
     def start(self, name: str, fingerprint: str) -> None:
-        self.stages[name] = {"fingerprint": fingerprint, "finished": False, "identity": uuid.uuid4().hex}
-        self._write()
+        self._set(name, {"fingerprint": fingerprint, "finished": False, "identity": uuid.uuid4().hex})
 
     def finish(self, name: str, seconds: float) -> None:
-        self.stages[name] |= {"finished": True, "seconds": round(seconds, 1)}
-        self._write()
+        self._set(name, self.stages[name] | {"finished": True, "seconds": round(seconds, 1)})
 
-    def _write(self) -> None:
+    def _set(self, name: str, entry: dict[str, Any]) -> None:
         partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.stages, indent=2) + "\n")
-        partial.replace(self.file)
+        with self._lock:
+            self.stages = {**self.stages, name: entry}
+            partial.write_text(json.dumps(self.stages, indent=2) + "\n")
+            partial.replace(self.file)

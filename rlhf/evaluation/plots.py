@@ -51,3 +51,42 @@ def plot_curves(curves: Curves, panels: Sequence[tuple[str, Sequence[str]]], x_l
     figure.savefig(file, dpi=110)
     plt.close(figure)
     return True
+
+
+def plot_ablations(points: pd.DataFrame, default: str, metrics: Sequence[str], file: Path) -> None:
+    """Draw each ablation in colour over the default in grey: a row per ablation, a column per metric.
+
+    A line is the mean over seeds, a band reaches from the lowest to the highest seed.
+
+    Args:
+        points: rows of `ablation`, `seed`, `metric`, `episodes`, `value`.
+        default: the name of the default among the ablations.
+        metrics: the columns; those that are missing are left out.
+        file: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in points["ablation"].unique() if name != default] or [default]
+    shown = [metric for metric in metrics if (points["metric"] == metric).any()]
+    size = (3.4 * len(shown) + 0.6, 1.7 * len(names) + 0.6)
+    figure, axes = plt.subplots(len(names), len(shown), figsize=size, squeeze=False, sharex=True, sharey="col")
+    for row, name in zip(axes, names, strict=True):
+        row[0].set_ylabel(name.replace("_", "\n"))
+        for axis, metric in zip(row, shown, strict=True):
+            for line, label, colour in ((default, "default", "0.5"), (name, "ablation", "tab:red")):
+                chosen = points[(points["ablation"] == line) & (points["metric"] == metric)]
+                seeds = chosen.groupby("episodes")["value"].agg(["mean", "min", "max"])
+                axis.plot(seeds.index, seeds["mean"], color=colour, linewidth=1.3, label=label)
+                axis.fill_between(seeds.index, seeds["min"], seeds["max"], color=colour, alpha=0.25, linewidth=0)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    for axis, metric in zip(axes[0], shown, strict=True):
+        axis.set_title(metric)
+    for axis in axes[-1]:
+        axis.set_xlabel("episodes")
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
