@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 import rlhf
+from rlhf.strategies import full_precision
 
 MANIFEST = "rlhf.json"
 
@@ -53,19 +54,20 @@ class Export(Callback):
         """Write an export beside its place and move it there when it is complete. Called on all ranks."""
         final = Path(trainer.default_root_dir) / name
         pl_module.prepare_export()
-        if trainer.is_global_zero:
-            partial = final.with_name(f".{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            pl_module.save_export(partial)
-            manifest = {
-                "stage": type(pl_module).__name__,
-                "version": rlhf.__version__,
-                "epochs": trainer.current_epoch,
-                "steps": trainer.global_step,
-            }
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+        with full_precision(trainer, pl_module):
+            if trainer.is_global_zero:
+                partial = final.with_name(f".{name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                pl_module.save_export(partial)
+                manifest = {
+                    "stage": type(pl_module).__name__,
+                    "version": rlhf.__version__,
+                    "epochs": trainer.current_epoch,
+                    "steps": trainer.global_step,
+                }
+                (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
         trainer.strategy.barrier("export")
         return final

@@ -34,7 +34,7 @@ class ScalarModel(nn.Module):
         if not isinstance(head, nn.Linear):
             raise UserError(f"{type(model).__name__} has no linear head named `score`, so it can't be a reward model.")
         self.model = model
-        self.bias = nn.Parameter(torch.tensor(-float(getattr(model.config, SHIFT, 0.0))))
+        self.bias = nn.Parameter(torch.tensor([-float(getattr(model.config, SHIFT, 0.0))]))
 
     @classmethod
     def from_policy(cls, path: str, seed: int, setting: str = "model.model_path") -> ScalarModel:

@@ -19,6 +19,7 @@ from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config, load_tokenizer
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
+from rlhf.strategies import check_strategy
 
 
 class StageModule(LightningModule):
@@ -28,16 +29,25 @@ class StageModule(LightningModule):
         model_path: folder of a Hugging Face model (an export of an earlier stage), or a hub name.
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with, see `rlhf.models.loading.load_tokenizer`.
+        activation_checkpointing: keep the inputs of layers only and compute the rest again in the backward pass: a
+            third more computation for far less memory.
     """
 
     schedule_interval: Literal["step", "epoch"] = "step"
 
-    def __init__(self, model_path: str, optimization: Optimization, pad_token: str | None = None) -> None:
+    def __init__(
+        self, model_path: str, optimization: Optimization, pad_token: str | None, activation_checkpointing: bool
+    ) -> None:
         super().__init__()
         self.model_path = model_path
         self.optimization = optimization
+        self.activation_checkpointing = activation_checkpointing
         self.tokenizer = load_tokenizer(model_path, pad_token)
         self.model_config = load_config(model_path, "model.model_path")
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy or precision that would make results wrong."""
+        check_strategy(self.trainer)
 
     # ------------------------------------------------------------------------------------- to be given by a stage
 

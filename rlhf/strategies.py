@@ -1,0 +1,168 @@
+"""DeepSpeed ZeRO stage 2, so that it gives the numbers that one process gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from torch import Tensor, nn
+
+from rlhf.errors import UserError
+
+NAME = "zero2"
+BUCKETS = ("allgather_bucket_size", "reduce_bucket_size")
+
+
+class Zero2Strategy(DeepSpeedStrategy):
+    """ZeRO stage 2: gradients and optimizer states are shared out among the processes, weights are whole on each.
+
+    `--trainer.strategy zero2`, or `Trainer(strategy="zero2")` once this module is imported. Lightning's own
+    `deepspeed_stage_2` divides the loss by the accumulation twice, which Adam hides and clipping does not, and adds up
+    gradients in 16 bit. This one also runs on CPUs, where a test can see it.
+
+    Args:
+        grad_accum_dtype: precision in which the gradients of micro-batches are added up.
+        **kwargs: of `lightning.pytorch.strategies.DeepSpeedStrategy`.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or a DeepSpeed config asks for another stage.
+    """
+
+    strategy_name = NAME
+
+    def __init__(self, grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32", **kwargs: Any) -> None:
+        if find_spec("deepspeed") is None:
+            raise UserError(
+                f"trainer.strategy {NAME} needs DeepSpeed, which is not installed here: pip install deepspeed (on "
+                "Linux), or use the strategy ddp."
+            )
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        super().__init__(stage=2, **kwargs)
+        assert self.config is not None
+        stage = self.config.get("zero_optimization", {}).get("stage")
+        if stage != 2:
+            raise UserError(f"trainer.strategy {NAME} is ZeRO stage 2, but its DeepSpeed config has stage {stage}.")
+        self.config.setdefault("data_types", {"grad_accum_dtype": grad_accum_dtype})
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # else Lightning asks for the loader, too early
+        # The optimizer is the module's own, with optimizer states on the device or offloaded.
+        self.config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+    # -------------------------------------------------------------------------------------------------------- CPUs
+
+    def setup_environment(self) -> None:
+        """Start the process group; on CPUs with gloo, and without the extension that DeepSpeed would compile."""
+        if not isinstance(self.accelerator, CPUAccelerator):
+            super().setup_environment()
+            return
+        import deepspeed.ops
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Start the process group; only GPUs have indices that must be the processes' ranks."""
+        if not isinstance(self.accelerator, CPUAccelerator):
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def init_deepspeed(self) -> None:
+        """Start the engine, which wants a device with an index, and of parameters at least one dimension.
+
+        Its buffers, two buckets, get no larger than the model.
+        """
+        assert self.lightning_module is not None
+        assert self.config is not None
+        parameters = list(self.lightning_module.parameters())
+        for parameter in parameters:
+            if not parameter.dim():
+                parameter.data = parameter.data.reshape(1)
+        total = sum(p.numel() for p in parameters)
+        zero = self.config["zero_optimization"]
+        zero |= {name: min(zero.get(name, 200_000_000), total + total % 2) for name in BUCKETS}
+        devices = self.parallel_devices
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.parallel_devices = [torch.device("cpu", 0)] * self.num_processes
+        super().init_deepspeed()
+        self.parallel_devices = devices
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """Refuse an epoch that ends in the middle of an optimizer step: its gradients would go into the next one."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if batches % accumulate > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise UserError(
+                f"trainer.limit_train_batches leaves {batches} micro-batches per epoch, which does not divide into "
+                f"optimizer steps of {accumulate}; use a multiple."
+            )
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the accumulation; DeepSpeed would do so again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse a strategy or a precision under which a stage would quietly compute something else."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and not isinstance(trainer.strategy, Zero2Strategy):
+        raise UserError(
+            "trainer.strategy: Lightning's own DeepSpeed strategies divide the loss by the accumulation twice, and "
+            f"stages other than 2 are not supported here; use --trainer.strategy {NAME}."
+        )
+    if trainer.precision in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision {trainer.precision} rounds optimizer states and rotary frequencies to 16 bit; use "
+            f"{trainer.precision.replace('true', 'mixed')}."
+        )
+
+
+@contextmanager
+def full_precision(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Within, the module on rank 0 has the float32 weights that the optimizer of a 16-bit engine steps, in CPU memory.
+
+    All processes must enter it together. They give their parts parameter by parameter, so no device ever holds more
+    than one of them in float32. A weight that was changed after the last step is taken as it is.
+    """
+    if not isinstance(trainer.strategy, Zero2Strategy) or trainer.precision == "32-true":
+        yield
+        return
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter in module.parameters():
+        stepped = safe_get_full_fp32_param(parameter)
+        current = parameter.detach()
+        if stepped is None or not torch.equal(stepped.to(current.dtype), current):
+            stepped = current
+        if trainer.is_global_zero:
+            weights[parameter] = nn.Parameter(stepped.to("cpu", torch.float32), requires_grad=False)
+    own = [(m, dict(m._parameters)) for m in module.modules()]
+    try:
+        for m, parameters in own:
+            m._parameters |= {name: weights.get(p, p) for name, p in parameters.items() if p is not None}
+        yield
+    finally:
+        for m, parameters in own:
+            m._parameters |= parameters
+
+
+StrategyRegistry.register(NAME, Zero2Strategy, description="DeepSpeed ZeRO stage 2")
+StrategyRegistry.register(
+    f"{NAME}_offload", Zero2Strategy, description="with optimizer states in CPU memory", offload_optimizer=True
+)
