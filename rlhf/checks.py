@@ -15,3 +15,9 @@ def above(setting: str, value: float, bound: float) -> None:
     """Refuse a value that is not above a bound."""
     if value <= bound:
         raise UserError(f"{setting} is {value}; it must be greater than {bound}.")
+
+
+def at_most(setting: str, value: float, maximum: float) -> None:
+    """Refuse a value above a maximum."""
+    if value > maximum:
+        raise UserError(f"{setting} is {value}; it must be at most {maximum}.")

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.ops.sequences import model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """In training mode, checkpointed layers keep no cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -44,15 +57,16 @@ def sample(
     cache = DynamicCache(config=model.config)
     responses = torch.full((len(queries), max_new_tokens), pad_id, device=queries.device)
     alive = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
-    for step in range(max_new_tokens):
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-        tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        responses[:, step] = torch.where(alive, tokens, pad_id)
-        alive &= tokens != eos_id
-        if not alive.any():
-            return responses[:, : step + 1]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        position = position + 1
-        inputs = {"input_ids": tokens.unsqueeze(1), "attention_mask": mask, "position_ids": position}
+    with evaluation_mode(model):
+        for step in range(max_new_tokens):
+            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+            tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            responses[:, step] = torch.where(alive, tokens, pad_id)
+            alive &= tokens != eos_id
+            if not alive.any():
+                return responses[:, : step + 1]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            position = position + 1
+            inputs = {"input_ids": tokens.unsqueeze(1), "attention_mask": mask, "position_ids": position}
     return responses

@@ -93,12 +93,19 @@ class EvalBatches:
     ) -> None:
         if rows < world:
             raise UserError(f"a split of {rows} rows can't be shared by {world} processes; use fewer, or more rows.")
+        self.total, self.world = rows, world
         self.rows = list(range(rank, rows, world))
         self.collate = collate
         self.size = size
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.size)
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks have the same number of batches."""
+        counts = (math.ceil(rows / self.size) for rows in (self.total // self.world, -(-self.total // self.world)))
+        return len(set(counts)) == 1
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self.size):

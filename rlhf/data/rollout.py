@@ -65,12 +65,22 @@ class RolloutDataModule(StageDataModule):
     def setup(self, stage: str) -> None:
         """Load all splits; an update needs as many prompts as episodes."""
         super().setup(stage)
+        if "zero3" in self._trainer.lightning_module.placements:
+            self._check_even()
         prompts = len(self.splits["train"])
         if stage == "fit" and self.batch_size > prompts:
             raise UserError(
                 f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
                 "would hold the same prompt twice."
             )
+
+    def _check_even(self) -> None:
+        for split in set(self.splits) - {"train"}:
+            if not self.in_order(split).even:
+                raise UserError(
+                    f"data.{split} has {len(self.splits[split])} rows, which gives some processes one batch more than "
+                    f"others; with a model placed in zero3 set data.{split}.limit to a multiple of {self.world_size}."
+                )
 
     def train_dataloader(self) -> RolloutLoader:
         """The loader whose every pass is one update."""
@@ -100,7 +110,8 @@ class RolloutDataModule(StageDataModule):
         """Some training prompts with their whole references: `input_ids`, `attention_mask`, padded on the right."""
         some = self.splits["train"].select(range(min(256, len(self.splits["train"]))))
         rows = [row["input_ids"] for row in some if row["reference"] and not row["truncated"]]
-        if len(rows) < self.world_size:
+        rows = rows[: len(rows) // self.world_size * self.world_size]
+        if not rows:
             return None
 
         def collate(numbers: list[int], real: bool) -> Batch:

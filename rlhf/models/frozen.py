@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Placement = Literal["device", "cpu"]
+Placement = Literal["device", "cpu", "zero3"]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -22,7 +22,9 @@ class FrozenModel(Generic[M]):
     Args:
         model: any module; its parameters stop requiring gradients and it goes into evaluation mode.
         placement: `device` keeps it on the training device; `cpu` keeps it in CPU memory (pinned, where the device is
-            a GPU) and brings a copy in for the time of a `with` block, which is dropped after it.
+            a GPU) and brings a copy in for the time of a `with` block, which is dropped after it; `zero3` shares the
+            weights out among the processes, in CPU memory, and gathers layer by layer as they are needed: every process
+            must then make the same number of forwards.
     """
 
     def __init__(self, model: M, placement: Placement = "device") -> None:
@@ -30,6 +32,7 @@ class FrozenModel(Generic[M]):
         self.placement = placement
         self._users = 0
         self._at_home: list[tuple[Tensor, Tensor]] = []
+        self._engine: Any = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, wherever they are."""
@@ -52,6 +55,9 @@ class FrozenModel(Generic[M]):
         if self.placement == "device":
             self._model.to(device)
             return
+        if self.placement == "zero3":
+            self._engine = self._engine or zero3_engine(self._model, device)
+            return
         if not self._at_home:
             tensors = chain(self._model.parameters(), self._model.buffers())
             pinned = device.type == "cuda"
@@ -62,3 +68,18 @@ class FrozenModel(Generic[M]):
     def _drop(self) -> None:
         for tensor, home in self._at_home:
             tensor.data = home
+
+
+def zero3_engine(model: nn.Module, device: torch.device) -> Any:
+    """A DeepSpeed ZeRO-3 inference engine, whose parameters lie in CPU memory (D38). Needs its process group."""
+    import deepspeed
+
+    dtype = next(model.parameters()).dtype
+    offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "offload_param": offload},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    return deepspeed.initialize(model=model, config=config)[0]

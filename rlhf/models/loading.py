@@ -159,6 +159,15 @@ def from_pretrained(
     return model
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep the input of every layer only, and compute the rest again in the backward pass.
+
+    transformers does so in training mode, which differs from evaluation mode in nothing else once dropout is off.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars and warnings of transformers, whose reports of expected new heads only confuse."""

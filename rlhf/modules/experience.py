@@ -18,6 +18,7 @@ from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
     check_reward_model,
+    checkpoint_activations,
     embedding_rows,
     load_causal_lm,
     load_config,
@@ -33,6 +34,7 @@ from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, tok
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
 from rlhf.rollout import Rollout, in_chunks, response_masks
 from rlhf.seeding import generator
+from rlhf.strategies import Zero2Strategy
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence[float]]
 
@@ -54,8 +56,9 @@ class ExperienceModule(StageModule):
         ppo: PPOSettings = PPOSettings(),
         optimization: Optimization = Optimization(schedule="linear"),
         pad_token: str | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
         self.reward_path = reward_path
         self.reward_function = reward_function
         self.evaluation_function = evaluation_function
@@ -108,6 +111,22 @@ class ExperienceModule(StageModule):
         else:
             critic = ScalarModel.from_policy(self.model_path, self.seed)
         self.actor_critic = ActorCritic(load_causal_lm(self.model_path), critic)
+        if self.activation_checkpointing:
+            checkpoint_activations(self.actor_critic.policy)
+            checkpoint_activations(critic.model)
+
+    def setup(self, stage: str) -> None:
+        """ZeRO-3 shares its processes with the strategy."""
+        super().setup(stage)
+        if "zero3" in self.placements and not isinstance(self.trainer.strategy, Zero2Strategy):
+            raise UserError(
+                "model.reference_placement and reward_placement zero3 need trainer.strategy zero2; use cpu."
+            )
+
+    @property
+    def placements(self) -> tuple[Placement, Placement]:
+        """Of reference and reward model."""
+        return self.reference_placement, self.reward_placement
 
     def _load_frozen(self) -> None:
         """Reference and reward model, in the precision that the policy has now, so that the first KL is exactly 0."""

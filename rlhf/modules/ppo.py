@@ -33,11 +33,14 @@ class PPOModule(ExperienceModule):
             path (`my_package.my_reward`). With `reward_path` it is added to the model's reward.
         evaluation_function: a score for validation only, of the same form; never trained on.
         reference_path: the reference policy, by default `model_path`.
-        reference_placement, reward_placement: `device`, or `cpu` to keep that model in CPU memory between rollouts
-            (D38).
+        reference_placement: `device`; `cpu` to keep the reference in CPU memory between its uses; `zero3` to share it
+            out among the processes, in CPU memory, as the paper does (D38; needs trainer.strategy zero2).
+        reward_placement: the same for the reward model.
         ppo: the details of PPO.
         optimization: learning rate, schedule (stepping once per update), loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
+        activation_checkpointing: of policy and critic: compute activations again in the backward pass instead of
+            keeping them.
     """
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -94,6 +97,7 @@ class PPOModule(ExperienceModule):
 
     def on_train_epoch_end(self) -> None:
         """The update is over: log its statistics over all ranks, and adapt the KL coefficient to its KL."""
+        self.trainer.optimizers[0].zero_grad()  # the next rollout can use their memory
         sums = self.reduce_sum(torch.stack(list(self._sums.values())))
         means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
         self.log_dict(dict(zip(self._sums, means, strict=True)), sync_dist=True)

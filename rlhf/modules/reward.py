@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from rlhf.callbacks.accuracy import AccuracyTable
-from rlhf.models.loading import check_pad_in_embedding, embedding_rows, is_classifier
+from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, embedding_rows, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
@@ -27,6 +27,7 @@ class RewardModule(StageModule):
             holds rewards of different queries at one level; the pairwise loss alone leaves it open. The paper has none.
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
+        activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class RewardModule(StageModule):
         centering: float = 0.0,
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         self.trained = is_classifier(self.model_config)
@@ -45,12 +47,15 @@ class RewardModule(StageModule):
 
     def configure_model(self) -> None:
         """Load the model, once: a new head on a language model, or a reward model as it is."""
-        if self.model is None:
-            setting = "model.model_path"
-            if self.trained:
-                self.model = ScalarModel.from_pretrained(self.model_path, setting)
-            else:
-                self.model = ScalarModel.from_policy(self.model_path, self.seed, setting)
+        if self.model is not None:
+            return
+        setting = "model.model_path"
+        if self.trained:
+            self.model = ScalarModel.from_pretrained(self.model_path, setting)
+        else:
+            self.model = ScalarModel.from_policy(self.model_path, self.seed, setting)
+        if self.activation_checkpointing:
+            checkpoint_activations(self.model.model)
 
     # ---------------------------------------------------------------------------------------------------- training
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.checks import above, at_least
+from rlhf.checks import above, at_least, at_most
 from rlhf.ops.rewards import KLEstimator, MissingEOS, ScorePosition
 
 LossReduction = Literal["minibatch", "microbatch"]
@@ -34,7 +34,8 @@ class Optimization:
 
     def __post_init__(self) -> None:
         above("model.optimization.learning_rate", self.learning_rate, 0)
-        at_least("model.optimization.warmup_steps", self.warmup_steps, 0)
+        for name in ("eps", "weight_decay", "warmup_steps"):
+            at_least(f"model.optimization.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class PPOSettings:
         value_clip: of the value; null: no clipping (D34).
         value_coefficient: weight of the value loss (D34).
         entropy_coefficient: weight of an entropy bonus (D35).
-        critic_warmup: updates at the beginning in which the critic learns alone. The paper has none; with a large
-            learning rate the policy would follow the first, wrong values.
+        critic_warmup: updates at the beginning in which the critic learns alone (the policy's gradients are 0). The
+            paper has none; with a large learning rate the policy would follow the first, wrong values.
         evaluation_temperature: of the samples in validation (D37).
     """
 
@@ -90,6 +91,10 @@ class PPOSettings:
     def __post_init__(self) -> None:
         for name in ("response_length", "ppo_epochs", "minibatches", "kl_horizon"):
             at_least(f"model.ppo.{name}", getattr(self, name), 1)
+        for name in ("gamma", "lam", "kl_coefficient", "value_coefficient", "critic_warmup"):
+            at_least(f"model.ppo.{name}", getattr(self, name), 0)
+        for name in ("gamma", "lam"):
+            at_most(f"model.ppo.{name}", getattr(self, name), 1)
         for name in ("temperature", "evaluation_temperature", "clip"):
             above(f"model.ppo.{name}", getattr(self, name), 0)
         for name in ("kl_target", "value_clip"):

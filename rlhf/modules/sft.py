@@ -14,6 +14,7 @@ from rlhf.generation import sample
 from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
+    checkpoint_activations,
     embedding_rows,
     load_causal_lm,
     save_pretrained,
@@ -39,6 +40,7 @@ class SFTModule(StageModule):
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own, or `[PAD]`.
         resize_embeddings: add rows to the embedding when PAD has none. The paper does not need it.
+        activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class SFTModule(StageModule):
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
         resize_embeddings: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
         self.loss_on = loss_on
         self.response_length = response_length
         self.temperature = temperature
@@ -75,6 +78,8 @@ class SFTModule(StageModule):
         self.model = load_causal_lm(self.model_path)
         if self.resize_embeddings and len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
             self.model.resize_token_embeddings(len(self.tokenizer))
+        if self.activation_checkpointing:
+            checkpoint_activations(self.model)
 
     # ---------------------------------------------------------------------------------------------------- training
 

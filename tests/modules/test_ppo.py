@@ -192,6 +192,27 @@ def test_curves(run: Make) -> None:
     assert set(names) <= set(metrics)
 
 
+def test_statistics_are_means_over_the_tokens_of_an_update(
+    run: Make, model_path: str, reward_path: str, rollout_data: Make
+) -> None:
+    """However the tokens are spread over micro-batches."""
+
+    class Uneven(PPOModule):
+        def sample_responses(self, queries: Tensor, *args: Any) -> Tensor:
+            ends = (queries.sum(1) % 8).unsqueeze(1)
+            return torch.where(torch.arange(8) == ends, self.tokenizer.eos_token_id, 5)
+
+    found = []
+    for size in (1, 8):
+        module = Uneven(model_path, reward_path, ppo=replace(SETTINGS, ppo_epochs=1), optimization=FAST)
+        _, spy = run(module, rollout_data(micro_batch_size=size, rollout_batch_size=8), max_epochs=1)
+        assert len(set(spy.rollouts[0].lengths.tolist())) > 2
+        found.append(
+            {name: spy.metrics[0][name] for name in ("policy/entropy_avg", "loss/policy_avg", "loss/value_avg")}
+        )
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def test_validation_is_on_the_whole_subset(
     model_path: str, reward_path: str, trainer: Make, rollout_data: Make
 ) -> None:

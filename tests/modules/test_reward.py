@@ -101,3 +101,14 @@ def test_predict_gives_the_rewards_of_every_pair(model_path: str, trainer: Make,
     rows = [row for loader in batches for batch in loader for row in batch]
     assert len(rows) == 24
     assert {"reward_chosen", "reward_rejected", "batch", "confidence", "split"} <= set(rows[0])
+
+
+def test_the_shift_is_over_the_demonstrations_of_all_ranks(
+    model_path: str, trainer: Make, preference_data: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, data = RewardModule(model_path, optimization=FAST), preference_data()
+    trainer(limit_val_batches=0).fit(module, data)
+    mean = module.mean_demonstration_reward()
+    # another process has 96 demonstrations, three times as many, with a mean of 5
+    monkeypatch.setattr(module, "reduce_sum", lambda own: own + own.new_tensor([5.0 * 96, 96.0]))
+    assert module.mean_demonstration_reward().item() == pytest.approx((mean.item() + 3 * 5) / 4)

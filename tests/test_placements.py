@@ -1,0 +1,64 @@
+"""Where the frozen models live changes no number: on the device, in CPU memory, or shared out by ZeRO-3."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf.data.synthetic import demonstrations
+from rlhf.evaluation.curves import read_curves
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def fit(tmp_path: Path, model_path: str, write_jsonl: Callable[..., str]) -> Callable[..., subprocess.CompletedProcess]:
+    """Two updates of PPO on two processes, with both frozen models in one place."""
+    prompts = write_jsonl("demonstrations.jsonl", demonstrations(17, 1, "train"))
+    ScalarModel.from_policy(model_path, 3).save(tmp_path / "reward", load_tokenizer(model_path))
+
+    def fit(placement: str, *words: str) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable, str(ROOT / "train.py"), "fit", f"--config={ROOT}/configs/quickstart/ppo.yaml",
+            f"--run_dir={tmp_path}/{placement}", f"--model.model_path={model_path}",
+            f"--model.reward_path={tmp_path}/reward", f"--data.train.path={prompts}", "--data.batch_size=8",
+            f"--data.validation={{path: {prompts}, limit: 8}}", "--data.micro_batch_size=2",
+            "--data.rollout_batch_size=2", "--data.eval_batch_size=2", "--model.ppo.response_length=6",
+            "--model.ppo.critic_warmup=0", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2",
+            "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=zero2",
+            f"--model.reference_placement={placement}", f"--model.reward_placement={placement}", *words,
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    return fit
+
+
+def test_every_placement_gives_the_same_scores(fit: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+    curves = {}
+    for placement in ("device", "zero3"):
+        done = fit(placement)
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves[placement] = read_curves(tmp_path / placement)
+    for name in ("objective/scores", "objective/kl", "loss/policy_avg", "validation/score"):
+        expected = curves["device"][name].dropna().tolist()
+        assert expected
+        assert curves["zero3"][name].dropna().tolist() == pytest.approx(expected, abs=1e-4)
+    assert abs(curves["device"]["objective/scores"]).min() > 0.01
+
+
+def test_zero3_needs_batches_in_equal_numbers(fit: Callable[..., subprocess.CompletedProcess]) -> None:
+    done = fit("zero3", "--data.validation.limit=9")
+    assert done.returncode == 2
+    assert "set data.validation.limit to a multiple of 2" in done.stderr
+
+
+def test_zero3_needs_deepspeed(fit: Callable[..., subprocess.CompletedProcess]) -> None:
+    done = fit("zero3", "--trainer.strategy=auto", "--trainer.devices=1")
+    assert done.returncode == 2
+    assert "need trainer.strategy zero2" in done.stderr
