@@ -12,6 +12,12 @@ CHECKPOINTS = "checkpoints"
 CURVES = "tensorboard"
 
 
+def is_main_process() -> bool:
+    """Whether this is the first process of the first node, by what Lightning, torchrun or SLURM set before a start."""
+    rank = next((os.environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in os.environ), "0")
+    return rank == os.environ.get("NODE_RANK", "0") == "0"
+
+
 def claim(run_dir: str, resuming: bool) -> Path:
     """Make the folder of a new run, or find that of a run that goes on.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -17,13 +16,28 @@ import rlhf.data.rollout
 import rlhf.data.sft  # noqa: F401  (classes are found by name once they are imported)
 from rlhf import run_folder
 from rlhf.callbacks import unless_given
+from rlhf.callbacks.checkpoint import LastCheckpoint
+from rlhf.callbacks.checkpoint_files import check_complete, find_last
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.predictions import PredictionFile
 from rlhf.callbacks.progress import StageProgress
+from rlhf.callbacks.resume import Resume
+from rlhf.check import StageTrainer
 from rlhf.data.base import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
 from rlhf.parsing import parse
+from rlhf.strategies import check_strategy
+
+NOTHING_WRITTEN = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "num_sanity_val_steps": 1,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 10**9,
+}
+FOUND_BY_LIGHTNING = ("last", "best", "hpc")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -40,7 +54,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class StageCLI(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` of a stage."""
+    """`fit`, `check`, `validate`, `test` and `predict` of a stage."""
 
     @classmethod
     def run(cls, words: list[str]) -> StageCLI:
@@ -49,6 +63,7 @@ class StageCLI(LightningCLI):
             StageModule,
             StageDataModule,
             save_config_callback=SaveConfig,
+            trainer_class=StageTrainer,
             seed_everything_default=44413,
             trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 1, "enable_model_summary": False},
             subclass_mode_model=True,
@@ -57,6 +72,11 @@ class StageCLI(LightningCLI):
             parser_kwargs={"prog": "train.py", "exit_on_error": False},
             args=words,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `check`."""
+        return {**LightningCLI.subcommands(), "check": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The folder of the run, which is the Trainer's root."""
@@ -73,15 +93,29 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Claim the run folder before anything expensive."""
         settings = self.config[self.config.subcommand]
-        checkpoint = settings.get("ckpt_path")
-        if checkpoint and checkpoint not in ("last", "best", "hpc") and not Path(checkpoint).exists():
-            raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
-        main_process = os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-        if main_process and not settings.trainer.fast_dev_run:
+        if self.config.subcommand == "check":
+            self.save_config_callback = None
+            return
+        checkpoint = self._find_checkpoint(settings)
+        if run_folder.is_main_process() and not settings.trainer.fast_dev_run:
             overwrites = self.config.subcommand == "fit" and not checkpoint
             run_folder.claim(settings.run_dir, resuming=not overwrites)
 
+    def _find_checkpoint(self, settings: Any) -> str | None:
+        """Say which file or folder `last` is, and refuse one that is not there or not whole."""
+        if settings.get("ckpt_path") == "last":
+            last = find_last(Path(settings.run_dir) / run_folder.CHECKPOINTS)
+            settings.ckpt_path = str(last) if last else "last"
+        checkpoint = settings.get("ckpt_path")
+        if checkpoint and checkpoint not in FOUND_BY_LIGHTNING:
+            if not Path(checkpoint).exists():
+                raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
+            check_complete(Path(checkpoint))
+        return checkpoint
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if self.subcommand == "check":
+            return self._with_strategy(config | NOTHING_WRITTEN, callbacks)
         root = Path(config["default_root_dir"])
         if self.subcommand != "fit":
             config["logger"] = config["logger"] or False  # the curves of a run are those of its training
@@ -89,18 +123,19 @@ class StageCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(root, name="", version=run_folder.CURVES, default_hp_metric=False)
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
-        if config["enable_checkpointing"] is not False:
-            callbacks += unless_given(given, *self._checkpoints(root))
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if self.subcommand == "fit" and checkpoint and checkpoint not in FOUND_BY_LIGHTNING:
+            given.append(Resume(checkpoint))
+        if config["enable_checkpointing"] is not False:  # first, so that it is written before the export
+            given = [*unless_given(given, LastCheckpoint()), *given]
+            config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in given)
+        config["callbacks"] = given
         if config["enable_progress_bar"] is not False:
             callbacks += unless_given(given, StageProgress())
         callbacks += unless_given(given, Export(), PredictionFile())
-        return super()._instantiate_trainer(config, callbacks)
+        return self._with_strategy(config, callbacks)
 
-    def _checkpoints(self, root: Path) -> list[Callback]:
-        """`checkpoints/last.ckpt`: written after every epoch; where one is long (not PPO), also every 200 steps."""
-        settings: dict[str, Any] = {"filename": "last", "enable_version_counter": False}
-        folder = root / run_folder.CHECKPOINTS
-        callbacks: list[Callback] = [ModelCheckpoint(folder, save_on_train_epoch_end=True, **settings)]
-        if self.model.schedule_interval == "step":
-            callbacks.append(ModelCheckpoint(folder, every_n_train_steps=200, **settings))
-        return callbacks
+    def _with_strategy(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        trainer = super()._instantiate_trainer(config, callbacks)
+        check_strategy(trainer)
+        return trainer

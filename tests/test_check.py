@@ -1,0 +1,130 @@
+"""`check` as a user types it: what it shows, what it calls wrong, and that it writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.cli import main
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules import PPOModule
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
+Check = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def check(
+    tmp_path: Path, model_path: str, demonstration_file: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Check:  # fmt: skip
+    """Checks a quickstart config on a tiny model; returns the exit status and what was printed, without line breaks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def check(stage: str, *words: str) -> tuple[int, str]:
+        sizes = ["--data.batch_size=8", "--data.micro_batch_size=4", "--data.eval_batch_size=4"]
+        given = [f"--model.model_path={model_path}", "--trainer.accelerator=cpu", "--trainer.devices=1", *sizes]
+        status = 0
+        try:
+            main(["check", f"--config={CONFIGS}/{stage}.yaml", "--run_dir=run", *given, *words])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        return status, " ".join(capsys.readouterr().out.split())
+
+    return check
+
+
+@pytest.fixture
+def ppo_words(demonstration_file: str, reward_path: str, model_path: str) -> list[str]:
+    """What a check of PPO needs besides."""
+    data = [f"--data.{split}={{path: {demonstration_file}}}" for split in ("train", "validation")]
+    small = ["--data.rollout_batch_size=4", "--model.ppo.response_length=6", "--model.ppo.critic_warmup=0"]
+    return [*data, *small, f"--model.reward_path={reward_path}"]
+
+
+def centre(reward_path: str, demonstration_file: str) -> None:
+    """Shift the reward model so that the demonstrations have mean 0."""
+    from rlhf.data.processing import load_demonstrations
+    from rlhf.data.records import Source
+    from rlhf.data.texts import TextFormat
+
+    tokenizer = load_tokenizer(reward_path)
+    rows = load_demonstrations(Source(demonstration_file), "data.train", tokenizer, TextFormat())["input_ids"][:]
+    model = ScalarModel.from_pretrained(reward_path, "reward")
+    with torch.no_grad():
+        scores = [model.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)) for ids in rows]
+        model.bias -= torch.cat(scores).mean()
+    model.save(Path(reward_path), tokenizer)
+
+
+def test_a_sound_ppo_config(
+    check: Check, ppo_words: list[str], reward_path: str, demonstration_file: str, tmp_path: Path
+) -> None:
+    centre(reward_path, demonstration_file)
+    status, shown = check("ppo", *ppo_words)
+    assert status == 0, shown
+    for text in (
+        "EOS │ '<|endoftext|>', id 0", "[PAD]", "rows for", "32 rows", "8 = 1 processes x 2 micro-batches x 4",
+        "ratio (D33)", "first_kl (D24)", "padding_side (D20)", "demonstration_reward (D21)", "responses with EOS",
+        "estimated", "for 32 updates", "one update │ done",
+    ):  # fmt: skip
+        assert text in shown, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_that_is_not_centred_is_wrong(check: Check, ppo_words: list[str], reward_path: str) -> None:
+    model = ScalarModel.from_pretrained(reward_path, "reward")
+    model.bias.data.fill_(9.0)
+    model.save(Path(reward_path), load_tokenizer(reward_path))
+    status, shown = check("ppo", *ppo_words)
+    assert status == 1
+    assert "wrong: Invariant demonstration_reward (D21)" in shown
+    assert "one update │ done" in shown  # a finding does not stop the check
+
+
+def test_a_run_that_can_not_start_is_wrong(check: Check, ppo_words: list[str]) -> None:
+    status, shown = check("ppo", *ppo_words, "--data.batch_size=64")
+    assert status == 1
+    assert "data.batch_size 64 is larger than the 32 prompts" in shown
+    assert "EOS" in shown
+
+
+def test_a_wrong_word_ends_with_status_1(check: Check) -> None:
+    assert check("ppo", "--model.no_such_setting=1")[0] == 1
+
+
+class OutOfMemory(PPOModule):
+    """Its first step does not fit."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_what_does_not_fit_into_memory(check: Check, ppo_words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.modules.PPOModule.training_step", OutOfMemory.training_step)
+    status, shown = check("ppo", *ppo_words)
+    assert status == 1
+    assert "lower data.micro_batch_size" in shown
+
+
+def test_a_sound_sft_config(check: Check, demonstration_file: str) -> None:
+    data = [f"--data.{split}={{path: {demonstration_file}}}" for split in ("train", "validation")]
+    status, shown = check("sft", *data, "--model.response_length=4", "--data.text.max_response_length=12")
+    assert status == 0, shown
+    assert "for 4 steps" in shown
+    assert re.search(r"train: responses cut off │ [1-9]\d* \([0-9.]+%\) │ look", shown)
+
+
+def test_a_sound_reward_config(check: Check, comparison_file: str, demonstration_file: str) -> None:
+    words = [f"--data.{split}={{path: {comparison_file}}}" for split in ("train", "validation")]
+    status, shown = check("reward", *words, f"--data.demonstrations={{path: {demonstration_file}}}")
+    assert status == 0, shown
+    assert "padding_side (D20)" in shown
+    assert "for 3 steps" in shown

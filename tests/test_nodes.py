@@ -1,0 +1,95 @@
+"""Several nodes: two of them with one process each, on this machine, started as on a cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf import run_folder
+from rlhf.data.synthetic import demonstrations
+from rlhf.evaluation.curves import read_curves
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_two_nodes_make_one_run(
+    launcher: str, tmp_path: Path, model_path: str, write_jsonl: Callable[..., str]
+) -> None:
+    prompts = write_jsonl("demonstrations.jsonl", demonstrations(16, 1, "train"))
+    ScalarModel.from_policy(model_path, 3).save(tmp_path / "reward", load_tokenizer(model_path))
+    port = free_port()
+    words = [
+        str(ROOT / "train.py"), "fit", f"--config={ROOT}/configs/quickstart/ppo.yaml", f"--run_dir={tmp_path}/run",
+        f"--model.model_path={model_path}", f"--model.reward_path={tmp_path}/reward", f"--data.train.path={prompts}",
+        f"--data.validation={{path: {prompts}, limit: 5}}", "--data.batch_size=8", "--data.micro_batch_size=4",
+        "--model.ppo.response_length=6", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1",
+        "--trainer.accelerator=cpu", "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp",
+    ]  # fmt: skip
+    nodes = []
+    for node in range(2):
+        start, own = [sys.executable], {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if launcher == "torchrun":
+            addresses = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+            start, own = (
+                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", *addresses],
+                {},
+            )
+        clean = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+        nodes.append(
+            subprocess.Popen(
+                [*start, *words], env=clean | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)[-4000:]
+    curves = read_curves(tmp_path / "run")
+    assert curves["episode"].tolist() == [8, 16]
+    assert curves["val/ratio_max_deviation"].max() < 1e-5
+    assert curves["invariants/ranks"].max() == 0
+    assert (tmp_path / "run" / "export" / "rlhf.json").is_file()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "export",
+        "tensorboard",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "main"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_one_process_of_all_nodes_is_the_main_one(
+    environment: dict[str, str], main: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_folder.is_main_process() is main
