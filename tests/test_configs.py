@@ -1,4 +1,4 @@
-"""Every shipped config parses; stages run for a step."""
+"""Every shipped config parses; stages run for a step. The ablations are tested in tests/evaluation/test_ablation.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-STAGES = sorted(f for f in CONFIGS.rglob("*.yaml") if "model" in yaml.safe_load(f.read_text()) and f.stem != "data")
+PAPER = CONFIGS / "tldr"  # tested in tests/test_paper_configs.py
+STAGES = sorted(
+    f
+    for f in CONFIGS.rglob("*.yaml")
+    if f.parent != PAPER and "class_path" in yaml.safe_load(f.read_text()).get("model", {})
+)
 PIPELINES = sorted(CONFIGS.rglob("pipeline.yaml"))
 
 
