@@ -20,13 +20,18 @@ ALLOWED = {
     "rouge": set(),
     "seeding": set(),
     "run_folder": {"errors"},
+    "pipeline": {"errors", "run_folder"},
     "generation": {"ops"},
     "rollout": {"ops", "seeding"},
+    "strategies": {"errors"},
     "models": {"ops", "errors"},
+    "memory": {"errors", "models"},
     "data": {"ops", "errors", "checks", "seeding", "rollout", "models"},
-    "callbacks": {"ops", "errors", "rollout"},
-    "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models", "callbacks"},
-    "evaluation": {"ops", "errors", "rouge", "generation", "models", "data", "callbacks", "run_folder"},
+    "callbacks": {"ops", "errors", "rollout", "strategies"},
+    "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
+    | {"callbacks", "strategies"},
+    "evaluation": {"ops", "errors", "checks", "rouge", "generation", "models", "data", "callbacks"}
+    | {"run_folder", "pipeline"},
 }
 
 

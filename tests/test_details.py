@@ -15,6 +15,8 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
+from rlhf.callbacks.findings import INVARIANTS
+from rlhf.callbacks.invariants import Invariants
 from rlhf.data.preference import PreferenceDataModule
 from rlhf.data.rollout import RolloutDataModule
 from rlhf.data.sft import SFTDataModule
@@ -114,8 +116,26 @@ def test_tests_exist(fields: dict[str, str]) -> None:
         assert name in functions_of(file), node
 
 
+def table_below(heading: str) -> list[list[str]]:
+    lines = TEXT.partition(heading)[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+
+
+def test_the_invariants_are_all_there_with_their_detail_and_severity() -> None:
+    rows = {
+        in_backticks(name)[0]: (detail, in_backticks(last)[0])
+        for name, detail, _, last in table_below("## What is")[2:]
+    }
+    assert rows == {name: (INVARIANTS[name].detail, level) for name, level in Invariants().severity.items()}
+    for name, fields in ENTRIES:
+        watched = dict(fields)["while it runs"]
+        for found in re.findall(r"[Ii]nvariants? (?:`(\w+)`)(?:(?:,| and) `(\w+)`)*", watched):
+            assert set(filter(None, found)) <= set(INVARIANTS), name
+    assert {i.detail for i in INVARIANTS.values()} <= {name for name, _ in ENTRIES}
+
+
 def test_the_table_of_hyperparameters_has_the_defaults() -> None:
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line[:1] == "|"]
+    table = table_below("## Hyper-parameters")
     assert table[0][2:] == list(STAGES)
     for _, setting, *cells in table:
         for key in in_backticks(setting):
