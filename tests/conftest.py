@@ -66,6 +66,7 @@ def sharp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    shape |= {"intermediate_size": 64} if request.param == "gpt_neox" else {"n_inner": 64}
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0}
     config = AutoConfig.for_model(
         request.param, vocab_size=512, initializer_range=0.2, use_cache=True, **shape, **special

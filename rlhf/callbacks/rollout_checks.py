@@ -17,7 +17,9 @@ def measure_rollout(
     rollout: Rollout, module: Any, update: int, limits: Tolerance, highest_kl: float
 ) -> Iterator[Finding]:
     """Findings over the episodes of all ranks; those before the first update only where `update` is 0."""
-    bad = (~rollout.rewards.isfinite() & rollout.value_mask).sum() + (~rollout.scores.isfinite()).sum()
+    bad = (~rollout.rewards.isfinite() & rollout.value_mask).sum() + (
+        ~rollout.scores.isfinite() & rollout.mask.any(1)
+    ).sum()
     yield Finding("finite", module.reduce_sum(bad.float()).item(), 0)
     kl = rollout.kl.sum(1)
     mean, variance = masked_moments(kl, torch.ones_like(rollout.has_eos), module.reduce_sum)

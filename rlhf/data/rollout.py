@@ -63,12 +63,22 @@ class RolloutDataModule(StageDataModule):
         super().set_accumulation(self._trainer.lightning_module.ppo.minibatches)
 
     def setup(self, stage: str) -> None:
-        """Load all splits; an update needs as many prompts as episodes."""
+        """Load all splits, and check that they and the settings of the module fit the batch."""
         super().setup(stage)
-        if "zero3" in self._trainer.lightning_module.placements:
+        module = self._trainer.lightning_module
+        if "zero3" in module.placements:
             self._check_even()
+        if stage == "fit":
+            self._check_batch(module.ppo.kl_horizon if module.ppo.kl_target is not None else None)
+
+    def _check_batch(self, kl_horizon: int | None) -> None:
+        if kl_horizon is not None and kl_horizon <= 0.2 * self.batch_size:
+            raise UserError(
+                f"model.ppo.kl_horizon is {kl_horizon}; it must be more than a fifth of data.batch_size "
+                f"{self.batch_size}, or the KL coefficient could become negative."
+            )
         prompts = len(self.splits["train"])
-        if stage == "fit" and self.batch_size > prompts:
+        if self.batch_size > prompts:
             raise UserError(
                 f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
                 "would hold the same prompt twice."

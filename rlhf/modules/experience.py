@@ -224,6 +224,7 @@ class ExperienceModule(StageModule):
             episodes.rewards = whiten(episodes.rewards, episodes.value_mask, False, self.reduce_sum)
         # 6. Advantages and returns.
         episodes.advantages, episodes.returns = gae(episodes.rewards, episodes.values, self.ppo.gamma, self.ppo.lam)
+        episodes.returns = torch.where(episodes.value_mask, episodes.returns, 0.0)
         episodes.advantages = self._whiten_advantages(episodes)
         self._clock("advantages", start)
         return episodes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from rlhf.data.records import Source
 from rlhf.data.rollout import RolloutDataModule
 from rlhf.errors import UserError
+from rlhf.modules import PPOSettings
 
 Attach = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def make(attach: Attach, prompts_file: str) -> Attach:
     ) -> Any:
         source = Source(prompts_file, limit=rows)
         data = RolloutDataModule(source, source, batch_size=batch, micro_batch_size=micro, eval_batch_size=3)
-        ppo = ppo or SimpleNamespace(minibatches=1, ppo_epochs=2)
+        ppo = ppo or PPOSettings(ppo_epochs=2)
         return attach(data, rank=rank, world_size=world_size, ppo=ppo, **module)
 
     return make
@@ -97,7 +97,7 @@ def test_tldr_prompts_need_no_summary(attach: Attach, demos: list[Any], write_js
     with_summary, without = demos[0], {k: v for k, v in demos[1].items() if k != "summary"}
     for record, reference in ((with_summary, " " + with_summary["summary"]), (without, "")):
         source = Source(write_jsonl("tldr.jsonl", [record]))
-        data = attach(RolloutDataModule(source, batch_size=1, micro_batch_size=1), ppo=SimpleNamespace(minibatches=1))
+        data = attach(RolloutDataModule(source, batch_size=1, micro_batch_size=1), ppo=PPOSettings())
         text = data.collate("train", [0], True)["texts"][0]
         assert text["query"].endswith("\n\nTL;DR:")
         assert text["reference"] == reference
@@ -112,10 +112,10 @@ def test_a_batch_larger_than_the_data_is_refused(make: Attach) -> None:
 
 @pytest.mark.parametrize(("minibatches", "accumulate"), [(1, 6), (2, 3), (3, 2)])
 def test_accumulation_counts_the_minibatches(make: Attach, minibatches: int, accumulate: int) -> None:
-    data = make(12, micro=2, ppo=SimpleNamespace(minibatches=minibatches))
+    data = make(12, micro=2, ppo=PPOSettings(minibatches=minibatches))
     assert data.trainer.accumulate_grad_batches == accumulate
     with pytest.raises(UserError, match="x 5 minibatches"):
-        make(12, micro=2, ppo=SimpleNamespace(minibatches=5))
+        make(12, micro=2, ppo=PPOSettings(minibatches=5))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -154,7 +154,7 @@ def test_a_rollout_gets_this_ranks_prompts_and_is_kept(make: Attach) -> None:
 
 
 def test_the_loader_follows_the_trainer_and_the_module(make: Attach) -> None:
-    ppo = SimpleNamespace(minibatches=2, ppo_epochs=3)
+    ppo = PPOSettings(minibatches=2, ppo_epochs=3)
     data = make(8, 1, 2, micro=1, ppo=ppo, reduce_sum=lambda tensor: tensor)
     loader = data.train_dataloader()
     assert len(loader) == 3 * 2 * 2

@@ -159,6 +159,14 @@ def test_it_learns_a_simple_reward(run: Make, model_path: str, rollout_data: Mak
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 2
 
 
+def test_a_horizon_that_could_turn_the_coefficient_negative_is_refused(
+    run: Make, model_path: str, reward_path: str
+) -> None:
+    module = PPOModule(model_path, reward_path, ppo=replace(SETTINGS, kl_target=1.0, kl_horizon=1))
+    with pytest.raises(UserError, match=r"kl_horizon is 1.*data.batch_size 8"):
+        run(module)
+
+
 def test_adaptive_kl_coefficient_moves_and_is_kept(
     run: Make, model_path: str, reward_path: str, tmp_path: Path
 ) -> None:
