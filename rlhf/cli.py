@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -54,12 +55,19 @@ def main(args: Sequence[str] | None = None) -> None:
         print("stopped; the run can go on: see --ckpt_path, or start the same pipeline again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        user_error = find_user_error(error) or (error if type(error).__name__ == "MisconfigurationException" else None)
+        user_error = find_user_error(error) or _explain(error)
         if user_error is None:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {user_error}", file=sys.stderr)
         sys.exit(1 if words[0] == "check" else 2)
+
+
+def _explain(error: Exception) -> object | None:
+    """What to say of an error that is not ours but the user's to mend."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}. Make room; a training run goes on from its last checkpoint with --ckpt_path last."
+    return error if type(error).__name__ == "MisconfigurationException" else None
 
 
 def stage_cli(words: list[str]) -> StageCLI:

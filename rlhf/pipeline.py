@@ -7,11 +7,14 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +53,8 @@ def pipeline(
 ) -> None:
     """Run stages one after another, each in its own process, and hand their exports on.
 
-    Finished stages are skipped; a stopped one goes on from its last checkpoint.
+    Finished stages are skipped; a stopped one goes on from its last checkpoint. SIGTERM stops the stage that runs
+    after it has saved.
 
     Args:
         stages: what to run, in order.
@@ -62,8 +66,9 @@ def pipeline(
     run = run_folder.claim(run_dir, resuming=True)
     runner = Runner(run, Path(config_dir), seed, arguments)
     started = time.monotonic()
-    for number, stage in enumerate(stages, 1):
-        runner.run_stage(stage, f"[{number}/{len(stages)}]")
+    with forwarded_signals():
+        for number, stage in enumerate(stages, 1):
+            runner.run_stage(stage, f"[{number}/{len(stages)}]")
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
     report = run / "report.md"
     if report.exists():
@@ -164,16 +169,66 @@ class Runner:
         return taken
 
 
+class _Signals:
+    """Hands signals on to the stages that run, which save and stop."""
+
+    def __init__(self) -> None:
+        self.children: set[subprocess.Popen[bytes]] = set()
+        self.received = 0
+
+    def receive(self, number: int, frame: Any) -> None:
+        """As the handler of a signal."""
+        self.received = number
+        for child in list(self.children):
+            child.send_signal(number)
+
+    def call(self, command: list[str], **settings: Any) -> int:
+        """The exit status of a command."""
+        with subprocess.Popen(command, **settings) as child:
+            self.children.add(child)
+            try:
+                if self.received:
+                    child.send_signal(self.received)
+                return child.wait()
+            except BaseException:
+                child.kill()
+                raise
+            finally:
+                self.children.discard(child)
+
+    def check(self) -> None:
+        """End this process, if it was sent a signal."""
+        if self.received:
+            print(f"Stopped by {signal.Signals(self.received).name}; the same command goes on from there.", flush=True)
+            raise SystemExit(128 + self.received)
+
+
+_signals = _Signals()
+
+
+@contextmanager
+def forwarded_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 go on to the stages that run. In the main thread only."""
+    _signals.received = 0
+    before = {number: signal.signal(number, _signals.receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run(stage: Stage, words: list[str], log: Path | None = None) -> float:
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "rlhf", *words]
     if log is None:
-        code = subprocess.run(command, env=environment).returncode
+        code = _signals.call(command, env=environment)
     else:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as output:
-            code = subprocess.run(command, env=environment, stdout=output, stderr=output).returncode
+            code = _signals.call(command, env=environment, stdout=output, stderr=output)
+    _signals.check()
     if code:
         seen = f", see {log}" if log is not None else ""
         raise UserError(f"the stage {stage.name} ended with status {code}{seen}; the same command goes on from there.")

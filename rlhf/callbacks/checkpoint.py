@@ -91,7 +91,8 @@ class LastCheckpoint(Callback):
         if asked or trainer.current_epoch % self.every_n_epochs == 0:
             self.save(trainer, pl_module, "epoch")
         if asked:
-            self._stop(trainer, asked, "")
+            unit = "update" if pl_module.schedule_interval == "epoch" else "epoch"
+            self._stop(trainer, asked, f"after {unit} {trainer.current_epoch}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """After an optimizer step and its curves."""
@@ -100,14 +101,14 @@ class LastCheckpoint(Callback):
         asked = self._signal.agreed(trainer, pl_module)
         if pl_module.schedule_interval == "epoch":
             if asked:
-                self._stop(trainer, asked, f" in update {trainer.current_epoch + 1}, which will begin anew")
+                self._stop(trainer, asked, f"in update {trainer.current_epoch + 1}, which will begin anew")
             return
         if batch_idx == 0:
             return
         if asked or trainer.global_step % self.every_n_steps == 0:
             self.save(trainer, pl_module, "step")
         if asked:
-            self._stop(trainer, asked, f" after step {trainer.global_step}")
+            self._stop(trainer, asked, f"after step {trainer.global_step}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """The sums of an epoch go on."""
@@ -128,7 +129,7 @@ class LastCheckpoint(Callback):
         if trainer.is_global_zero:
             last = find_last(self.path(trainer).parent)
             found = f"Saved: {last}; go on with --ckpt_path last." if last else "Nothing is saved yet; start it again."
-            print(f"\nStopped by {signal.Signals(number).name}{where}. {found}", flush=True)
+            print(f"\nStopped by {signal.Signals(number).name} {where}. {found}", flush=True)
         self._signal.leave(trainer, number)
 
     # ------------------------------------------------------------------------------------------------------ how

@@ -49,7 +49,7 @@ def publish(partial: Path, final: Path) -> None:
     for path in [partial, *partial.rglob("*")]:
         _sync(path)
     previous = final.with_name(PREVIOUS)
-    if partial.is_dir() and final.exists():
+    if final.is_dir() or (final.exists() and partial.is_dir()):
         remove(previous)
         final.rename(previous)
     partial.replace(final)

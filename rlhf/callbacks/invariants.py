@@ -95,7 +95,7 @@ class Invariants(Callback):
         if known is None or known.holds:
             self.findings[finding.name] = finding
         name = f"invariants/{finding.name}"
-        module.log(name, finding.value, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1)
+        module.log(name, finding.value, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1)
         self.act(finding)
 
     def act(self, finding: Finding) -> None:
@@ -188,7 +188,9 @@ class Invariants(Callback):
 
     def _check_finite(self, trainer: Any, module: Any, norm: Tensor) -> None:
         every_step = module.schedule_interval == "step"
-        module.log("grad_norm", norm, on_step=every_step, on_epoch=not every_step, batch_size=1)
+        module.log(
+            "grad_norm", norm, on_step=every_step, on_epoch=not every_step, sync_dist=not every_step, batch_size=1
+        )
         bad = self._bad_losses
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps by itself
             bad = bad + ~norm.isfinite()

@@ -44,12 +44,6 @@ def _must_agree(trainer: Any, module: Any) -> Iterator[tuple[str, str, str]]:
     some = [rows[n] for n in sorted({0, len(rows) // 2, len(rows) - 1})]
     yield "data.train", f"{len(rows)} rows", f"{len(rows)} {_digest(repr(some).encode())}"
     yield "seed_everything", str(module.seed), str(module.seed)
-    zero = isinstance(trainer.strategy, DeepSpeedStrategy)
-    strategy = "zero2" if zero else "one without ZeRO"
-    yield "trainer.strategy", strategy, strategy
-    if zero:  # each process has a part of the optimizer states
-        processes = str(trainer.world_size)
-        yield "the number of processes (trainer.devices x trainer.num_nodes)", processes, processes
 
 
 def fingerprint(path: str | None) -> str:
@@ -105,13 +99,27 @@ class Resume(Callback):
                     f"ckpt_path: the run of {self.path} can't go on: {name} was {change}. Set it back, or start "
                     "another run (--run_dir), which can take an export of this one as its model (docs/resuming.md)."
                 )
-        shards = len(list(self.path.glob("checkpoint/*optim_states.pt")))
-        if self.path.is_dir() and shards < found["processes"]:
-            raise UserError(f"ckpt_path: {self.path} has the parts of {shards} processes out of {found['processes']}.")
-        if found["processes"] != trainer.world_size:
+        self._compare_processes(trainer, found["processes"])
+
+    def _compare_processes(self, trainer: Trainer, before: int) -> None:
+        now, zero = trainer.world_size, isinstance(trainer.strategy, DeepSpeedStrategy)
+        if self.path.is_dir() != zero:
+            raise UserError(
+                f"ckpt_path: {self.path} was written with{'out' * zero} ZeRO, and trainer.strategy is now one "
+                f"with{'out' * (not zero)}; docs/resuming.md says how to go on from its weights."
+            )
+        if zero and now != before:
+            raise UserError(
+                f"ckpt_path: {self.path} is of {before} processes, and each has a part of it; now there are {now} "
+                "(trainer.devices x trainer.num_nodes). docs/resuming.md says how to go on from its weights."
+            )
+        parts = len(list(self.path.glob("checkpoint/*optim_states.pt")))
+        if zero and parts < before:
+            raise UserError(f"ckpt_path: {self.path} has the parts of {parts} processes out of {before}.")
+        if now != before:
             rank_zero_info(
-                f"The checkpoint is of {found['processes']} processes, now there are {trainer.world_size}: the run "
-                "goes on with the same examples, but not to the last bit, and PPO draws other samples."
+                f"The checkpoint is of {before} processes, now there are {now}: the run goes on with the same "
+                "examples, but not to the last bit, and PPO draws other samples."
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -126,17 +134,17 @@ class Resume(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep what the user has typed, before it is overwritten."""
         self._typed = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizers[0].param_groups]
-        self._typed_base = [list(getattr(c.scheduler, "base_lrs", [])) for c in trainer.lr_scheduler_configs]
+        schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._typed_base = [list(schedule.base_lrs) for schedule in schedules]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put it back; the learning rate stays where it is in its schedule."""
-        for group, typed in zip(trainer.optimizers[0].param_groups, self._typed, strict=True):
-            rate, base = group["lr"], group.get("initial_lr", group["lr"])
+        groups = trainer.optimizers[0].param_groups
+        for group, typed in zip(groups, self._typed, strict=True):
             group |= typed
-            typed_base = typed.get("initial_lr", typed["lr"])
-            group["lr"] = rate if typed_base == base else rate * typed_base / base
-        for config, base_rates in zip(trainer.lr_scheduler_configs, self._typed_base, strict=True):
-            config.scheduler.base_lrs = base_rates
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            engine: Any = trainer.strategy.model
-            engine.micro_steps = engine.global_steps * trainer.accumulate_grad_batches
+        for config, typed_base in zip(trainer.lr_scheduler_configs, self._typed_base, strict=True):
+            schedule = config.scheduler
+            rates = zip(groups, schedule.get_last_lr(), schedule.base_lrs, typed_base, strict=True)
+            for group, rate, base, typed_rate in rates:
+                group["lr"] = rate if typed_rate == base else rate * typed_rate / base
+            schedule.base_lrs = typed_base

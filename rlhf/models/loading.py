@@ -146,7 +146,7 @@ def from_pretrained(
     from safetensors import SafetensorError
 
     try:
-        with quiet():
+        with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
             model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{setting}: the model {path} can't be loaded: {_first_line(error)}") from error

@@ -43,7 +43,7 @@ class ScalarModel(nn.Module):
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
+            weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") / math.sqrt(weight.shape[1] + 1))
             model.bias.zero_()
         return model
 
@@ -79,9 +79,13 @@ class ScalarModel(nn.Module):
         left, right = (self.score(*move_padding(ids, mask, side)) for side in ("left", "right"))
         return (left - right).abs().max() / right.abs().max().clamp(min=1)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the model for plain `AutoModelForSequenceClassification`, the shift in its configuration."""
-        setattr(self.model.config, SHIFT, -self.bias.item())
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, centre: float = 0.0) -> None:
+        """Write the model for plain `AutoModelForSequenceClassification`, the shift in its configuration.
+
+        Args:
+            centre: the reward that shall be 0 in what is written (D21).
+        """
+        setattr(self.model.config, SHIFT, centre - self.bias.item())
         save_pretrained(self.model, tokenizer, folder)
 
 

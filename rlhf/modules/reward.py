@@ -42,7 +42,7 @@ class RewardModule(StageModule):
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         self.trained = is_classifier(self.model_config)
-        self._centred = False
+        self.centre: Tensor | None = None
         self.model: Any = None
 
     def configure_model(self) -> None:
@@ -133,8 +133,11 @@ class RewardModule(StageModule):
         return total / count
 
     def demonstration_rewards(self) -> Tensor | None:
-        """Of the first demonstrations, once the reward was centred."""
-        return self._score_demonstrations(256) if self._centred else None
+        """Of the first demonstrations, as the export gives them."""
+        if self.centre is None:
+            return None
+        scores = self._score_demonstrations(256)
+        return None if scores is None else scores - self.centre
 
     @torch.no_grad()
     def _score_demonstrations(self, limit: int | None) -> Tensor | None:
@@ -152,16 +155,15 @@ class RewardModule(StageModule):
         return torch.cat(scores).double()
 
     def prepare_export(self) -> None:
-        """Shift the reward so that demonstrations have mean 0 (D21)."""
-        mean = self.mean_demonstration_reward()
-        if mean is None:
+        """Find the shift after which demonstrations have mean 0 (D21)."""
+        self.centre = self.mean_demonstration_reward()
+        if self.centre is None:
             rank_zero_warn("The reward is not centred: data.demonstrations is not set.")
-            return
-        with torch.no_grad():
-            self.model.bias -= mean.to(self.model.bias.dtype)
-        self._centred = True
-        rank_zero_info(f"Reward centred: the demonstrations had a mean reward of {mean:.4f}, now 0.")
+        else:
+            rank_zero_info(
+                f"Reward centred: the demonstrations have a mean reward of {self.centre:.4f}, in the export 0."
+            )
 
     def save_export(self, folder: Path) -> None:
-        """The reward model and its tokenizer."""
-        self.model.save(folder, self.tokenizer)
+        """The reward model and its tokenizer; the shift is in the export only, training goes on without it."""
+        self.model.save(folder, self.tokenizer, 0.0 if self.centre is None else self.centre.item())

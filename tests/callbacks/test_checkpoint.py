@@ -6,7 +6,8 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,68 +232,57 @@ def test_a_signal_saves_and_stops(
 # --------------------------------------------------------------------------------------------------- files on the disk
 
 
-class Power(BaseException):
-    """The power is cut."""
+@contextmanager
+def killed_after(calls: int) -> Iterator[None]:
+    """Within, after so many changes of the folder the process is killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir"):
 
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_whenever_writing_stops_a_complete_checkpoint_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    def write(path: Path, text: str) -> Path:
-        if kind == "folder":
-            (path / "checkpoint").mkdir(parents=True)
-            (path / "checkpoint" / "a").write_text(text)
-        path = path / "checkpoint" / "b" if kind == "folder" else path
-        path.write_text(text)
-        return path
-
-    def stop_after(calls: int) -> None:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
+            def change(*args: Any, original: Callable[..., Any] = getattr(os, name), **kwargs: Any) -> Any:
                 nonlocal calls
                 calls -= 1
                 if calls < 0:
-                    raise Power
+                    raise Kill
                 return original(*args, **kwargs)
 
-            return call
+            patch.setattr(os, name, change)
+        with suppress(Kill):
+            yield
 
-        for name in ("rename", "replace", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, wrap(getattr(os, name)))
 
-    seen = set()
-    for calls in range(20):
+@pytest.mark.parametrize(("old", "new"), [("file", "file"), ("folder", "folder"), ("folder", "file")])
+def test_whenever_writing_stops_a_complete_checkpoint_is_found(tmp_path: Path, old: str, new: str) -> None:
+    def write(path: Path, kind: str, text: str) -> None:
+        files = [path] if kind == "file" else [path / "checkpoint" / "a", path / "checkpoint" / "b"]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+
+    def content(path: Path) -> str:
+        return path.read_text() if path.is_file() else "".join(f.read_text() for f in path.rglob("[ab]"))
+
+    def publish_last(folder: Path, kind: str, text: str) -> None:
+        partial = partial_path(folder / "last.ckpt")
+        write(partial, kind, text)
+        publish(partial, folder / "last.ckpt")
+
+    whole = {"file": ("old", "new"), "folder": ("oldold", "newnew")}
+    found = []
+    for calls in range(12):
         folder = tmp_path / str(calls)
-        folder.mkdir()
-        write(folder / "last.ckpt", "old")
-        write(partial_path(folder / "last.ckpt"), "new")
-        with monkeypatch.context() as context:
-            monkeypatch = context
-            stop_after(calls)
-            try:
-                publish(partial_path(folder / "last.ckpt"), folder / "last.ckpt")
-                done = True
-            except Power:
-                done = False
-        found = find_last(folder)
-        assert found is not None
-        texts = {f.read_text() for f in ([found] if kind == "file" else found.rglob("[ab]"))}
-        assert len(texts) == 1
-        assert len(list(found.rglob("[ab]"))) == (0 if kind == "file" else 2)
-        seen |= texts
-        if done:
-            assert texts == {"new"}
-            assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
-            break
-        write(partial_path(folder / "next.ckpt"), "next")  # a later run goes on from there
+        write(folder / "last.ckpt", old, "old")
+        with killed_after(calls):
+            publish_last(folder, new, "new")
+        last = find_last(folder)
+        assert last is not None
+        found.append(content(last))
         checkpoint_files.remove(partial_path(folder / "last.ckpt"))
-        partial_path(folder / "next.ckpt").rename(partial_path(folder / "last.ckpt"))
-        publish(partial_path(folder / "last.ckpt"), folder / "last.ckpt")
-        assert [p.name for p in folder.iterdir() if not p.name.startswith(".trash")] == ["last.ckpt"]
-    assert done
-    assert seen == {"old", "new"}
-    assert calls > (0 if kind == "file" else 3)
+        publish_last(folder, new, "new")  # as a run does that goes on
+        assert content(folder / "last.ckpt") == whole[new][1]
+        assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    steps = found.index(whole[new][1])
+    assert steps == (1 if old == "file" else 2)
+    assert found == [whole[old][0]] * steps + [whole[new][1]] * (12 - steps)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(fit: Make, last: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -356,14 +346,11 @@ def stage(sft_data: Make, model_path: str, tokenizer: Any, monkeypatch: pytest.M
         ("data.train was 9 rows, but now it is 8 rows", lambda s, p: s.data.splits["train"].pop()),
         ("data.train was 9 rows, which is no longer", lambda s, p: s.data.splits["train"].reverse()),
         ("seed_everything was 1, but now it is 2", lambda s, p: setattr(s.module, "seed", 2)),
-        ("trainer.strategy was zero2, but", lambda s, p: setattr(s.trainer, "strategy", None)),
-        ("processes .* was 2, but now it is 3", lambda s, p: setattr(s.trainer, "world_size", 3)),
     ],
 )
 def test_a_run_that_cannot_go_on_is_refused_by_name(
     stage: Any, tmp_path: Path, reward_path: str, setting: str, change: Callable[[Any, str], None]
 ) -> None:
-    stage.trainer.strategy = object.__new__(DeepSpeedStrategy)
     path = tmp_path / "last.ckpt"
     torch.save({"rlhf": record(stage.trainer, stage.module)}, path)
     Resume(path).setup(stage.trainer, stage.module, "fit")
@@ -391,14 +378,30 @@ def test_a_checkpoint_of_another_stage_is_refused_before_weights_are_loaded(
         fit("reward", resume=True)
 
 
-def test_a_folder_without_the_parts_of_all_processes_is_refused(stage: Any, tmp_path: Path) -> None:
-    stage.trainer.strategy = object.__new__(DeepSpeedStrategy)
-    folder = tmp_path / "last.ckpt" / "checkpoint"
-    folder.mkdir(parents=True)
-    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        torch.save({"rlhf": record(stage.trainer, stage.module)}, folder / name)
-    with pytest.raises(UserError, match="has the parts of 1 processes out of 2"):
-        Resume(folder.parent).setup(stage.trainer, stage.module, "fit")
+@pytest.mark.parametrize(
+    ("parts", "processes", "zero", "message"),
+    [
+        (1, 2, True, "has the parts of 1 processes out of 2"),
+        (2, 3, True, "is of 2 processes, and each has a part of it; now there are 3"),
+        (2, 2, False, "written with ZeRO, and trainer.strategy is now one without"),
+        (0, 2, True, "written without ZeRO, and trainer.strategy is now one with;"),
+    ],
+)
+def test_zero_needs_its_own_parts(
+    stage: Any, tmp_path: Path, parts: int, processes: int, zero: bool, message: str
+) -> None:
+    path = tmp_path / "last.ckpt"
+    files = [path]
+    if parts:
+        (path / "checkpoint").mkdir(parents=True)
+        names = ["mp_rank_00_model_states.pt", *(f"zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in range(parts))]
+        files = [path / "checkpoint" / name for name in names]
+    for file in files:
+        torch.save({"rlhf": record(stage.trainer, stage.module)}, file)
+    stage.trainer.strategy = object.__new__(DeepSpeedStrategy) if zero else None
+    stage.trainer.world_size = processes
+    with pytest.raises(UserError, match=message):
+        Resume(path).setup(stage.trainer, stage.module, "fit")
 
 
 def test_a_checkpoint_of_another_program_is_refused(stage: Any, tmp_path: Path) -> None:

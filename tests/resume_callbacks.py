@@ -1,0 +1,86 @@
+"""Callbacks for test_resume.py, named on its command lines: what can happen to a process."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback
+
+Event = Literal["kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk"]
+
+
+class Happens(Callback):
+    """Something happens in a hook, when it is called for the n-th time.
+
+    Args:
+        event: what.
+        hook: name of a hook of a Callback.
+        number: of the call.
+        rank: which process it happens to; by default to each.
+    """
+
+    def __init__(self, event: Event, hook: str, number: int, rank: int | None = None) -> None:
+        self.event, self.left, self.rank = event, number, rank
+        setattr(self, hook, self._count)
+
+    def _count(self, trainer: Any, *args: Any) -> None:
+        self.left -= 1
+        if self.left == 0 and self.rank in (None, trainer.global_rank):
+            getattr(self, self.event)()
+
+    @staticmethod
+    def kill() -> None:
+        """kill -9."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @staticmethod
+    def terminate() -> None:
+        """kill."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    @staticmethod
+    def terminate_pipeline() -> None:
+        """kill of the process that has started this one, which hands it on."""
+        came = threading.Event()
+        handler = signal.getsignal(signal.SIGTERM)
+
+        def receive(number: int, frame: Any) -> None:
+            handler(number, frame)  # type: ignore[operator]
+            came.set()
+
+        signal.signal(signal.SIGTERM, receive)
+        os.kill(os.getppid(), signal.SIGTERM)
+        came.wait()
+
+    def kill_while_writing(self) -> None:
+        """kill -9 when half of the next file is on the disk."""
+        self._replace_save(self.kill)
+
+    def full_disk(self) -> None:
+        """The next file can't be written to its end."""
+
+        def fail() -> None:
+            torch.save = whole
+            raise OSError(28, "No space left on device")
+
+        whole = torch.save
+        self._replace_save(fail)
+
+    @staticmethod
+    def _replace_save(then: Any) -> None:
+        whole = torch.save
+
+        def half(state: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+            content = io.BytesIO()
+            whole(state, content, *args, **kwargs)
+            file = target if hasattr(target, "write") else open(target, "wb")  # noqa: SIM115
+            file.write(content.getvalue()[: len(content.getvalue()) // 2])
+            file.flush()
+            then()
+
+        torch.save = half

@@ -1,0 +1,77 @@
+"""Runs commands of train.py in forks of this one process, which has imported everything.
+
+Reads a line of JSON per command, {"words": [...], "processes": 2, "log": "file"}, and answers with the exit statuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+PATIENCE = 20.0
+
+
+def main() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+
+    import rlhf.stage_cli  # noqa: F401
+
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)
+
+
+def run(words: list[str], processes: int, log: str) -> list[int]:
+    """Exit statuses of all processes of a command; minus the number of the signal that has ended one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    left = {fork(words, rank, processes, port, log): rank for rank in range(processes)}
+    statuses, deadline = [0] * processes, float("inf")
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            statuses[left.pop(pid)] = os.waitstatus_to_exitcode(status)
+            deadline = min(deadline, time.monotonic() + PATIENCE)  # as a launcher does with what hangs
+        elif time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    return statuses
+
+
+def fork(words: list[str], rank: int, processes: int, port: int, log: str) -> int:
+    """The number of a process that runs a command as one of several."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status: Any = 1
+    try:
+        if processes > 1:
+            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        from rlhf.cli import main
+
+        main(words)
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

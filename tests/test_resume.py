@@ -1,0 +1,198 @@
+"""A run that is killed, on one or several processes, in any stage, goes on to the bits of a run that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.callbacks.checkpoint_files import read
+from rlhf.data.synthetic import comparisons, demonstrations
+from rlhf.evaluation.curves import read_curves
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    "OMP_NUM_THREADS": "1",
+}
+PROCESSES = {
+    "one": ["--trainer.devices=1"],
+    "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],
+    "zero2": ["--trainer.devices=2", "--trainer.strategy=zero2"],
+}
+NOT_COMPARED = ("seconds", "memory", "eps", "tokens_per", "invariants/demonstration_reward")
+Fit = Callable[..., list[int]]
+
+
+def happens(event: str, hook: str, number: int, rank: int | None = None) -> list[str]:
+    at = "--trainer.callbacks"
+    words = [f"{at}+=resume_callbacks.Happens", f"{at}.event={event}", f"{at}.hook={hook}", f"{at}.number={number}"]
+    return words if rank is None else [*words, f"{at}.rank={rank}"]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Callable[..., list[int]]]:
+    """Runs commands on several processes; see resume_driver.py."""
+    command = [sys.executable, str(ROOT / "tests" / "resume_driver.py")]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=ENVIRONMENT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(words: list[str], processes: int, log: Path) -> list[int]:
+            order = {"words": words, "processes": processes, "log": str(log)}
+            print(json.dumps(order), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> dict[str, list[str]]:
+    """What each stage takes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name, rows in {"d": demonstrations(24, 1, "train"), "c": comparisons(24, 1, "train", 0)}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = folder / "reward"
+    ScalarModel.from_policy(model_path, seed=3).save(reward, load_tokenizer(model_path))
+    texts, pairs = str(folder / "d.jsonl"), str(folder / "c.jsonl")
+
+    def data(train: str) -> list[str]:
+        parts = [(split, key) for split in ("train", "validation") for key in ("path", "split")]
+        values = {"path": train, "split": "train"}
+        return [f"--data.{split}.{key}={values[key]}" for split, key in parts]
+
+    ppo = ["response_length=4", "ppo_epochs=2", "critic_warmup=0", "kl_target=0.1"]
+    return {
+        "sft": [*data(texts), "--model.response_length=4"],
+        "reward": [*data(pairs), f"--data.demonstrations.path={texts}"],
+        "ppo": [*data(texts), f"--model.reward_path={reward}", *(f"--model.ppo.{setting}" for setting in ppo)],
+    }
+
+
+@pytest.fixture
+def fit(driver: Callable[..., list[int]], inputs: dict[str, list[str]], model_path: str, tmp_path: Path) -> Fit:
+    """Trains a stage in `tmp_path / name` with a checkpoint after every step; returns the exit statuses."""
+
+    def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:
+        callbacks = [
+            "--trainer.callbacks+=rlhf.callbacks.checkpoint.LastCheckpoint",
+            "--trainer.callbacks.every_n_steps=1",
+        ]
+        settings = {
+            "run_dir": tmp_path / name, "model.model_path": model_path, "data.batch_size": 8,
+            "data.micro_batch_size": 2, "data.eval_batch_size": 4, "trainer.accelerator": "cpu",
+            "trainer.log_every_n_steps": 1, "trainer.max_epochs": 3 if stage == "ppo" else 2,
+            "trainer.check_val_every_n_epoch": 1, "trainer.limit_val_batches": 1,
+        }  # fmt: skip
+        return driver(
+            [
+                "fit", f"--config={ROOT}/configs/quickstart/{stage}.yaml", *inputs[stage],
+                *(f"--{key}={value}" for key, value in settings.items()), *PROCESSES[processes], *callbacks, *words,
+            ],
+            1 if processes == "one" else 2, tmp_path / f"{name}.log",
+        )  # fmt: skip
+
+    return fit
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "export").rglob("model.safetensors"))
+    tensors = {f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()}
+    for file in (run / "export").rglob("config.json"):
+        tensors[f"{file.parent.name}/shift"] = torch.tensor(json.loads(file.read_text()).get("reward_shift", 0.0))
+    return tensors
+
+
+def curves(run: Path) -> dict[str, dict[int, float]]:
+    found = read_curves(run)
+    return {name: dict(found[name].items()) for name in sorted(found) if not name.startswith(NOT_COMPARED)}
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    expected, found = weights(whole), weights(run)
+    assert expected.keys() == found.keys()
+    assert len(expected) > 10
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+    assert curves(run) == curves(whole)
+    assert len(curves(run)) > 5
+
+
+MIDDLE = ("on_train_batch_start", 6)  # of an optimizer step, of an epoch, of an update
+EARLY = ("on_train_batch_start", 3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "event"),
+    [
+        ("sft", "one", happens("kill_while_writing", *MIDDLE)),
+        ("reward", "one", happens("kill", *MIDDLE)),
+        ("ppo", "one", happens("kill", "on_train_batch_start", 13)),
+        ("sft", "ddp", happens("kill", *MIDDLE)),
+        ("reward", "ddp", happens("terminate", *EARLY, rank=1)),
+        ("ppo", "ddp", happens("kill", *MIDDLE)),
+        ("sft", "zero2", happens("terminate", *EARLY, rank=0)),
+        ("reward", "zero2", happens("kill_while_writing", *EARLY)),
+        ("ppo", "zero2", [*happens("full_disk", *MIDDLE, rank=1), *happens("kill", "on_train_batch_start", 11)]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    fit: Fit, tmp_path: Path, stage: str, processes: str, event: list[str]
+) -> None:
+    assert set(fit(stage, processes, "whole")) == {0}, (tmp_path / "whole.log").read_text()[-3000:]
+    stopped = fit(stage, processes, "run", *event)
+    log = tmp_path / "run.log"
+    if "terminate" in str(event):
+        assert stopped == [143, 0]
+        assert "Stopped by SIGTERM after step 2. Saved:" in log.read_text()
+    else:
+        assert -signal.SIGKILL in stopped
+    assert not (tmp_path / "run" / "export").exists()
+    assert set(fit(stage, processes, "run", "--ckpt_path=last")) == {0}, log.read_text()[-3000:]
+    assert ("could not be written" in log.read_text()) == ("full_disk" in str(event))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_parts_of_zero_become_weights_from_which_any_number_of_processes_goes_on(fit: Fit, tmp_path: Path) -> None:
+    from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
+
+    assert fit("ppo", "zero2", "run", *happens("kill", "on_train_epoch_start", 2)) == [-9, -9]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    converted = tmp_path / "weights.ckpt"
+    convert_zero_checkpoint_to_fp32_state_dict(str(last), str(converted))
+    assert fit("ppo", "one", "run", f"--ckpt_path={last}") == [2]
+    assert "written with ZeRO, and trainer.strategy is now one without" in (tmp_path / "run.log").read_text()
+    assert fit("ppo", "one", "run", f"--ckpt_path={converted}") == [0]
+    assert read_curves(tmp_path / "run")["episode"].tolist() == [8, 16, 24]
+    rates = read_curves(tmp_path / "run")["lr"]
+    assert rates.tolist() == pytest.approx([rates[8] * share for share in (1, 2 / 3, 1 / 3)])
+    assert last.is_file()
+
+
+def test_a_stopped_pipeline_saves_what_runs(inputs: dict[str, list[str]], model_path: str, tmp_path: Path) -> None:
+    words = [f"--model.model_path={model_path}", *inputs["sft"], "--trainer.accelerator=cpu", "--data.batch_size=8"]
+    small = ["--data.micro_batch_size=2", "--trainer.max_epochs=9", *PROCESSES["ddp"]]
+    arguments = json.dumps([*words, *small, *happens("terminate_pipeline", *EARLY, rank=0)])
+    command = [
+        sys.executable, str(ROOT / "train.py"), "pipeline", f"--config_dir={ROOT}/configs/quickstart",
+        '--stages=[{"name": "sft", "config": "sft.yaml"}, {"name": "next", "command": "report"}]',
+        f"--run_dir={tmp_path}/run", f"--arguments={arguments}",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
+    last = tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt"
+    assert f"Stopped by SIGTERM after step 2. Saved: {last}; go on with --ckpt_path last." in done.stdout
+    assert done.stdout.endswith("Stopped by SIGTERM; the same command goes on from there.\n")
+    assert read(last)["global_step"] == 2
