@@ -1,0 +1,96 @@
+"""What a step must not depend on: padding on the left, the order of records in a batch, micro-batch sizes.
+
+The number of processes is in test_ranks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.data.preference import PreferenceDataModule
+from rlhf.data.records import Source
+from rlhf.data.rollout import RolloutDataModule
+from rlhf.data.sft import SFTDataModule
+from rlhf.data.synthetic import comparisons, demonstrations
+from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
+
+Make = Callable[..., Any]
+STEP = Optimization(learning_rate=1e-3)
+ROWS = 8
+
+
+class FixedResponses(PPOModule):
+    """Responses are a function of the prompt, so they do not depend on its place in the batch."""
+
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, *_: Any) -> Tensor:
+        width = self.ppo.response_length
+        number = (queries * query_mask).sum(1, keepdim=True)
+        columns = torch.arange(width).expand(len(queries), -1)
+        tokens = 10 + (number + 37 * columns) % 400
+        return tokens.masked_fill(columns == number % (width + 1), self.tokenizer.eos_token_id)
+
+
+class MorePadding(RolloutDataModule):
+    """Pads queries by seven columns more than the longest needs."""
+
+    def pad_queries(self, queries: list[list[int]]) -> dict[str, Tensor]:
+        batch = super().pad_queries(queries)
+        pad = {"queries": self.tokenizer.pad_token_id, "query_mask": 0}
+        return {name: torch.nn.functional.pad(x, (7, 0), value=pad[name]) for name, x in batch.items()}
+
+
+@pytest.fixture
+def step(
+    model_path: str, reward_path: str, trainer: Make, write_jsonl: Callable[..., str], request: pytest.FixtureRequest
+) -> Make:
+    """The weights after one optimizer step (PPO: one update) on eight records."""
+
+    def step(stage: str, backwards: bool = False, rollout: type = RolloutDataModule, **sizes: int) -> Tensor:
+        records = list((comparisons if stage == "reward" else demonstrations)(ROWS, 1, "train"))
+        file = write_jsonl(f"{stage}-{backwards}.jsonl", reversed(records) if backwards else records)
+        settings: dict[str, Any] = {"batch_size": ROWS, "micro_batch_size": 4} | sizes
+        data: Any
+        if stage == "sft":
+            module: Any = SFTModule(model_path, optimization=STEP)
+            data = SFTDataModule(Source(file), **settings)
+        elif stage == "reward":
+            module = RewardModule(model_path, optimization=STEP)
+            data = PreferenceDataModule(Source(file), **settings)
+        else:
+            ppo = PPOSettings(response_length=6, ppo_epochs=1)
+            module = FixedResponses(model_path, reward_path, ppo=ppo, optimization=STEP)
+            data = rollout(Source(file), **({"rollout_batch_size": 4} | settings))
+        trainer().fit(module, data)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    return step
+
+
+def start(stage: str, model_path: str) -> Tensor:
+    module = (RewardModule if stage == "reward" else SFTModule)(model_path)
+    module.configure_model()
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path: str) -> None:
+    expected = step(stage)
+    torch.testing.assert_close(step(stage, backwards=True), expected, atol=1e-5, rtol=0)
+    if stage != "ppo":
+        assert (expected - start(stage, model_path)).abs().max() > 5e-4  # a step was made
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("micro", [1, 8])
+def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int) -> None:
+    sizes = {"rollout_batch_size": 8 // micro} if stage == "ppo" else {}
+    torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=1e-5, rtol=0)
+
+
+def test_the_amount_of_left_padding_does_not_matter(step: Make) -> None:
+    torch.testing.assert_close(step("ppo", rollout=MorePadding), step("ppo"), atol=1e-5, rtol=0)
