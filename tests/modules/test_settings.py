@@ -199,7 +199,7 @@ def test_an_adaptive_coefficient_follows_the_kl_of_each_update(update: Make) -> 
         ({"missing_eos": "subtract", "missing_eos_score": -3.0}, lambda score: score - 3.0),
         ({"missing_eos_score": None}, lambda score: score),
     ],
-    ids=str,
+    ids=["paper", "replace", "subtract", "off"],
 )
 def test_missing_eos(update: Make, reward_path: str, change: Any, without_eos: Callable[[float], float]) -> None:
     _, rollout = update(**change)
