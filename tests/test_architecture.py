@@ -27,7 +27,7 @@ ALLOWED = {
     "models": {"ops", "errors"},
     "memory": {"errors", "models"},
     "data": {"ops", "errors", "checks", "seeding", "rollout", "models"},
-    "callbacks": {"ops", "errors", "rollout", "strategies"},
+    "callbacks": {"ops", "errors", "rollout", "run_folder", "strategies"},
     "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
     | {"callbacks", "strategies"},
     "evaluation": {"ops", "errors", "checks", "rouge", "generation", "models", "data", "callbacks"}

@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on(sft_words: list[str], tmp_path: Path) -> None:
     main([*sft_words, "--trainer.max_epochs=2", "--ckpt_path=last"])
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["trainer"]["max_epochs"] == 2  # what was typed, not what the checkpoint knew
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2  # both are done
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
