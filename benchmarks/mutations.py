@@ -38,8 +38,8 @@ OWN_TEST = "tests/test_mutations.py"  # fails on every mutant, whose `old` text 
 LIMIT = 1800  # seconds that a run of tests may take
 LIBRARIES = ["torch", "lightning.pytorch", "transformers"]  # slow to import: done once, then forked
 SERVER = multiprocessing.get_context("forkserver")
-BROKEN = re.compile(r"\b(SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError)\b")
-FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", re.MULTILINE)
+FAILURE = re.compile(r"^(?:FAILED|ERROR) ([^\s[]+)(.*)", re.MULTILINE)  # the parameters of a test belong to the reason
+BROKEN = re.compile(r" - (SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError)\b")
 INTRODUCTION = """\
 # The mutation check
 
@@ -157,7 +157,7 @@ def judge(status: int | None, output: str) -> Verdict:
         return Verdict("survived")
     test, reason = next(iter(FAILURE.findall(output)), ("", output.strip()[-200:] or "no output"))
     if "::" not in test or BROKEN.search(reason):
-        return Verdict("invalid", f"{test} {reason}".strip())
+        return Verdict("invalid", f"{test}{reason}")
     return Verdict("caught", test)
 
 
@@ -207,8 +207,7 @@ def markdown(results: dict[Mutant, Verdict]) -> str:
     """The page for `docs/`."""
     lines = ["| detail | mutant | what it breaks | file | noticed by |", "|---|---|---|---|---|"]
     for mutant, verdict in results.items():
-        test = re.sub(r"\[.*", "", verdict.by)
-        by = f"`{test}`" if verdict.status == "caught" else f"**{verdict.status}** {test}".strip()
+        by = f"`{verdict.by}`" if verdict.status == "caught" else f"**{verdict.status}** {verdict.by}".strip()
         cells = (mutant.detail, mutant.name, mutant.breaks, f"`{mutant.file}`", by)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return INTRODUCTION.format(count=len(results)) + "\n".join(lines) + "\n"

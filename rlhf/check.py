@@ -67,7 +67,7 @@ class StageTrainer(Trainer):
         rows = [
             *token_rows(model, datamodule),
             *data_rows(datamodule),
-            *batch_rows(self, datamodule),
+            *batch_rows(self, model, datamodule),
             *finding_rows(watch),
             *rollout_rows(datamodule),
             *cost_rows(self, model, datamodule, one),
@@ -139,14 +139,19 @@ def token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     yield Row("tokens", "EOS", f"{tokenizer.eos_token!r}, id {tokenizer.eos_token_id}")
     yield Row("tokens", "PAD", f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}")
     yield Row("tokens", "embedding", f"{embedding_rows(module.model_config)} rows for {len(tokenizer)} tokens")
-    query = data.text.query
-    verdict: Verdict = "look" if query != query.rstrip() else "ok"
-    yield Row("tokens", "end of a query", f"{query[-8:]!r}", verdict)
+    for split in data.splits.values():
+        queries = split["query"][:100]
+        spaces = sum(query != query.rstrip() for query in queries)
+        text = f"{queries[0][-12:]!r}" + (f"; {spaces} of {len(queries)} end in white space" if spaces else "")
+        yield Row("tokens", "end of a query", text, "look" if spaces else "ok")
+        break
 
 
 def data_rows(data: StageDataModule) -> Iterator[Row]:
     """Rows and lengths of every split, and how many responses are cut off."""
     for name, split in data.splits.items():
+        if not len(split):
+            continue
         columns = {"query_ids", "input_ids", "chosen_ids", "rejected_ids"} & set(split.column_names)
         parts = [f"{len(split)} rows"]
         for column in sorted(columns):
@@ -158,12 +163,12 @@ def data_rows(data: StageDataModule) -> Iterator[Row]:
         yield Row("data", f"{name}: responses cut off", f"{cut} ({cut / len(split):.1%})", verdict)
 
 
-def batch_rows(trainer: Any, data: StageDataModule) -> Iterator[Row]:
-    """How the batch divides."""
-    accumulate = trainer.accumulate_grad_batches
+def batch_rows(trainer: Any, module: Any, data: StageDataModule) -> Iterator[Row]:
+    """How the batch divides; how it should stands in the error that refuses it."""
+    accumulate, parts = trainer.accumulate_grad_batches, module.ppo.minibatches if hasattr(module, "ppo") else 1
     text = f"{data.batch_size} = {trainer.world_size} processes x {accumulate} micro-batches x {data.micro_batch_size}"
-    parts = data.batch_size // (trainer.world_size * accumulate * data.micro_batch_size)
-    yield Row("batch", "batch size", text + (f" x {parts} minibatches" if parts > 1 else ""))
+    if trainer.world_size * accumulate * data.micro_batch_size * parts == data.batch_size:
+        yield Row("batch", "batch size", text + (f" x {parts} minibatches" if parts > 1 else ""))
     strategy = type(trainer.strategy).__name__
     yield Row("batch", "strategy", f"{strategy}, {trainer.precision}, {trainer.strategy.root_device}")
 
@@ -198,7 +203,7 @@ def cost_rows(trainer: Any, module: Any, data: Any, one: OneUpdate) -> Iterator[
             room = torch.cuda.get_device_properties(device).total_memory
             text += f" of {room / GIB:.0f} GiB"
             verdict = "ok" if wanted.peak < room else "look"
-        yield Row("cost", "memory of models and batches, estimated", text, verdict)
+        yield Row("cost", "memory per process, estimated", text, verdict)
     if not one.seconds:
         return
     measured = "of the device" if module.device.type == "cuda" else "of the whole process"

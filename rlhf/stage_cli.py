@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 import rlhf.data.preference
 import rlhf.data.rollout
@@ -19,6 +21,7 @@ from rlhf.callbacks import unless_given
 from rlhf.callbacks.checkpoint import LastCheckpoint
 from rlhf.callbacks.checkpoint_files import check_complete, find_last
 from rlhf.callbacks.export import Export
+from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.predictions import PredictionFile
 from rlhf.callbacks.progress import StageProgress
 from rlhf.callbacks.resume import Resume
@@ -29,15 +32,17 @@ from rlhf.modules import StageModule
 from rlhf.parsing import parse
 from rlhf.strategies import check_strategy
 
-NOTHING_WRITTEN = {
-    "logger": False,
+WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
+ONE_UPDATE: dict[str, Any] = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
+    "min_epochs": None,
+    "min_steps": None,
     "num_sanity_val_steps": 1,
     "val_check_interval": 1.0,
     "check_val_every_n_epoch": 10**9,
 }
-FOUND_BY_LIGHTNING = ("last", "best", "hpc")
+FOUND_BY_LIGHTNING = ("best", "hpc")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -96,43 +101,49 @@ class StageCLI(LightningCLI):
         if self.config.subcommand == "check":
             self.save_config_callback = None
             return
-        checkpoint = self._find_checkpoint(settings)
+        resuming = settings.get("ckpt_path") is not None
+        self._find_checkpoint(settings)
         if run_folder.is_main_process() and not settings.trainer.fast_dev_run:
-            overwrites = self.config.subcommand == "fit" and not checkpoint
-            run_folder.claim(settings.run_dir, resuming=not overwrites)
+            run_folder.claim(settings.run_dir, resuming=resuming or self.config.subcommand != "fit")
 
-    def _find_checkpoint(self, settings: Any) -> str | None:
+    def _find_checkpoint(self, settings: Any) -> None:
         """Say which file or folder `last` is, and refuse one that is not there or not whole."""
         if settings.get("ckpt_path") == "last":
-            last = find_last(Path(settings.run_dir) / run_folder.CHECKPOINTS)
-            settings.ckpt_path = str(last) if last else "last"
+            folder = Path(settings.run_dir) / run_folder.CHECKPOINTS
+            last = find_last(folder)
+            if last is None and self.config.subcommand != "fit":
+                raise UserError(f"ckpt_path: there is no checkpoint in {folder}.")
+            if last is None:
+                rank_zero_info(f"There is no checkpoint in {folder} yet: the run begins at the beginning.")
+            settings.ckpt_path = last and str(last)
         checkpoint = settings.get("ckpt_path")
         if checkpoint and checkpoint not in FOUND_BY_LIGHTNING:
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
             check_complete(Path(checkpoint))
-        return checkpoint
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if self.subcommand == "check":
-            return self._with_strategy(config | NOTHING_WRITTEN, callbacks)
+        given = config["callbacks"] or []
+        given = list(given) if isinstance(given, list) else [given]
+        if self.subcommand == "check":  # nothing is written
+            harmless = {"callbacks": [c for c in given if not isinstance(c, WRITERS)], "logger": DummyLogger()}
+            return self._with_strategy(config | ONE_UPDATE | harmless, callbacks)
         root = Path(config["default_root_dir"])
         if self.subcommand != "fit":
             config["logger"] = config["logger"] or False  # the curves of a run are those of its training
         elif config["logger"] is None or config["logger"] is True:
             config["logger"] = TensorBoardLogger(root, name="", version=run_folder.CURVES, default_hp_metric=False)
-        given = config["callbacks"] or []
-        given = list(given) if isinstance(given, list) else [given]
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if self.subcommand == "fit" and checkpoint and checkpoint not in FOUND_BY_LIGHTNING:
             given.append(Resume(checkpoint))
-        if config["enable_checkpointing"] is not False:  # first, so that it is written before the export
-            given = [*unless_given(given, LastCheckpoint()), *given]
+        if config["enable_checkpointing"] is not False:
+            given += unless_given(given, LastCheckpoint())
             config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in given)
-        config["callbacks"] = given
         if config["enable_progress_bar"] is not False:
             callbacks += unless_given(given, StageProgress())
         callbacks += unless_given(given, Export(), PredictionFile())
+        callbacks += [c for c in given if isinstance(c, Invariants)]  # they look at what was exported
+        config["callbacks"] = [c for c in given if not isinstance(c, Invariants)]
         return self._with_strategy(config, callbacks)
 
     def _with_strategy(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 
-Event = Literal["kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk"]
+Event = Literal["kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk", "full_disk_at_last"]
 
 
 class Happens(Callback):
@@ -70,6 +70,19 @@ class Happens(Callback):
 
         whole = torch.save
         self._replace_save(fail)
+
+    @staticmethod
+    def full_disk_at_last() -> None:
+        """The small file that DeepSpeed's first process writes after all others can't be written."""
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        whole = DeepSpeedEngine._copy_recovery_script
+
+        def fail(*args: Any) -> None:
+            DeepSpeedEngine._copy_recovery_script = whole
+            raise OSError(28, "No space left on device")
+
+        DeepSpeedEngine._copy_recovery_script = fail
 
     @staticmethod
     def _replace_save(then: Any) -> None:

@@ -79,6 +79,42 @@ def test_a_sound_ppo_config(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "callback",
+    [
+        "rlhf.callbacks.export.Export",
+        "rlhf.callbacks.checkpoint.LastCheckpoint",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "lightning.pytorch.callbacks.LearningRateMonitor",
+    ],
+)
+def test_callbacks_of_the_config_write_nothing(
+    callback: str, check: Check, demonstration_file: str, tmp_path: Path
+) -> None:
+    data = [f"--data.{split}={{path: {demonstration_file}}}" for split in ("train", "validation")]
+    before = sorted(tmp_path.iterdir())
+    status, shown = check("sft", *data, "--model.response_length=4", f"--trainer.callbacks={callback}")
+    assert status == 0, shown
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("micro", ["0", "3"])
+def test_a_batch_that_does_not_divide(micro: str, check: Check, demonstration_file: str) -> None:
+    data = [f"--data.{split}={{path: {demonstration_file}}}" for split in ("train", "validation")]
+    status, shown = check("sft", *data, f"--data.micro_batch_size={micro}")
+    assert status == 1
+    assert "data.micro_batch_size" in shown
+    assert "batch size │ 8 =" not in shown
+
+
+def test_min_epochs_make_it_no_longer(check: Check, demonstration_file: str) -> None:
+    data = [f"--data.{split}={{path: {demonstration_file}}}" for split in ("train", "validation")]
+    words = ["--model.response_length=4", "--trainer.min_epochs=3", "--trainer.max_epochs=3"]
+    status, shown = check("sft", *data, *words)
+    assert status == 0
+    assert "for 12 steps" in shown
+
+
 def test_a_reward_model_that_is_not_centred_is_wrong(check: Check, ppo_words: list[str], reward_path: str) -> None:
     model = ScalarModel.from_pretrained(reward_path, "reward")
     model.bias.data.fill_(9.0)

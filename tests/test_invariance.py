@@ -71,18 +71,18 @@ def step(
     return step
 
 
-def start(stage: str, model_path: str) -> Tensor:
-    module = (RewardModule if stage == "reward" else SFTModule)(model_path)
+def start(stage: str, model_path: str, reward_path: str) -> Tensor:
+    modules = {"sft": SFTModule, "reward": RewardModule, "ppo": PPOModule}
+    module = modules[stage](model_path, **({"reward_path": reward_path} if stage == "ppo" else {}))
     module.configure_model()
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path: str) -> None:
+def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path: str, reward_path: str) -> None:
     expected = step(stage)
     torch.testing.assert_close(step(stage, backwards=True), expected, atol=1e-5, rtol=0)
-    if stage != "ppo":
-        assert (expected - start(stage, model_path)).abs().max() > 5e-4  # a step was made
+    assert (expected - start(stage, model_path, reward_path)).abs().max() > 5e-4  # a step was made
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

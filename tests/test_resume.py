@@ -86,10 +86,8 @@ def fit(driver: Callable[..., list[int]], inputs: dict[str, list[str]], model_pa
     """Trains a stage in `tmp_path / name` with a checkpoint after every step; returns the exit statuses."""
 
     def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:
-        callbacks = [
-            "--trainer.callbacks+=rlhf.callbacks.checkpoint.LastCheckpoint",
-            "--trainer.callbacks.every_n_steps=1",
-        ]
+        last = "--trainer.callbacks+=rlhf.callbacks.checkpoint.LastCheckpoint"
+        callbacks = [last, "--trainer.callbacks.every_n_steps=1"]
         settings = {
             "run_dir": tmp_path / name, "model.model_path": model_path, "data.batch_size": 8,
             "data.micro_batch_size": 2, "data.eval_batch_size": 4, "trainer.accelerator": "cpu",
@@ -130,7 +128,7 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 MIDDLE = ("on_train_batch_start", 6)  # of an optimizer step, of an epoch, of an update
-EARLY = ("on_train_batch_start", 3)
+EARLY = ("on_train_batch_start", 4)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +139,9 @@ EARLY = ("on_train_batch_start", 3)
         ("ppo", "one", happens("kill", "on_train_batch_start", 13)),
         ("sft", "ddp", happens("kill", *MIDDLE)),
         ("reward", "ddp", happens("terminate", *EARLY, rank=1)),
-        ("ppo", "ddp", happens("kill", *MIDDLE)),
+        ("ppo", "ddp", [*happens("full_disk", *MIDDLE, rank=0), *happens("kill", "on_train_batch_start", 11)]),
         ("sft", "zero2", happens("terminate", *EARLY, rank=0)),
-        ("reward", "zero2", happens("kill_while_writing", *EARLY)),
+        ("reward", "zero2", [*happens("full_disk_at_last", *EARLY, rank=0), *happens("kill_while_writing", *MIDDLE)]),
         ("ppo", "zero2", [*happens("full_disk", *MIDDLE, rank=1), *happens("kill", "on_train_batch_start", 11)]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -156,13 +154,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     log = tmp_path / "run.log"
     if "terminate" in str(event):
         assert stopped == [143, 0]
-        assert "Stopped by SIGTERM after step 2. Saved:" in log.read_text()
+        assert "Stopped by SIGTERM after step 2. Go on from " in log.read_text()
     else:
         assert -signal.SIGKILL in stopped
     assert not (tmp_path / "run" / "export").exists()
     assert set(fit(stage, processes, "run", "--ckpt_path=last")) == {0}, log.read_text()[-3000:]
     assert ("could not be written" in log.read_text()) == ("full_disk" in str(event))
     assert_same(tmp_path / "run", tmp_path / "whole")
+    if (stage, processes) == ("reward", "one"):  # nothing is left to train
+        assert fit(stage, processes, "run", "--ckpt_path=last") == [0]
+        assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_parts_of_zero_become_weights_from_which_any_number_of_processes_goes_on(fit: Fit, tmp_path: Path) -> None:
@@ -193,6 +194,6 @@ def test_a_stopped_pipeline_saves_what_runs(inputs: dict[str, list[str]], model_
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
     last = tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt"
-    assert f"Stopped by SIGTERM after step 2. Saved: {last}; go on with --ckpt_path last." in done.stdout
+    assert f"Stopped by SIGTERM after step 2. Go on from {last} with --ckpt_path last." in done.stdout
     assert done.stdout.endswith("Stopped by SIGTERM; the same command goes on from there.\n")
     assert read(last)["global_step"] == 2

@@ -28,6 +28,7 @@ from rlhf.callbacks.checkpoint_files import (
 from rlhf.callbacks.epoch_results import EpochResults, collect
 from rlhf.callbacks.resume import KEY, record
 from rlhf.callbacks.stop_signal import StopSignal
+from rlhf.errors import UserError
 
 RESULTS = "epoch_results"
 
@@ -53,10 +54,12 @@ class LastCheckpoint(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 200) -> None:
+        if min(every_n_epochs, every_n_steps) < 1:
+            raise UserError("every_n_epochs and every_n_steps of the callback LastCheckpoint must be at least 1.")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self._signal = StopSignal()
-        self._saved = 0
+        self._saved = self._saved_epochs = 0
         self._within: Literal["epoch", "step"] | None = None
         self._record: dict[str, Any] = {}
         self._results: EpochResults | None = None
@@ -79,7 +82,7 @@ class LastCheckpoint(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen. A run that goes on at the beginning of an epoch is not in the middle of one, whatever limits it."""
-        self._saved = trainer.global_step
+        self._saved, self._saved_epochs = trainer.global_step, trainer.current_epoch
         self._signal.listen()
         loop = trainer.fit_loop
         if loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
@@ -101,7 +104,8 @@ class LastCheckpoint(Callback):
         asked = self._signal.agreed(trainer, pl_module)
         if pl_module.schedule_interval == "epoch":
             if asked:
-                self._stop(trainer, asked, f"in update {trainer.current_epoch + 1}, which will begin anew")
+                where = f"in update {trainer.current_epoch + 1}; what is done after update {self._saved_epochs} is lost"
+                self._stop(trainer, asked, where)
             return
         if batch_idx == 0:
             return
@@ -128,7 +132,7 @@ class LastCheckpoint(Callback):
     def _stop(self, trainer: Trainer, number: int, where: str) -> None:
         if trainer.is_global_zero:
             last = find_last(self.path(trainer).parent)
-            found = f"Saved: {last}; go on with --ckpt_path last." if last else "Nothing is saved yet; start it again."
+            found = f"Go on from {last} with --ckpt_path last." if last else "There is no checkpoint yet."
             print(f"\nStopped by {signal.Signals(number).name} {where}. {found}", flush=True)
         self._signal.leave(trainer, number)
 
@@ -138,12 +142,12 @@ class LastCheckpoint(Callback):
         """Write it, if there is something new. Called on all ranks, between two epochs or two steps."""
         if trainer.fast_dev_run or trainer.global_step == self._saved:  # type: ignore[attr-defined]
             return
-        self._saved, self._within = trainer.global_step, within
+        self._saved, self._saved_epochs, self._within = trainer.global_step, trainer.current_epoch, within
         final = self.path(trainer)
         target = partial_path(final) if isinstance(trainer.strategy, DeepSpeedStrategy) else final
         errors: list[OSError] = []
         with suppressed(errors):
-            self._prepare(trainer, target)
+            self._prepare(trainer, final, target)
         if not self._anywhere(module, errors):
             with suppressed(errors):
                 save_together(trainer, target)
@@ -155,13 +159,13 @@ class LastCheckpoint(Callback):
             self._warn(trainer, final, errors)
 
     @staticmethod
-    def _prepare(trainer: Trainer, target: Path) -> None:
+    def _prepare(trainer: Trainer, final: Path, target: Path) -> None:
         """The curves up to here are on the disk, and what an earlier process has left is not."""
         if trainer.is_global_zero:
-            target.parent.mkdir(parents=True, exist_ok=True)
             for logger in trainer.loggers:
                 sync_folder(getattr(logger, "log_dir", None))
-            remove(partial_path(target.with_name(LAST)))
+            remove(partial_path(final))
+            (final.parent if target == final else target).mkdir(parents=True, exist_ok=True)
 
     @staticmethod
     def _anywhere(module: Any, errors: list[OSError]) -> bool:

@@ -19,13 +19,12 @@ class Counts:
         self.epochs = 0
         self._rows: list[int] = []
         self._batches = 0
-        self._complete = True
         self._prompts: Tensor | None = None
 
-    def start(self, complete: bool) -> None:
-        """An epoch begins; it is not `complete` where a run resumes in its middle."""
+    def start(self) -> None:
+        """An epoch begins."""
         self.epochs += 1
-        self._rows, self._batches, self._complete = [], 0, complete
+        self._rows, self._batches = [], 0
 
     def add(self, batch: Any) -> None:
         """Count the rows of a batch."""
@@ -34,7 +33,7 @@ class Counts:
 
     def wrong(self, trainer: Any, module: Any) -> float:
         """Examples of all processes that were seen too often or, where the epoch was complete, too seldom."""
-        whole = self._complete and self._batches == len(trainer.train_dataloader)
+        whole = self._batches == len(trainer.train_dataloader)
         if module.schedule_interval == "step":
             total, times = len(trainer.datamodule.splits["train"]), 1
             counts = module.reduce_sum(self._histogram(self._rows, total, module))

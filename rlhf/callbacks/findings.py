@@ -80,9 +80,15 @@ INVARIANTS = {
     ),
     "finite": Invariant(
         "D35",
-        "number of losses, rewards or gradient norms that are not finite",
-        "the learning rate is too high, or a reward function returned inf or nan",
-        "model.optimization.learning_rate, trainer.gradient_clip_val and model.reward_function",
+        "number of losses or gradient norms that are not finite",
+        "the learning rate is too high, or a subclass divides by zero",
+        "model.optimization.learning_rate and trainer.gradient_clip_val",
+    ),
+    "finite_rewards": Invariant(
+        "D31",
+        "number of rewards that are not finite",
+        "a reward function returned inf or nan",
+        "model.reward_function and model.reward_path",
     ),
     "once_per_epoch": Invariant(
         "D13",

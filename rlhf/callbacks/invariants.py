@@ -45,12 +45,13 @@ class Invariants(Callback):
         first_value: values equal rewards before the first update, where the critic starts from the reward model (D24).
         demonstration_reward: demonstrations have mean reward 0 (D21).
         padding_side: the reward does not depend on the side of the padding (D20); ten times its tolerance is an error
-            in any case.
+            under `warn` too.
         kl: the KL estimate is not negative beyond its noise (D28).
         kl_ceiling: the KL stays below `highest_kl` (D28).
         ranks: all processes have the same weights (D12).
         dropout: it is off (D10).
-        finite: losses, rewards and gradients are finite (D35).
+        finite: losses and gradients are finite (D35).
+        finite_rewards: rewards are finite, before anything is learnt from them (D31).
         once_per_epoch: each example is seen once per epoch over all processes (D13).
         highest_kl: nats per response.
     """
@@ -67,13 +68,14 @@ class Invariants(Callback):
         ranks: Severity = "error",
         dropout: Severity = "error",
         finite: Severity = "error",
+        finite_rewards: Severity = "error",
         once_per_epoch: Severity = "error",
         highest_kl: float = 100.0,
     ) -> None:
         self.severity: dict[str, Severity] = {
             "ratio": ratio, "first_kl": first_kl, "first_value": first_value, "kl": kl, "kl_ceiling": kl_ceiling,
             "demonstration_reward": demonstration_reward, "padding_side": padding_side, "ranks": ranks,
-            "dropout": dropout, "finite": finite, "once_per_epoch": once_per_epoch,
+            "dropout": dropout, "finite": finite, "finite_rewards": finite_rewards, "once_per_epoch": once_per_epoch,
         }  # fmt: skip
         self.highest_kl = highest_kl
         self.findings: dict[str, Finding] = {}
@@ -99,11 +101,11 @@ class Invariants(Callback):
         self.act(finding)
 
     def act(self, finding: Finding) -> None:
-        """Warn, or stop the run, where an invariant does not hold."""
+        """Warn, or stop the run, where an invariant does not hold; a value that is no number always stops it."""
         if finding.holds:
             return
         if self.severity[finding.name] == "error" or not finding.value <= finding.fatal:
-            raise UserError(f"{finding} Where that is intended, set {finding.name} of the callback Invariants to off.")
+            raise UserError(f'{finding} Where that is intended, set {finding.name} of Invariants to "off".')
         if finding.name not in self._said:
             self._said.add(finding.name)
             rank_zero_warn(f"{finding} This is said once; the curve invariants/{finding.name} goes on.")
@@ -123,7 +125,7 @@ class Invariants(Callback):
             self._check_demonstrations(pl_module)
         if self.on("dropout"):
             self.judge(pl_module, Finding("dropout", float(active_dropout(pl_module)), 0))
-        self._counts.start(trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0)
+        self._counts.start()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The first batch of an epoch; for PPO, the rollout before anything is learnt from it."""

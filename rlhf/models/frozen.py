@@ -59,9 +59,10 @@ class FrozenModel(Generic[M]):
             self._engine = self._engine or zero3_engine(self._model, device)
             return
         if not self._at_home:
-            tensors = chain(self._model.parameters(), self._model.buffers())
-            pinned = device.type == "cuda"
-            self._at_home = [(t, t.data.pin_memory() if pinned else t.data) for t in tensors]
+            for tensor in chain(self._model.parameters(), self._model.buffers()):
+                if device.type == "cuda":  # one by one: its unpinned memory is free before the next is pinned
+                    tensor.data = tensor.data.pin_memory()
+                self._at_home.append((tensor, tensor.data))
         for tensor, home in self._at_home:
             tensor.data = home.to(device, non_blocking=True)
 
