@@ -40,7 +40,7 @@ class Workload:
         reference, reward: where PPO holds its frozen models; None: there is no such model.
         offload_optimizer: ZeRO keeps the optimizer's states in CPU memory.
         activation_checkpointing: layers keep their input only and are computed again in the backward pass.
-        bucket_size: values that ZeRO reduces at a time.
+        bucket_size: values that ZeRO reduces at a time, at most those of the model.
         gradient_as_bucket_view: DDP's setting of that name.
     """
 
@@ -56,7 +56,7 @@ class Workload:
     reward: Placement | None = "device"
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
-    bucket_size: int = 5_000_000
+    bucket_size: int = 200_000_000
     gradient_as_bucket_view: bool = False
 
     def __post_init__(self) -> None:
@@ -196,7 +196,8 @@ class _Formula:
         With float32 weights ZeRO also holds the last micro-batch's share until it is added to the sum.
         """
         if self.zero:
-            bucket = max(self.run.bucket_size, *(network.largest for network in self.trained))
+            largest = max(network.largest for network in self.trained)
+            bucket = max(min(self.run.bucket_size, self.parameters), largest)
             return 2 * self.stored * bucket + (0 if self.mixed else FLOAT32 * self.own)
         copied = self.run.strategy == "ddp" and not self.run.gradient_as_bucket_view
         return FLOAT32 * self.parameters if copied else 0

@@ -147,6 +147,9 @@ class StageCLI(LightningCLI):
         return self._with_strategy(config, callbacks)
 
     def _with_strategy(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        trainer = super()._instantiate_trainer(config, callbacks)
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except ValueError as error:  # Lightning's word for settings that do not fit together
+            raise UserError(f"trainer: {error}") from error
         check_strategy(trainer)
         return trainer

@@ -132,6 +132,14 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
+def engine_dtype(trainer: Any) -> torch.dtype:
+    """In which trained weights can be loaded: a 16-bit engine casts them before it makes its float32 copy of them."""
+    sixteen = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return (
+        sixteen.get(trainer.precision, torch.float32) if isinstance(trainer.strategy, Zero2Strategy) else torch.float32
+    )
+
+
 @contextmanager
 def full_precision(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Within, the module on rank 0 has the float32 weights that the optimizer of a 16-bit engine steps, in CPU memory.

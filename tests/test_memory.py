@@ -178,9 +178,10 @@ def test_zero_shares_out_gradients_and_states() -> None:
     whole = estimate(config, workload("sft", full, world_size=8)).phases["training"]
     assert (whole.weights, whole.optimizer_states, whole.gradients) == (4 * n, 12 * share, 4 * share)
     assert whole.buffers == mixed["training"].buffers * 2 + 4 * share  # and the last sum
-    buckets = estimate(config, workload("sft", BFLOAT16, world_size=8, bucket_size=10**8)).phases
-    assert (buckets["training"].buffers, mixed["training"].buffers) == (2 * 2 * 10**8, 2 * 2 * 5_000_000)
-    embedding = estimate(pythia(256, 2, 4, 50304), workload("sft", BFLOAT16)).phases["training"]
+    assert mixed["training"].buffers == 2 * 2 * n  # a bucket is at most the model
+    buckets = estimate(config, workload("sft", BFLOAT16, world_size=8, bucket_size=10**6)).phases
+    assert buckets["training"].buffers == 2 * 2 * 10**6 < 2 * 2 * n
+    embedding = estimate(pythia(256, 2, 4, 50304), workload("sft", BFLOAT16, bucket_size=10**6)).phases["training"]
     assert embedding.buffers == 2 * 2 * 256 * 50304
     offloaded = estimate(config, workload("sft", BFLOAT16, world_size=8, offload_optimizer=True)).phases
     assert offloaded["training"].optimizer_states == offloaded["step"].buffers == 0

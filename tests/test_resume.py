@@ -31,7 +31,7 @@ PROCESSES = {
     "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],
     "zero2": ["--trainer.devices=2", "--trainer.strategy=zero2"],
 }
-NOT_COMPARED = ("seconds", "memory", "eps", "tokens_per", "invariants/demonstration_reward")
+NOT_COMPARED = ("seconds", "memory", "eps", "tokens_per")
 Fit = Callable[..., list[int]]
 
 

@@ -103,9 +103,8 @@ class LastCheckpoint(Callback):
             return
         asked = self._signal.agreed(trainer, pl_module)
         if pl_module.schedule_interval == "epoch":
-            if asked:
-                where = f"in update {trainer.current_epoch + 1}; what is done after update {self._saved_epochs} is lost"
-                self._stop(trainer, asked, where)
+            if asked and self._saved_epochs == trainer.current_epoch:  # else the update is finished, and saved
+                self._stop(trainer, asked, f"in update {trainer.current_epoch + 1}, which will begin anew")
             return
         if batch_idx == 0:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import zipfile
@@ -58,10 +59,13 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Wait until a file or a folder is on the disk. Some file systems can't say it of a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):
+            raise
     finally:
         os.close(number)
 
@@ -115,6 +119,7 @@ class _Writer:
         """Write one file."""
         try:
             self.writer.save(state_dict, path)
+            _sync(Path(path))  # here, as another machine can't
         except (OSError, RuntimeError) as error:
             self.error = write_error(error)
 

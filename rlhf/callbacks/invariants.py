@@ -122,7 +122,8 @@ class Invariants(Callback):
         if not self._counts.epochs:
             frozen = [p for model in pl_module.frozen_models for p in model.parameters()]
             self._check_ranks(trainer, pl_module, [*pl_module.parameters(), *frozen])
-            self._check_demonstrations(pl_module)
+            if trainer.current_epoch == 0:
+                self._check_demonstrations(pl_module)
         if self.on("dropout"):
             self.judge(pl_module, Finding("dropout", float(active_dropout(pl_module)), 0))
         self._counts.start()

@@ -14,7 +14,7 @@ from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import read_curves
 from rlhf.evaluation.plots import plot_ablations
-from rlhf.pipeline import Runner, Stage
+from rlhf.pipeline import Runner, Stage, forwarded_signals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ def _run_all(runner: Runner, stages: list[Stage], processes: int) -> list[str]:
     for run in stages:
         runner.plan(run)  # raises before anything has run
     failed = []
-    with ThreadPoolExecutor(processes) as pool:
+    with forwarded_signals(), ThreadPoolExecutor(processes) as pool:
         titles = [f"[{number}/{len(stages)}]" for number in range(1, len(stages) + 1)]
         futures = [pool.submit(runner.run_stage, *work) for work in zip(stages, titles, strict=True)]
         try:

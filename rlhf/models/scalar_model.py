@@ -37,9 +37,11 @@ class ScalarModel(nn.Module):
         self.bias = nn.Parameter(torch.tensor([-float(getattr(model.config, SHIFT, 0.0))]))
 
     @classmethod
-    def from_policy(cls, path: str, seed: int, setting: str = "model.model_path") -> ScalarModel:
+    def from_policy(
+        cls, path: str, seed: int, setting: str = "model.model_path", dtype: torch.dtype = torch.float32
+    ) -> ScalarModel:
         """The backbone of a language model with a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
-        model = cls(_load_classifier(path, setting, torch.float32, frozenset({HEAD})))
+        model = cls(_load_classifier(path, setting, dtype, frozenset({HEAD})))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

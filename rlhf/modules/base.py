@@ -19,7 +19,7 @@ from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config, load_tokenizer
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
-from rlhf.strategies import check_strategy
+from rlhf.strategies import check_strategy, engine_dtype
 
 
 class StageModule(LightningModule):
@@ -75,6 +75,18 @@ class StageModule(LightningModule):
     def demonstration_rewards(self) -> Tensor | None:
         """This rank's rewards of some demonstrations, whose mean should be 0 (D21), where there are any."""
         return None
+
+    # ---------------------------------------------------------------------------------------------------- loading
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """In which trained weights are loaded; float32 where there is no Trainer yet."""
+        return torch.float32 if self._trainer is None else engine_dtype(self._trainer)
+
+    @property
+    def weights_device(self) -> torch.device:
+        """Where they go at once, so that no process holds all of its models in CPU memory."""
+        return torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
 
     # ----------------------------------------------------------------------------------------------------- ranks
 

@@ -107,12 +107,14 @@ class ExperienceModule(StageModule):
         if self.actor_critic is not None:
             return
         if self.reward_path is not None:
-            critic = ScalarModel.from_pretrained(self.reward_path, "model.reward_path")
+            critic = ScalarModel.from_pretrained(self.reward_path, "model.reward_path", self.weights_dtype)
         else:
-            critic = ScalarModel.from_policy(self.model_path, self.seed)
-        self.actor_critic = ActorCritic(load_causal_lm(self.model_path), critic)
+            critic = ScalarModel.from_policy(self.model_path, self.seed, dtype=self.weights_dtype)
+        critic = critic.to(self.weights_device)
+        policy: Any = load_causal_lm(self.model_path, dtype=self.weights_dtype)
+        self.actor_critic = ActorCritic(policy.to(self.weights_device), critic)
         if self.activation_checkpointing:
-            checkpoint_activations(self.actor_critic.policy)
+            checkpoint_activations(policy)
             checkpoint_activations(critic.model)
 
     def setup(self, stage: str) -> None:

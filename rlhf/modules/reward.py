@@ -51,9 +51,10 @@ class RewardModule(StageModule):
             return
         setting = "model.model_path"
         if self.trained:
-            self.model = ScalarModel.from_pretrained(self.model_path, setting)
+            self.model = ScalarModel.from_pretrained(self.model_path, setting, self.weights_dtype)
         else:
-            self.model = ScalarModel.from_policy(self.model_path, self.seed, setting)
+            self.model = ScalarModel.from_policy(self.model_path, self.seed, setting, self.weights_dtype)
+        self.model = self.model.to(self.weights_device)
         if self.activation_checkpointing:
             checkpoint_activations(self.model.model)
 

@@ -75,7 +75,8 @@ class SFTModule(StageModule):
         """Load the model, once."""
         if self.model is not None:
             return
-        self.model = load_causal_lm(self.model_path)
+        model: Any = load_causal_lm(self.model_path, dtype=self.weights_dtype)
+        self.model = model.to(self.weights_device)
         if self.resize_embeddings and len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
             self.model.resize_token_embeddings(len(self.tokenizer))
         if self.activation_checkpointing:
