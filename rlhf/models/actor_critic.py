@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.output_layer import output_weight
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.ops.sequences import model_inputs, token_logprobs
+from rlhf.ops.logprobs import linear_logprobs
+from rlhf.ops.sequences import causal_inputs, model_inputs, right_padded, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,19 +39,41 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token, and the entropy there, at the sampling temperature (D26).
 
-    Logits are computed for the response only: the token before it predicts its first one.
+    The output layer sees the hidden states that predict real response tokens, and no others.
 
     Args:
         queries, query_mask: `(B, P)`, padded on the left.
         responses, response_mask: `(B, R)`, padded on the right.
 
     Returns:
-        `logprobs (B, R)` and `entropy (B, R)` in float32; what stands at padding means nothing.
+        `logprobs (B, R)` and `entropy (B, R)` in float32, 0 on padding.
     """
+    weight = output_weight(policy)
+    if weight is None:
+        return logprobs_from_logits(policy, queries, query_mask, responses, response_mask, temperature)
+    ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
+    hidden = policy.base_model(**causal_inputs(ids, mask), use_cache=False).last_hidden_state
+    rows, columns = response_mask.nonzero(as_tuple=True)
+    predicting = hidden[rows, query_mask.sum(1)[rows] - 1 + columns]
+    found = linear_logprobs(predicting, weight, responses[rows, columns], temperature)
+    logprobs, entropy = (x.new_zeros(responses.shape).index_put((rows, columns), x) for x in found)
+    return logprobs, entropy
+
+
+def logprobs_from_logits(
+    policy: PreTrainedModel,
+    queries: Tensor,
+    query_mask: Tensor,
+    responses: Tensor,
+    response_mask: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """As `response_logprobs`, for any model: by its own logits of the responses."""
     ids, mask = join(queries, query_mask, responses, response_mask)
     keep = responses.shape[1] + 1
     logits = policy(**model_inputs(ids, mask), logits_to_keep=keep, use_cache=False).logits[:, -keep:-1]
-    return token_logprobs(logits, responses * response_mask, temperature)
+    logprobs, entropy = token_logprobs(logits, responses * response_mask, temperature)
+    return torch.where(response_mask.bool(), logprobs, 0.0), torch.where(response_mask.bool(), entropy, 0.0)
 
 
 class ActorCritic(nn.Module):
@@ -71,9 +95,12 @@ class ActorCritic(nn.Module):
         """Evaluate responses: shapes as in `response_logprobs`.
 
         `values[:, t]` is the critic's value of the state before response token t, so the column after the last real
-        token holds the value of the finished response.
+        token holds the value of the finished response; columns further on mean nothing.
         """
         logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
-        ids, mask = join(queries, query_mask, responses, response_mask)
-        values = self.critic(ids, mask)[:, queries.shape[1] - 1 : -1]
+        ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
+        hidden = self.critic.hidden_states(ids, mask)
+        columns = query_mask.sum(1, keepdim=True) - 1 + torch.arange(responses.shape[1], device=ids.device)
+        rows = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+        values = self.critic.read(hidden[rows, columns.clamp(max=ids.shape[1] - 1)])
         return Evaluation(logprobs, entropy, values)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config, save_pretrained
-from rlhf.ops.sequences import last_real_token, model_inputs, move_padding
+from rlhf.ops.sequences import causal_inputs, last_real_token, model_inputs, move_padding, right_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,15 +62,26 @@ class ScalarModel(nn.Module):
         return self.model.get_parameter(HEAD)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One number per token in float32, `(B, T) -> (B, T)`. What stands at padding means nothing."""
-        hidden = self.model.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
+        """One number per token in float32, `(B, T) -> (B, T)`, for padding anywhere; what stands there means nothing."""
+        return self.read(self._hidden(model_inputs(input_ids, attention_mask)))
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of the backbone, for sequences whose padding is on the right, `(B, T) -> (B, T, H)`."""
+        return self._hidden(causal_inputs(input_ids, attention_mask))
+
+    def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """The head on some hidden states, in float32, `(..., H) -> (...)`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.head_weight.float()).squeeze(-1) + self.bias.float()
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
-        values = self(input_ids, attention_mask)
-        return values.gather(1, last_real_token(attention_mask).unsqueeze(1)).squeeze(1)
+        ids, mask = right_padded(input_ids, attention_mask)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.read(self.hidden_states(ids, mask)[rows, last_real_token(mask)])
 
     @torch.no_grad()
     def padding_side_difference(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -78,7 +89,8 @@ class ScalarModel(nn.Module):
         reward (at least 1); `(B, T)` of both. There is padding in every row: eight more columns of it are added.
         """
         ids, mask = F.pad(input_ids, (0, 8)), F.pad(attention_mask.long(), (0, 8))
-        left, right = (self.score(*move_padding(ids, mask, side)) for side in ("left", "right"))
+        left = self(*move_padding(ids, mask, "left"))[:, -1]
+        right = self.score(ids, mask)
         return (left - right).abs().max() / right.abs().max().clamp(min=1)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, centre: float = 0.0) -> None:

@@ -44,6 +44,23 @@ def move_padding(input_ids: Tensor, attention_mask: Tensor, side: Literal["left"
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
+def right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sequences with all padding on the right, no wider than the longest; ids and mask, `(B, T)` each."""
+    width = int(attention_mask.sum(1).max())
+    ids, mask = move_padding(input_ids, attention_mask, "right")
+    return ids[:, :width], mask[:, :width]
+
+
+def causal_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """What a causal model is fed when all padding is on the right: padding as id 0 (D05), positions explicit (D09).
+
+    There is no attention mask: no real token sees what stands behind it, and without a mask attention takes its fast
+    causal kernels. All `(B, T)`.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return {"input_ids": input_ids * attention_mask, "position_ids": positions.expand_as(input_ids)}
+
+
 def last_real_token(attention_mask: Tensor) -> Tensor:
     """Index of the last real token of every row, `(B, T) -> (B,)`, for padding on either side (D19)."""
     positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)

@@ -1,0 +1,91 @@
+"""Log-probabilities of chosen tokens straight from hidden states, without the logits of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS = {"cpu": 2**19, "cuda": 2**26}  # float32 logits that exist at a time: 2 MiB stay in the cache of a CPU
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of chosen tokens and entropy at a temperature (D26), from the input of the output layer.
+
+    The logits are `hidden @ weight.T`, in the precision of autocast. They are made for a stretch of the vocabulary at
+    a time, in the backward pass once more, and everything after them is float32: with z = logits / temperature,
+    `logprob = z[token] - logsumexp(z)` and `entropy = logsumexp(z) - sum(softmax(z) z)`.
+
+    Args:
+        hidden: `(n, H)`.
+        weight: `(V, H)`, of an output layer without a bias.
+        tokens: `(n,)`.
+
+    Returns:
+        `logprobs (n,)` and `entropy (n,)` in nats, float32. Both have gradients.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _LinearLogprobs.apply(hidden, weight, tokens, temperature)  # type: ignore[no-any-return]
+
+
+def _stretches(rows: int, weight: Tensor) -> range:
+    step = max(64, LOGITS.get(weight.device.type, LOGITS["cuda"]) // max(rows, 1))
+    return range(0, len(weight), min(step, len(weight)))
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """One pass over the vocabulary: the largest z so far, the sum of exp(z - largest) and that of z exp(z - largest)."""
+        rows = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        largest, total, weighted, chosen = rows - torch.inf, rows, rows, rows
+        stretches = _stretches(len(hidden), weight)
+        for start in stretches:
+            part = weight[start : start + stretches.step]
+            z = (hidden @ part.T).float() / temperature
+            column = tokens - start
+            here = (column >= 0) & (column < len(part))
+            own = z.gather(1, column.clamp(0, len(part) - 1).unsqueeze(1)).squeeze(1)
+            chosen = torch.where(here, own, chosen)
+            before, largest = largest, torch.maximum(largest, z.amax(1))
+            shrink = torch.exp(before - largest)
+            exponentials = torch.exp(z - largest.unsqueeze(1))
+            total = total * shrink + exponentials.sum(1)
+            weighted = weighted * shrink + torch.linalg.vecdot(exponentials, z)
+        normaliser = largest + total.log()
+        entropy = normaliser - weighted / total
+        ctx.save_for_backward(hidden, weight, tokens, normaliser, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return chosen - normaliser, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """With p = softmax(z): d logprob / dz = onehot - p, and d entropy / dz = -p (log p + entropy)."""
+        of_logprob, of_entropy = gradients
+        hidden, weight, tokens, normaliser, entropy = ctx.saved_tensors
+        if of_logprob is None:
+            of_logprob = torch.zeros_like(normaliser)
+        scale = of_logprob / ctx.temperature
+        of_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        of_weight = torch.empty_like(weight)
+        stretches = _stretches(len(hidden), weight)
+        for start in stretches:
+            part = weight[start : start + stretches.step]
+            logp = (hidden @ part.T).float().div_(ctx.temperature).sub_(normaliser.unsqueeze(1))
+            p = logp.exp()
+            of_z = p * -scale.unsqueeze(1)
+            if of_entropy is not None:
+                of_z -= p * (logp + entropy.unsqueeze(1)) * (of_entropy / ctx.temperature).unsqueeze(1)
+            of_z = of_z.to(weight.dtype)
+            of_hidden += of_z @ part
+            torch.mm(of_z.T, hidden, out=of_weight[start : start + stretches.step])
+        own = scale.unsqueeze(1)
+        of_hidden += weight[tokens] * own
+        of_weight.index_add_(0, tokens, (hidden * own).to(weight.dtype))
+        return of_hidden.to(hidden.dtype), of_weight, None, None
