@@ -19,10 +19,10 @@ from rlhf.callbacks.invariants import Invariants
 from rlhf.data.base import StageDataModule
 from rlhf.data.processing import lengths
 from rlhf.errors import find_user_error
-from rlhf.memory import Workload, estimate
+from rlhf.memory import estimate
 from rlhf.models.loading import embedding_rows
-from rlhf.modules import PPOModule, RewardModule, StageModule
-from rlhf.strategies import Zero2Strategy
+from rlhf.modules import StageModule
+from rlhf.workload import workload
 
 Verdict = Literal["ok", "look", "wrong"]
 GIB = 2**30
@@ -166,8 +166,11 @@ def data_rows(data: StageDataModule) -> Iterator[Row]:
 def batch_rows(trainer: Any, module: Any, data: StageDataModule) -> Iterator[Row]:
     """How the batch divides; how it should stands in the error that refuses it."""
     accumulate, parts = trainer.accumulate_grad_batches, module.ppo.minibatches if hasattr(module, "ppo") else 1
-    text = f"{data.batch_size} = {trainer.world_size} processes x {accumulate} micro-batches x {data.micro_batch_size}"
-    if trainer.world_size * accumulate * data.micro_batch_size * parts == data.batch_size:
+    text = f"{data.batch_size} = {trainer.world_size} processes x {accumulate} micro-batches"
+    if data.tokens is not None:
+        yield Row("batch", "batch size", f"{text} of at most {data.tokens} tokens")
+    elif trainer.world_size * accumulate * data.micro_batch_size * parts == data.batch_size:
+        text += f" x {data.micro_batch_size}"
         yield Row("batch", "batch size", text + (f" x {parts} minibatches" if parts > 1 else ""))
     strategy = type(trainer.strategy).__name__
     yield Row("batch", "strategy", f"{strategy}, {trainer.precision}, {trainer.strategy.root_device}")
@@ -213,38 +216,6 @@ def cost_rows(trainer: Any, module: Any, data: Any, one: OneUpdate) -> Iterator[
     yield Row("cost", f"one {unit}", f"{one.seconds:.2f} s" + (f" ({phases}, the rest training)" if phases else ""))
     whole = timedelta(seconds=round(one.seconds * one.total))
     yield Row("cost", "the whole run", f"{whole} for {one.total} {unit}s, without validation")
-
-
-def workload(trainer: Any, module: Any, data: Any) -> Workload:
-    """What each process does, for the estimate of its memory."""
-    ppo = isinstance(module, PPOModule)
-    longest = data.longest()
-    response = min(module.response_room or data.text.max_response_length, longest - 1)
-    placements = {"reference": module.reference_placement, "reward": module.reward_placement} if ppo else {}
-    if ppo and module.reward_path is None:
-        placements["reward"] = None
-    zero2 = isinstance(trainer.strategy, Zero2Strategy)
-    return Workload(
-        stage="ppo" if ppo else "reward" if isinstance(module, RewardModule) else "sft",
-        strategy="zero2" if zero2 else "ddp" if trainer.world_size > 1 else "single",
-        precision="bf16-mixed" if "16" in trainer.precision else "32-true",
-        world_size=trainer.world_size,
-        micro_batch=data.micro_batch_size,
-        inference_batch=max(data.rollout_batch_size if ppo else 1, data.eval_batch_size),
-        query_length=longest - response,
-        response_length=response,
-        activation_checkpointing=module.activation_checkpointing,
-        **(zero2_settings(trainer.strategy) if zero2 else {}),
-        **placements,
-    )
-
-
-def zero2_settings(strategy: Zero2Strategy) -> dict[str, Any]:
-    """What of the engine's config decides its memory."""
-    assert strategy.config is not None
-    zero = strategy.config["zero_optimization"]
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return {"offload_optimizer": offloaded, "bucket_size": int(zero["reduce_bucket_size"])}
 
 
 def show(rows: list[Row], sentences: list[str]) -> None:

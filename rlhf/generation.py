@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.ops.sequences import model_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
+
+LEAVING = 0.25  # share of the rows that must have ended before they leave the batch: the cache is copied then
+BLOCK = 256
 
 
 @contextmanager
@@ -26,47 +30,111 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def uniforms(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """The randomness of `sample`, one number in [0, 1) per token, `(rows, length)`, on the device of the generator."""
+    return torch.rand(rows, length, dtype=torch.float64, generator=generator, device=generator.device)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
     queries: Tensor,
     query_mask: Tensor,
+    uniforms: Tensor,
     *,
-    max_new_tokens: int,
     temperature: float,
     eos_id: int,
     pad_id: int,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Sample one response per query from the model's full distribution at a temperature (D25).
 
     There is no top-k, top-p or other processing, whatever the model's `generation_config` says. A row ends with its
-    first EOS and is PAD after it; sampling stops when all rows have ended.
+    first EOS and is PAD after it. Rows that have ended leave the batch, and sampling stops when all have. A row's
+    response depends on its own query and its own random numbers, not on the rows beside it.
 
     Args:
         queries, query_mask: `(B, P)`, padded on the left.
-        generator: source of randomness on the model's device.
+        uniforms: `(B, R)`, see `uniforms`; R is the longest that a response may get.
 
     Returns:
-        Token ids `(B, R)` with R at most `max_new_tokens`.
+        Token ids `(B, r)` with r at most R.
     """
-    from transformers import DynamicCache
-
-    inputs = model_inputs(queries, query_mask)
+    steps = uniforms.shape[1]
+    inputs: dict[str, Any] = model_inputs(queries, query_mask)
     mask, position = inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    cache = DynamicCache(config=model.config)
-    responses = torch.full((len(queries), max_new_tokens), pad_id, device=queries.device)
-    alive = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+    mask = F.pad(mask, (0, steps), value=1)
+    cache = cache_with_room(model, steps)
+    responses = torch.full((len(queries), steps), pad_id, device=queries.device)
+    rows = torch.arange(len(queries), device=queries.device)  # which rows are in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)
     with evaluation_mode(model):
-        for step in range(max_new_tokens):
+        for step in range(steps):
+            width = queries.shape[1] + step
+            inputs["attention_mask"] = mask[:, :width]
             logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-            tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-            responses[:, step] = torch.where(alive, tokens, pad_id)
-            alive &= tokens != eos_id
-            if not alive.any():
+            tokens = choose(logits.float() / temperature, uniforms[rows, step])
+            responses[rows, step] = torch.where(alive, tokens, pad_id)
+            alive = alive & (tokens != eos_id)
+            left = int(alive.sum())
+            if not left:
                 return responses[:, : step + 1]
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            if left <= (1 - LEAVING) * len(rows):
+                cache.batch_select_indices(alive)
+                rows, mask, position, tokens = (x[alive] for x in (rows, mask, position, tokens))
+                alive = alive[alive]
             position = position + 1
-            inputs = {"input_ids": tokens.unsqueeze(1), "attention_mask": mask, "position_ids": position}
+            inputs = {"input_ids": tokens.unsqueeze(1), "position_ids": position}
     return responses
+
+
+def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a token per row by inverting the cumulative distribution, `(B, V), (B,) -> (B,)`.
+
+    The distribution is summed up by blocks of the vocabulary, in float64: first the block is found, then the token in
+    it. Unlike `torch.multinomial`, this needs one random number per row, and not one per row and token.
+    """
+    width = logits.shape[1]
+    logits = F.pad(logits, (0, -width % BLOCK), value=-torch.inf)
+    weights = torch.exp(logits - logits.amax(1, keepdim=True)).unflatten(1, (-1, BLOCK))
+    blocks = _cumulative(weights.sum(2, dtype=torch.float64))
+    target = uniforms.unsqueeze(1) * blocks[:, -1:]
+    block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[1] - 1)
+    before = F.pad(blocks, (1, 0)).gather(1, block)
+    inside = _cumulative(weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double())
+    token = torch.searchsorted(inside, target - before, right=True)
+    last = (inside < inside[:, -1:]).sum(1, keepdim=True)  # the last token that has any probability
+    return (block * BLOCK + torch.minimum(token, last)).squeeze(1)
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    """Sums up to each column, `(B, n) -> (B, n)`, by a matrix: `cumsum` is not deterministic on GPUs."""
+    ones = torch.ones(values.shape[1], values.shape[1], dtype=values.dtype, device=values.device)
+    return values @ ones.triu()
+
+
+def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
+    """An empty cache of keys and values whose plain layers make room for all steps at once, and so never move again."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            start, width = self.get_seq_length(), key_states.shape[2]
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self._buffers = [
+                    x.new_empty(*x.shape[:2], width + steps, x.shape[3]) for x in (key_states, value_states)
+                ]
+            for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[:, :, start : start + width] = new
+            self.keys, self.values = (buffer[:, :, : start + width] for buffer in self._buffers)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            width = self.get_seq_length()
+            self._buffers = [buffer[indices] for buffer in self._buffers]
+            self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

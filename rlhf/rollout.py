@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.micro_batches import split
 from rlhf.ops.rewards import ScorePosition
 from rlhf.ops.sequences import length_mask
 from rlhf.seeding import permutation
@@ -77,6 +78,10 @@ class Rollout:
         """All tensors on `device`, their precision unchanged."""
         return self._map(lambda _, tensor: tensor.to(device, **kwargs), self.texts)
 
+    def total_lengths(self) -> list[int]:
+        """Tokens of each query and response together."""
+        return (self.query_mask.sum(1) + self.lengths).tolist()
+
     def select(self, rows: list[int]) -> Rollout:
         """Some episodes, without the columns that none of them uses."""
         index = torch.tensor(rows, device=self.queries.device)
@@ -102,17 +107,28 @@ def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = 
     return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
 
 
-def in_chunks(episodes: Rollout, chunk: int, evaluate: Callable[[Rollout], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Apply `evaluate` to slices of rows, without the columns a slice does not use, and put the results together.
+def in_groups(
+    episodes: Rollout, groups: list[list[int]], evaluate: Callable[[Rollout], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Apply `evaluate` to groups of rows, without the columns a group does not use, and put the results together.
 
     Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
     """
     width = episodes.responses.shape[1]
     parts = []
-    for start in range(0, len(episodes), chunk):
-        out = evaluate(episodes.select(list(range(start, min(start + chunk, len(episodes))))))
+    for rows in groups:
+        out = evaluate(episodes.select(rows))
         parts.append([F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])
-    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+    places = torch.tensor([row for rows in groups for row in rows], device=episodes.responses.device).argsort()
+    return tuple(torch.cat(columns)[places] for columns in zip(*parts, strict=True))
+
+
+def minibatches(episodes: int, count: int, update: int, epoch: int, rank: int) -> Iterator[list[int]]:
+    """Row numbers of the minibatches of a PPO epoch: a fresh permutation, in `count` equal parts (D33)."""
+    order = permutation(episodes, update, epoch, rank)
+    size = episodes // count
+    for start in range(0, episodes, size):
+        yield order[start : start + size]
 
 
 class RolloutLoader:
@@ -127,7 +143,7 @@ class RolloutLoader:
         rank, world_size: this process and how many there are.
         ppo_epochs: passes over each rollout, in a fresh permutation each (D33).
         minibatches: optimizer steps per pass.
-        accumulate: micro-batches per optimizer step.
+        accumulate: micro-batches per optimizer step, formed by length.
     """
 
     def __init__(
@@ -157,16 +173,14 @@ class RolloutLoader:
         update = self.update()
         rollout = self.make(update)
         for epoch in range(self.ppo_epochs):
-            order = permutation(len(rollout), update, epoch, self.rank)
-            size = len(order) // self.minibatches
-            for start in range(0, len(order), size):
-                yield from self._micro_batches(rollout, order[start : start + size])
+            for rows in minibatches(len(rollout), self.minibatches, update, epoch, self.rank):
+                yield from self._micro_batches(rollout, rows)
 
     def _micro_batches(self, rollout: Rollout, rows: list[int]) -> Iterator[Rollout]:
         tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
         shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
-        size = len(rows) // self.accumulate
-        for start in range(0, len(rows), size):
-            micro = rollout.select(rows[start : start + size])
+        lengths = rollout.total_lengths()
+        for group in split([lengths[row] for row in rows], self.accumulate):
+            micro = rollout.select([rows[n] for n in group])
             micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
             yield micro

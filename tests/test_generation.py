@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.generation import sample
+from rlhf.generation import choose, sample, uniforms
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 
@@ -38,9 +38,9 @@ def small_vocabulary() -> Any:
 
 
 def draw(model: Any, queries: list[list[int]], seed: int = 0, **settings: Any) -> Tensor:
-    settings = {"max_new_tokens": 12, "temperature": 0.7, "eos_id": NEVER, "pad_id": PAD} | settings
-    generator = torch.Generator().manual_seed(seed)
-    return sample(model, *pad_sequences(queries, PAD, "left"), generator=generator, **settings)
+    settings = {"temperature": 0.7, "eos_id": NEVER, "pad_id": PAD} | settings
+    numbers = uniforms(len(queries), settings.pop("max_new_tokens", 12), torch.Generator().manual_seed(seed))
+    return sample(model, *pad_sequences(queries, PAD, "left"), numbers, **settings)
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
@@ -102,10 +102,9 @@ def test_the_generator_alone_decides(model: Any) -> None:
 def test_left_padding_changes_nothing(model: Any) -> None:
     ids, mask = pad_sequences(QUERIES, PAD, "left")
     wide = torch.nn.functional.pad(ids, (20, 0), value=PAD), torch.nn.functional.pad(mask, (20, 0))
-    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.7, "eos_id": NEVER, "pad_id": PAD}
-    tight, padded = (
-        sample(model, *inputs, generator=torch.Generator().manual_seed(4), **settings) for inputs in ((ids, mask), wide)
-    )
+    settings: dict[str, Any] = {"temperature": 0.7, "eos_id": NEVER, "pad_id": PAD}
+    numbers = uniforms(3, 12, torch.Generator().manual_seed(4))
+    tight, padded = (sample(model, *inputs, numbers, **settings) for inputs in ((ids, mask), wide))
     assert torch.equal(tight, padded)
 
 

@@ -89,7 +89,7 @@ def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path
 @pytest.mark.parametrize("micro", [1, 8])
 def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int) -> None:
     sizes = {"rollout_batch_size": 8 // micro} if stage == "ppo" else {}
-    torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=1e-5, rtol=0)
+    torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=2e-5, rtol=0)
 
 
 def test_the_amount_of_left_padding_does_not_matter(step: Make) -> None:

@@ -22,7 +22,7 @@ from rlhf.memory import Phase, Workload, estimate, networks
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.loading import checkpoint_activations
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.ops.losses import language_model_losses
+from rlhf.models.output_layer import logprobs_at
 from rlhf.ops.sequences import model_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +77,8 @@ def forward(models: ActorCritic, stage: str, rows: int) -> Tensor:
         now = models(ids[:, :QUERY], mask[:, :QUERY], ids[:, QUERY:], mask[:, QUERY:], 0.7)
         return now.logprobs.sum() + now.values.sum()
     if stage == "sft":
-        logits = models.policy(**model_inputs(ids, mask), use_cache=False).logits
-        return language_model_losses(logits[:, :-1], ids[:, 1:]).sum()
+        places = mask[:, 1:].nonzero(as_tuple=True)
+        return -logprobs_at(models.policy, ids, mask, places, ids[:, 1:][places])[0].sum()
     return models.critic.score(ids, mask).sum()
 
 

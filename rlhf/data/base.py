@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -13,10 +14,14 @@ from rlhf.data.batches import Batch, EvalBatches, accumulation
 from rlhf.data.processing import lengths
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
+from rlhf.micro_batches import parts_needed
 from rlhf.ops.sequences import pad_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TokenBudget = int | Literal["auto"] | None
 
 
 class StageDataModule(LightningDataModule):
@@ -24,14 +29,28 @@ class StageDataModule(LightningDataModule):
 
     Args:
         batch_size: examples per optimizer step (PPO: episodes per update) over all processes.
-        micro_batch_size: examples that go through the model at a time, per process.
+        micro_batch_size: examples that go through the model at a time, per process, on average: a micro-batch is formed
+            of examples of similar length, fewer of long ones and more of short ones.
         eval_batch_size: the same in validation, test and prediction.
         text: formats and maximum lengths.
+        max_tokens_per_micro_batch: in place of `micro_batch_size`, tokens that go through the model at a time, padding
+            included; `auto`: as many as fit into the memory of the device, by the estimate that `check` shows.
     """
 
-    def __init__(self, batch_size: int, micro_batch_size: int, eval_batch_size: int, text: TextFormat) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        micro_batch_size: int,
+        eval_batch_size: int,
+        text: TextFormat,
+        max_tokens_per_micro_batch: TokenBudget,
+    ) -> None:
         super().__init__()
         at_least("data.eval_batch_size", eval_batch_size, 1)
+        if isinstance(max_tokens_per_micro_batch, int):
+            at_least("data.max_tokens_per_micro_batch", max_tokens_per_micro_batch, 1)
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.tokens: int | None = None  # per micro-batch, where they are limited
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size
@@ -61,7 +80,7 @@ class StageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise everything on one process; the others find it in the cache."""
-        if self._trainer.state.fn == "fit":
+        if self._trainer.state.fn == "fit" and self.max_tokens_per_micro_batch is None:
             self.set_accumulation()
         self.load()
 
@@ -96,15 +115,54 @@ class StageDataModule(LightningDataModule):
                 "lower data.text.max_query_length, or the response length."
             )
 
-    def set_accumulation(self, parts: int = 1) -> None:
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps that a global batch is cut into."""
+        return 1
+
+    def set_accumulation(self) -> None:
         """Derive `accumulate_grad_batches`, the one place where batch sizes are divided."""
-        derived = accumulation(self.batch_size, self.micro_batch_size, self.world_size, parts)
+        if self.max_tokens_per_micro_batch is None:
+            derived = accumulation(self.batch_size, self.micro_batch_size, self.world_size, self.minibatches)
+            setting = "data.micro_batch_size"
+        else:
+            accumulation(self.batch_size, 1, self.world_size, self.minibatches)
+            self.tokens = self._token_limit()
+            derived, setting = self._parts_under(self.tokens), "data.max_tokens_per_micro_batch"
         if self._trainer.accumulate_grad_batches not in (1, derived):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {self._trainer.accumulate_grad_batches}, but data.batch_size and "
-                f"data.micro_batch_size make it {derived}; leave it out."
+                f"{setting} make it {derived}; leave it out."
             )
         self._trainer.accumulate_grad_batches = derived
+
+    def _token_limit(self) -> int:
+        if isinstance(self.max_tokens_per_micro_batch, int):
+            return self.max_tokens_per_micro_batch
+        from rlhf.workload import auto_tokens
+
+        return auto_tokens(self._trainer, self._trainer.lightning_module, self)
+
+    def _parts_under(self, tokens: int) -> int:
+        """Micro-batches that the costliest optimizer step of the run needs; every other one then has as many."""
+        epochs = self._trainer.max_epochs
+        if epochs is None or epochs < 0:
+            raise UserError(
+                "data.max_tokens_per_micro_batch needs trainer.max_epochs, the number of epochs of the run."
+            )
+        parts = 1
+        for lengths_of_step in self.step_lengths(max(epochs, 1)):
+            if lengths_of_step and max(lengths_of_step) > tokens:
+                raise UserError(
+                    f"data.max_tokens_per_micro_batch is {tokens}, less than the {max(lengths_of_step)} tokens of the "
+                    "longest example (of a comparison, both sides; of PPO, query and longest response)."
+                )
+            parts = max(parts, parts_needed(lengths_of_step, tokens))
+        return parts
+
+    def step_lengths(self, epochs: int) -> Iterator[list[int]]:
+        """Tokens of every row of each optimizer step on each process."""
+        raise NotImplementedError
 
     def progress(self) -> tuple[int, int]:
         """The current epoch, and how many of its micro-batches are done; not 0 where a run resumes in mid-epoch."""

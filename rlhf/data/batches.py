@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.micro_batches import split
 from rlhf.seeding import permutation
 
 Batch = dict[str, Any]
@@ -33,15 +34,36 @@ def accumulation(batch_size: int, micro_batch_size: int, world_size: int, parts:
     return batch_size // unit
 
 
+def global_batches(rows: int, batch_size: int, epoch: int) -> Iterator[list[int]]:
+    """Row numbers of the global batches of an epoch, the same on every rank."""
+    order = permutation(rows, epoch)
+    for start in range(0, rows, batch_size):
+        yield order[start : start + batch_size]
+
+
+def rank_rows(rows: Sequence[int], lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """One rank's share of a global batch, so that all ranks have about the same number of tokens."""
+    return sorted(rows, key=lambda row: lengths[row])[rank::world_size]
+
+
+def step_lengths(lengths: Sequence[int], batch_size: int, world_size: int, epochs: int) -> Iterator[list[int]]:
+    """Tokens of the rows of every optimizer step on every rank."""
+    for epoch in range(epochs):
+        for rows in global_batches(len(lengths), batch_size, epoch):
+            for rank in range(world_size):
+                yield [lengths[row] for row in rank_rows(rows, lengths, rank, world_size)]
+
+
 class TrainBatches:
     """Micro-batches of one epoch; every example exactly once over all ranks (D13).
 
-    All ranks shuffle alike, cut into global batches, and then take their rows of each. A global batch always becomes
-    `accumulate` micro-batches per rank, the smaller last one too, so that no gradient is left over; a rank without
-    rows for one of them gets a row that counts for nothing.
+    All ranks shuffle alike, cut into global batches, and then take their rows of each, long and short ones alike. A
+    global batch always becomes `accumulate` micro-batches per rank, formed by length, the smaller last one too, so that
+    no gradient is left over; a rank without rows for one of them gets a row that counts for nothing.
 
     Args:
         weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
+        lengths: per row the number of tokens that go through the model.
         collate: row numbers and whether they count -> batch.
         progress: the current epoch, and how many of its micro-batches are done already: a resumed run goes on there.
     """
@@ -49,6 +71,7 @@ class TrainBatches:
     def __init__(
         self,
         weights: Sequence[int],
+        lengths: Sequence[int],
         collate: Callable[[list[int], bool], Batch],
         batch_size: int,
         accumulate: int,
@@ -57,6 +80,7 @@ class TrainBatches:
         progress: Callable[[], tuple[int, int]],
     ) -> None:
         self.weights = weights
+        self.lengths = lengths
         self.collate = collate
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -69,13 +93,16 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, done = self.progress()
-        order = permutation(len(self.weights), epoch)
-        for number in range(done, len(self)):
-            step, micro = divmod(number, self.accumulate)
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+        first = done // self.accumulate
+        for step, rows in enumerate(global_batches(len(self.weights), self.batch_size, epoch)):
+            if step < first:
+                continue
             share = sum(self.weights[r] for r in rows) / (self.accumulate * self.world_size)
-            own = rows[self.rank :: self.world_size][micro :: self.accumulate]
-            yield {**self.collate(own or rows[:1], bool(own)), "share": share, "rows": own}
+            mine = rank_rows(rows, self.lengths, self.rank, self.world_size)
+            for micro, group in enumerate(split([self.lengths[r] for r in mine], self.accumulate)):
+                if step * self.accumulate + micro >= done:
+                    own = [mine[n] for n in group]
+                    yield {**self.collate(own or rows[:1], bool(own)), "share": share, "rows": own}
 
     def state_dict(self) -> dict[str, int]:
         """Nothing to keep: the Trainer knows the position. It tells Lightning that this loader can resume."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from rlhf.data.base import StageDataModule
-from rlhf.data.batches import Batch, EvalBatches, TrainBatches
-from rlhf.data.processing import load_comparisons, load_demonstrations
+from rlhf.data.base import StageDataModule, TokenBudget
+from rlhf.data.batches import Batch, EvalBatches, TrainBatches, step_lengths
+from rlhf.data.processing import lengths, load_comparisons, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.ops.sequences import pad_sequences
@@ -27,9 +28,11 @@ class PreferenceDataModule(StageDataModule):
         test: comparisons for `test` and `predict`; null: those of `validation`.
         demonstrations: SFT demonstrations, whose mean reward is shifted to 0 (D21); null: no shift.
         batch_size: pairs per optimizer step over all processes (paper: 64).
-        micro_batch_size: pairs that go through the model at a time, per process.
+        micro_batch_size: pairs that go through the model at a time, per process, on average.
         eval_batch_size: the same in validation.
         text: formats and maximum lengths; the paper's reward model reads up to 169 response tokens.
+        max_tokens_per_micro_batch: in place of `micro_batch_size`, tokens that go through the model at a time, both
+            sides of all pairs and padding included; `auto`: as many as fit into memory.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class PreferenceDataModule(StageDataModule):
         micro_batch_size: int = 8,
         eval_batch_size: int = 32,
         text: TextFormat = TextFormat(max_response_length=169),
+        max_tokens_per_micro_batch: TokenBudget = None,
     ) -> None:
-        super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        super().__init__(batch_size, micro_batch_size, eval_batch_size, text, max_tokens_per_micro_batch)
         self.sources = {"train": train, "validation": validation, "test": test}
         self.demonstrations = demonstrations
 
@@ -65,10 +69,20 @@ class PreferenceDataModule(StageDataModule):
                 self.demonstrations, "data.demonstrations", self.tokenizer, self.text
             )
 
+    def pair_lengths(self) -> list[int]:
+        """Tokens of every training pair: both sides, padded to the longer one."""
+        sides = (lengths(self.splits["train"], name) for name in ("chosen_ids", "rejected_ids"))
+        return [2 * max(pair) for pair in zip(*sides, strict=True)]
+
+    def step_lengths(self, epochs: int) -> Iterator[list[int]]:
+        """Of the pairs."""
+        return step_lengths(self.pair_lengths(), self.batch_size, self.world_size, epochs)
+
     def train_dataloader(self) -> TrainBatches:
         """Shuffled micro-batches of pairs."""
         return TrainBatches(
             [1] * len(self.splits["train"]),
+            self.pair_lengths(),
             partial(self.collate, "train"),
             self.batch_size,
             self._trainer.accumulate_grad_batches,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from rlhf.checks import at_least
-from rlhf.data.base import StageDataModule
-from rlhf.data.batches import Batch, EvalBatches
-from rlhf.data.processing import load_demonstrations
+from rlhf.data.base import StageDataModule, TokenBudget
+from rlhf.data.batches import Batch, EvalBatches, rank_rows
+from rlhf.data.processing import lengths, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.ops.sequences import pad_sequences
-from rlhf.rollout import Rollout, RolloutLoader
+from rlhf.rollout import Rollout, RolloutLoader, minibatches
 from rlhf.seeding import permutation
 
 
@@ -27,10 +28,12 @@ class RolloutDataModule(StageDataModule):
         validation: prompts to generate on in validation, all of them (D37); null: no validation.
         test: prompts for `test` and `predict`; null: those of `validation`.
         batch_size: episodes per update over all processes (paper: 512).
-        micro_batch_size: episodes that go through the networks at a time in training, per process.
+        micro_batch_size: episodes that go through the networks at a time in training, per process, on average.
         rollout_batch_size: the same in the rollout, which needs less memory.
         eval_batch_size: the same in validation.
         text: formats and maximum lengths.
+        max_tokens_per_micro_batch: in place of `micro_batch_size`, tokens that go through the model at a time, padding
+            included; `auto`: as many as fit into memory.
     """
 
     def __init__(
@@ -43,13 +46,15 @@ class RolloutDataModule(StageDataModule):
         rollout_batch_size: int = 64,
         eval_batch_size: int = 64,
         text: TextFormat = TextFormat(),
+        max_tokens_per_micro_batch: TokenBudget = None,
     ) -> None:
-        super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        super().__init__(batch_size, micro_batch_size, eval_batch_size, text, max_tokens_per_micro_batch)
         at_least("data.rollout_batch_size", rollout_batch_size, 1)
         self.rollout_batch_size = rollout_batch_size
         self.sources = {"train": train, "validation": validation, "test": test}
         self.last_rollout: Rollout | None = None
         self.last_prompts: list[int] = []
+        self._orders: dict[int, list[int]] = {}
 
     def load(self) -> None:
         """Load and tokenise the prompts."""
@@ -58,9 +63,20 @@ class RolloutDataModule(StageDataModule):
                 rows = load_demonstrations(source, f"data.{name}", self.tokenizer, self.text, need_response=False)
                 self.splits[name] = rows
 
-    def set_accumulation(self, parts: int = 1) -> None:
-        """With the PPO minibatches of the module."""
-        super().set_accumulation(self._trainer.lightning_module.ppo.minibatches)
+    @property
+    def minibatches(self) -> int:
+        """Those of PPO."""
+        return self._trainer.lightning_module.ppo.minibatches
+
+    def step_lengths(self, epochs: int) -> Iterator[list[int]]:
+        """Of the queries with the longest responses that there may be."""
+        ppo, lengths_of = self._trainer.lightning_module.ppo, lengths(self.splits["train"], "query_ids")
+        for update in range(epochs):
+            for rank in range(self.world_size):
+                rows = [lengths_of[row] + ppo.response_length for row in self.prompts_of(update, rank)]
+                for epoch in range(ppo.ppo_epochs if ppo.minibatches > 1 else 1):
+                    for minibatch in minibatches(len(rows), ppo.minibatches, update, epoch, rank):
+                        yield [rows[n] for n in minibatch]
 
     def setup(self, stage: str) -> None:
         """Load all splits, and check that they and the settings of the module fit the batch."""
@@ -130,19 +146,20 @@ class RolloutDataModule(StageDataModule):
 
         return EvalBatches(len(rows), collate, self.eval_batch_size, self.rank, self.world_size)
 
-    def prompts_of(self, update: int) -> list[int]:
-        """Row numbers of this rank's prompts: a stretch of the endless sequence of shuffled passes (D23)."""
-        own = self.batch_size // self.world_size
-        first = update * self.batch_size + self.rank * own
-        total = len(self.splits["train"])
-        orders: dict[int, list[int]] = {}
+    def prompts_of(self, update: int, rank: int | None = None) -> list[int]:
+        """Row numbers of a rank's prompts (by default this one's) in a stretch of the endless sequence of passes (D23).
+
+        Long and short prompts are shared out alike, so that all ranks have about the same number of tokens.
+        """
+        lengths_of = lengths(self.splits["train"], "query_ids")
+        total = len(lengths_of)
         rows = []
-        for position in range(first, first + own):
+        for position in range(update * self.batch_size, (update + 1) * self.batch_size):
             number, offset = divmod(position, total)
-            if number not in orders:
-                orders[number] = permutation(total, number)
-            rows.append(orders[number][offset])
-        return rows
+            if number not in self._orders:
+                self._orders[number] = permutation(total, number)
+            rows.append(self._orders[number][offset])
+        return rank_rows(rows, lengths_of, self.rank if rank is None else rank, self.world_size)
 
     def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
         """`queries (B, P)` padded on the left, `query_mask (B, P)`, and `texts`: `query`, `reference`, `record`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from rlhf.data.base import StageDataModule
-from rlhf.data.batches import Batch, TrainBatches
+from rlhf.data.base import StageDataModule, TokenBudget
+from rlhf.data.batches import Batch, TrainBatches, step_lengths
 from rlhf.data.processing import lengths, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
@@ -22,9 +23,11 @@ class SFTDataModule(StageDataModule):
         validation: demonstrations to measure loss and ROUGE on; null: no validation.
         test: demonstrations for `test` and `predict`; null: those of `validation`.
         batch_size: examples per optimizer step over all processes (paper: 128).
-        micro_batch_size: examples that go through the model at a time, per process.
+        micro_batch_size: examples that go through the model at a time, per process, on average.
         eval_batch_size: the same in validation.
         text: formats and maximum lengths.
+        max_tokens_per_micro_batch: in place of `micro_batch_size`, tokens that go through the model at a time, padding
+            included; `auto`: as many as fit into memory.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class SFTDataModule(StageDataModule):
         micro_batch_size: int = 16,
         eval_batch_size: int = 32,
         text: TextFormat = TextFormat(),
+        max_tokens_per_micro_batch: TokenBudget = None,
     ) -> None:
-        super().__init__(batch_size, micro_batch_size, eval_batch_size, text)
+        super().__init__(batch_size, micro_batch_size, eval_batch_size, text, max_tokens_per_micro_batch)
         self.sources = {"train": train, "validation": validation, "test": test}
 
     def load(self) -> None:
@@ -46,6 +50,10 @@ class SFTDataModule(StageDataModule):
             if source is not None and name not in self.splits:
                 self.splits[name] = load_demonstrations(source, f"data.{name}", self.tokenizer, self.text)
 
+    def step_lengths(self, epochs: int) -> Iterator[list[int]]:
+        """Of the joint sequences."""
+        return step_lengths(lengths(self.splits["train"], "input_ids"), self.batch_size, self.world_size, epochs)
+
     def train_dataloader(self) -> TrainBatches:
         """Shuffled micro-batches of the training split."""
         rows = self.splits["train"]
@@ -53,6 +61,7 @@ class SFTDataModule(StageDataModule):
         counts = [n - max(1, start) for n, start in zip(lengths(rows, "input_ids"), starts, strict=True)]
         return TrainBatches(
             counts,
+            lengths(rows, "input_ids"),
             partial(self.collate, "train"),
             self.batch_size,
             self._trainer.accumulate_grad_batches,

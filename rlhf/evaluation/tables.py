@@ -12,7 +12,7 @@ from rlhf.data.gold import gold_scores
 from rlhf.data.processing import load_comparisons, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat, encode
-from rlhf.generation import sample
+from rlhf.generation import sample, uniforms
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import pad_sequences, response_lengths
@@ -52,8 +52,8 @@ def generate(
         part = rows[start : start + batch_size]
         ids, mask = pad_sequences([row["query_ids"] for row in part], tokenizer.pad_token_id, "left")
         responses = sample(
-            model, ids.to(device), mask.to(device), max_new_tokens=response_length, temperature=temperature,
-            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, generator=random,
+            model, ids.to(device), mask.to(device), uniforms(len(part), response_length, random),
+            temperature=temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
         )  # fmt: skip
         lengths, has_eos = response_lengths(responses, tokenizer.eos_token_id)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.output_layer import output_weight
+from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.ops.logprobs import linear_logprobs
-from rlhf.ops.sequences import causal_inputs, model_inputs, right_padded, token_logprobs
+from rlhf.ops.sequences import right_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +38,6 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token, and the entropy there, at the sampling temperature (D26).
 
-    The output layer sees the hidden states that predict real response tokens, and no others.
-
     Args:
         queries, query_mask: `(B, P)`, padded on the left.
         responses, response_mask: `(B, R)`, padded on the right.
@@ -48,32 +45,12 @@ def response_logprobs(
     Returns:
         `logprobs (B, R)` and `entropy (B, R)` in float32, 0 on padding.
     """
-    weight = output_weight(policy)
-    if weight is None:
-        return logprobs_from_logits(policy, queries, query_mask, responses, response_mask, temperature)
     ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
-    hidden = policy.base_model(**causal_inputs(ids, mask), use_cache=False).last_hidden_state
     rows, columns = response_mask.nonzero(as_tuple=True)
-    predicting = hidden[rows, query_mask.sum(1)[rows] - 1 + columns]
-    found = linear_logprobs(predicting, weight, responses[rows, columns], temperature)
+    predicting = query_mask.sum(1)[rows] - 1 + columns
+    found = logprobs_at(policy, ids, mask, (rows, predicting), responses[rows, columns], temperature)
     logprobs, entropy = (x.new_zeros(responses.shape).index_put((rows, columns), x) for x in found)
     return logprobs, entropy
-
-
-def logprobs_from_logits(
-    policy: PreTrainedModel,
-    queries: Tensor,
-    query_mask: Tensor,
-    responses: Tensor,
-    response_mask: Tensor,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """As `response_logprobs`, for any model: by its own logits of the responses."""
-    ids, mask = join(queries, query_mask, responses, response_mask)
-    keep = responses.shape[1] + 1
-    logits = policy(**model_inputs(ids, mask), logits_to_keep=keep, use_cache=False).logits[:, -keep:-1]
-    logprobs, entropy = token_logprobs(logits, responses * response_mask, temperature)
-    return torch.where(response_mask.bool(), logprobs, 0.0), torch.where(response_mask.bool(), entropy, 0.0)
 
 
 class ActorCritic(nn.Module):

@@ -1,4 +1,4 @@
-"""The output layer of a language model, where it is nothing but a matrix."""
+"""Log-probabilities from a language model: its output layer sees only the states whose predictions are read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,42 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf.ops.logprobs import linear_logprobs
+from rlhf.ops.sequences import causal_inputs, token_logprobs
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def logprobs_at(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    places: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of tokens at a temperature, and the entropy of the distributions that they are from, float32.
+
+    Args:
+        input_ids, attention_mask: `(B, T)`, padded on the right.
+        places: rows and columns, `(n,)` each, of the states that predict the tokens.
+        tokens: `(n,)`.
+
+    Returns:
+        `logprobs (n,)` and `entropy (n,)`.
+    """
+    inputs, (rows, columns) = causal_inputs(input_ids, attention_mask), places
+    weight = output_weight(model)
+    if weight is not None:
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        return linear_logprobs(hidden[rows, columns], weight, tokens, temperature)
+    first, last = (int(x) for x in columns.aminmax()) if len(columns) else (0, 0)
+    keep = torch.arange(first, last + 1, device=columns.device)
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    return token_logprobs(logits[rows, columns - first], tokens, temperature)
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:
@@ -23,9 +55,9 @@ def output_weight(model: PreTrainedModel) -> Tensor | None:
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or hasattr(layer.weight, "ds_id"):
         return None
-    if model not in _plain:
-        _plain[model] = _logits_are_linear(model, layer)
-    return layer.weight if _plain[model] else None
+    if model not in _linear:
+        _linear[model] = _logits_are_linear(model, layer)
+    return layer.weight if _linear[model] else None
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ class ScalarModel(nn.Module):
         return self.model.get_parameter(HEAD)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One number per token in float32, `(B, T) -> (B, T)`, for padding anywhere; what stands there means nothing."""
+        """One number per token in float32, `(B, T) -> (B, T)`. Padding may be anywhere; its numbers mean nothing."""
         return self.read(self._hidden(model_inputs(input_ids, attention_mask)))
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class ScalarModel(nn.Module):
         return self._hidden(causal_inputs(input_ids, attention_mask))
 
     def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def read(self, hidden: Tensor) -> Tensor:
         """The head on some hidden states, in float32, `(..., H) -> (...)`."""

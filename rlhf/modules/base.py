@@ -33,6 +33,7 @@ class StageModule(LightningModule):
             third more computation for far less memory.
     """
 
+    kind: Literal["sft", "reward", "ppo"]
     schedule_interval: Literal["step", "epoch"] = "step"
 
     def __init__(
@@ -137,7 +138,13 @@ class StageModule(LightningModule):
 
         o = self.optimization
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, eps=o.eps, weight_decay=o.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=o.learning_rate,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            fused=self.trainer.precision != "16-mixed",  # whose scaler and clipping want the gradients themselves
+        )
         name = "constant_with_warmup" if o.schedule == "constant" else o.schedule
         scheduler = get_scheduler(name, optimizer, o.warmup_steps, self.total_schedule_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule_interval}}

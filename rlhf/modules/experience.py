@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.generation import sample
+from rlhf.generation import sample, uniforms
+from rlhf.micro_batches import by_length, split
 from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import (
@@ -32,7 +33,7 @@ from rlhf.ops.kl_control import AdaptiveKL, FixedKL
 from rlhf.ops.masking import whiten
 from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
-from rlhf.rollout import Rollout, in_chunks, response_masks
+from rlhf.rollout import Rollout, in_groups, response_masks
 from rlhf.seeding import generator
 from rlhf.strategies import Zero2Strategy
 
@@ -42,6 +43,7 @@ RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Sequence
 class ExperienceModule(StageModule):
     """Makes the experience of PPO; `PPOModule`, which learns from it, says what the arguments are."""
 
+    kind = "ppo"
     schedule_interval = "epoch"
 
     def __init__(
@@ -189,14 +191,15 @@ class ExperienceModule(StageModule):
 
         Args:
             batch: `queries (N, P)` padded on the left, `query_mask (N, P)`, `texts`: per row `query`, `reference`,
-                `record`; `chunk`: how many rows go through a model at a time.
+                `record`; `chunk`: how many of the longest rows go through a model at a time, and more of shorter ones.
             update: the number of this update; it seeds the sampling.
         """
         start = time.perf_counter()
-        queries, query_mask, chunk = batch["queries"], batch["query_mask"], batch["chunk"]
+        queries, query_mask = batch["queries"], batch["query_mask"]
+        tokens = batch["chunk"] * (queries.shape[1] + self.ppo.response_length)
         # 1. Sample responses; everything after the first EOS is PAD.
         random = generator(self.device, update, self.global_rank)
-        responses = self._sample_chunks(queries, query_mask, chunk, self.ppo.temperature, random)
+        responses = self._sample_groups(queries, query_mask, tokens, self.ppo.temperature, random)
         lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
         responses = self._widen(responses, lengths)
         mask, value_mask = response_masks(lengths, responses.shape[1], self.ppo.score_position)
@@ -207,13 +210,14 @@ class ExperienceModule(StageModule):
         )  # fmt: skip
         start = self._clock("sampling", start)
         # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
-        now = in_chunks(episodes, chunk, self._evaluate)
+        groups = self._groups(episodes, tokens)
+        now = in_groups(episodes, groups, self._evaluate)
         episodes.logprobs, episodes.values = now[0], torch.where(value_mask, now[1], 0.0)
         start = self._clock("values", start)
-        episodes.ref_logprobs = self._reference_logprobs(episodes, chunk)
+        episodes.ref_logprobs = self._reference_logprobs(episodes, groups)
         start = self._clock("reference", start)
         # 3. One score per response; the EOS trick.
-        episodes.scores = self._final_scores(episodes, self._score(episodes, chunk))
+        episodes.scores = self._final_scores(episodes, self._score(episodes, groups))
         start = self._clock("reward", start)
         # 4. Episodes that are not to be learnt from.
         keep = self.keep_episodes(episodes).to(self.device).unsqueeze(1)
@@ -231,20 +235,16 @@ class ExperienceModule(StageModule):
         self._clock("advantages", start)
         return episodes
 
-    def sample_responses(
-        self, queries: Tensor, query_mask: Tensor, temperature: float, random: torch.Generator
-    ) -> Tensor:
-        """Token ids `(n, r)` for left-padded queries `(n, P)`, at most `response_length` wide."""
-        return sample(
-            self.actor_critic.policy,
-            queries,
-            query_mask,
-            max_new_tokens=self.ppo.response_length,
-            temperature=temperature,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            generator=random,
-        )
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+        """Token ids `(n, r)` for left-padded queries `(n, P)`. Override this to sample with another engine.
+
+        Args:
+            uniforms: `(n, response_length)`, the random numbers of each row. An engine that draws its own may take its
+                seed from them.
+        """
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        policy = self.actor_critic.policy
+        return sample(policy, queries, query_mask, uniforms, temperature=temperature, eos_id=eos, pad_id=pad)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         """The reward of every episode, `(N,)`: reward model, reward function, or their sum. Override for your own.
@@ -275,17 +275,30 @@ class ExperienceModule(StageModule):
 
     # -------------------------------------------------------------------------------------------- rollout, smaller
 
-    def _sample_chunks(
-        self, queries: Tensor, query_mask: Tensor, chunk: int, temperature: float, random: torch.Generator
+    def _sample_groups(
+        self, queries: Tensor, query_mask: Tensor, tokens: int, temperature: float, random: torch.Generator
     ) -> Tensor:
-        parts = []
-        with self.autocast():
-            for q, m in zip(queries.split(chunk), query_mask.split(chunk), strict=True):
-                parts.append(self.sample_responses(q, m, temperature, random))
-        width = max(p.shape[1] for p in parts)
-        pad = self.tokenizer.pad_token_id
-        responses = torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=pad) for p in parts])
-        return truncate_after_eos(responses, self.tokenizer.eos_token_id, pad)
+        """Responses `(N, R)`, sampled in groups of similar length of at most `tokens` tokens with padding."""
+        eos, pad, longest = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.ppo.response_length
+        numbers = uniforms(len(queries), longest, random)
+        responses = torch.full((len(queries), longest), pad, device=queries.device)
+        width = 1
+        for rows in by_length((query_mask.sum(1) + longest).tolist(), tokens, shortest=0):
+            first = int(query_mask[rows].any(0).long().argmax())
+            inputs = queries[rows, first:], query_mask[rows, first:]
+            with self.autocast():
+                part = self.sample_responses(*inputs, temperature, numbers[rows])
+            responses[rows, : part.shape[1]] = part
+            width = max(width, part.shape[1])
+        return truncate_after_eos(responses[:, :width], eos, pad)
+
+    def _groups(self, episodes: Rollout, tokens: int) -> list[list[int]]:
+        """Rows that go through a model together, at most `tokens` with padding; under ZeRO-3 as many everywhere."""
+        lengths = episodes.total_lengths()
+        groups = by_length(lengths, tokens)
+        if "zero3" not in self.placements:
+            return groups
+        return split(lengths, int(self.reduce_max(torch.tensor(len(groups), device=self.device))))
 
     def _widen(self, responses: Tensor, lengths: Tensor) -> Tensor:
         """One more column where the longest response leaves room for it, for the score after EOS (D29)."""
@@ -306,7 +319,7 @@ class ExperienceModule(StageModule):
     def _networks(self, part: Rollout) -> Evaluation:
         return self.actor_critic(part.queries, part.query_mask, part.responses, part.mask, self.ppo.temperature)
 
-    def _reference_logprobs(self, episodes: Rollout, chunk: int) -> Tensor:
+    def _reference_logprobs(self, episodes: Rollout, groups: list[list[int]]) -> Tensor:
         assert self.reference is not None
         with self.reference.on(self.device) as reference, self.autocast():
 
@@ -314,9 +327,9 @@ class ExperienceModule(StageModule):
                 inputs = (part.queries, part.query_mask, part.responses, part.mask)
                 return (response_logprobs(reference, *inputs, self.ppo.temperature)[0],)
 
-            return in_chunks(episodes, chunk, logprobs)[0]
+            return in_groups(episodes, groups, logprobs)[0]
 
-    def _score(self, episodes: Rollout, chunk: int) -> Tensor:
+    def _score(self, episodes: Rollout, groups: list[list[int]]) -> Tensor:
         def scores(part: Rollout) -> tuple[Tensor]:
             values = self.score_responses(part).to(self.device, torch.float32)
             if values.shape != (len(part),):
@@ -324,7 +337,7 @@ class ExperienceModule(StageModule):
             return (values,)
 
         with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
-            return in_chunks(episodes, chunk, scores)[0]
+            return in_groups(episodes, groups, scores)[0]
 
     def _final_scores(self, episodes: Rollout, scores: Tensor) -> Tensor:
         if self.ppo.missing_eos_score is None:
@@ -359,12 +372,13 @@ class ExperienceModule(StageModule):
         queries, query_mask = batch["queries"], batch["query_mask"]
         random = generator(self.device, 0, seed, self.global_rank)
         temperature = self.ppo.evaluation_temperature
-        responses = self._sample_chunks(queries, query_mask, len(queries), temperature, random)
+        tokens = len(queries) * (queries.shape[1] + self.ppo.response_length)
+        responses = self._sample_groups(queries, query_mask, tokens, temperature, random)
         lengths, has_eos = response_lengths(responses, self.tokenizer.eos_token_id)
         mask, value_mask = response_masks(lengths, responses.shape[1])
         episodes = Rollout(
             self._with_responses(batch["texts"], responses, mask), queries=queries, query_mask=query_mask,
             responses=responses, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask,
         )  # fmt: skip
-        episodes.scores = self._score(episodes, len(episodes))
+        episodes.scores = self._score(episodes, self._groups(episodes, tokens))
         return episodes

@@ -30,6 +30,8 @@ class RewardModule(StageModule):
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
+    kind = "reward"
+
     def __init__(
         self,
         model_path: str,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.callbacks.samples import SampleTable
 from rlhf.checks import above, at_least
-from rlhf.generation import sample
+from rlhf.generation import sample, uniforms
 from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
@@ -19,11 +19,11 @@ from rlhf.models.loading import (
     load_causal_lm,
     save_pretrained,
 )
+from rlhf.models.output_layer import logprobs_at
 from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
-from rlhf.ops.losses import language_model_losses, masked_total
+from rlhf.ops.losses import masked_total
 from rlhf.ops.masking import masked_mean
-from rlhf.ops.sequences import model_inputs
 from rlhf.rouge import ROUGE, rouge
 from rlhf.seeding import generator
 
@@ -42,6 +42,8 @@ class SFTModule(StageModule):
         resize_embeddings: add rows to the embedding when PAD has none. The paper does not need it.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
+
+    kind = "sft"
 
     def __init__(
         self,
@@ -85,15 +87,17 @@ class SFTModule(StageModule):
     # ---------------------------------------------------------------------------------------------------- training
 
     def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy per predicted token and which of them count, `(B, T - 1)` each.
+        """Cross-entropy per predicted token and which of them count, `(B, T - 1)` each; 0 where they do not.
 
         Override this for another language-model loss.
 
         Args:
             batch: `input_ids`, `attention_mask`, `loss_mask`, all `(B, T)` with padding on the right.
         """
-        logits = self.model(**model_inputs(batch["input_ids"], batch["attention_mask"]), use_cache=False).logits
-        return language_model_losses(logits[:, :-1], batch["input_ids"][:, 1:]), batch["loss_mask"][:, 1:].bool()
+        ids, mask = batch["input_ids"], batch["loss_mask"][:, 1:].bool()
+        places = mask.nonzero(as_tuple=True)
+        logprobs, _ = logprobs_at(self.model, ids, batch["attention_mask"], places, ids[:, 1:][places])
+        return logprobs.new_zeros(mask.shape).index_put(places, -logprobs), mask
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
@@ -127,16 +131,16 @@ class SFTModule(StageModule):
 
     def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Texts sampled for the left-padded `queries (B, P)` of a batch."""
+        queries, random = batch["queries"], generator(self.device, self.global_rank, batch_idx)
         with self.autocast():
             responses = sample(
                 self.model,
-                batch["queries"],
+                queries,
                 batch["query_mask"],
-                max_new_tokens=self.response_length,
+                uniforms(len(queries), self.response_length, random),
                 temperature=self.temperature,
                 eos_id=self.tokenizer.eos_token_id,
                 pad_id=self.tokenizer.pad_token_id,
-                generator=generator(self.device, self.global_rank, batch_idx),
             )
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 

@@ -30,7 +30,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _LinearLogprobs.apply(hidden, weight, tokens, temperature)  # type: ignore[no-any-return]
+        return _LinearLogprobs.apply(hidden, weight, tokens, temperature)
 
 
 def _stretches(rows: int, weight: Tensor) -> range:
@@ -41,7 +41,7 @@ def _stretches(rows: int, weight: Tensor) -> range:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """One pass over the vocabulary: the largest z so far, the sum of exp(z - largest) and that of z exp(z - largest)."""
+        """One pass over the vocabulary: largest z so far, sum of exp(z - largest), sum of z exp(z - largest)."""
         rows = hidden.new_zeros(len(hidden), dtype=torch.float32)
         largest, total, weighted, chosen = rows - torch.inf, rows, rows, rows
         stretches = _stretches(len(hidden), weight)

@@ -19,14 +19,6 @@ def masked_total(losses: Tensor, mask: Tensor, normaliser: Tensor | float) -> Te
     return masked_sum(losses, mask) / normaliser
 
 
-def language_model_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the next token in float32 (D15), `(B, T, V), (B, T) -> (B, T)`.
-
-    Position t predicts `labels[:, t]`.
-    """
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-
-
 def pairwise_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
     """`-log sigmoid(r_chosen - r_rejected)` per pair (D18; Bradley-Terry). `(B,), (B,) -> (B,)`."""
     return -F.logsigmoid(chosen - rejected)

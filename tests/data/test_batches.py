@@ -42,6 +42,9 @@ def test_a_micro_batch_without_rows_is_refused(micro: int) -> None:
     assert "multiple of" not in str(error.value)
 
 
+LENGTHS = [7, 90, 30, 31, 5, 64, 30, 12, 88, 41, 3]
+
+
 def collate(rows: list[int], real: bool) -> dict[str, Any]:
     return {"taken": rows, "real": real}
 
@@ -49,7 +52,8 @@ def collate(rows: list[int], real: bool) -> dict[str, Any]:
 def loader(
     rows: int, batch: int, accumulate: int, rank: int = 0, world: int = 1, epoch: int = 0, done: int = 0
 ) -> TrainBatches:
-    return TrainBatches([10 + r for r in range(rows)], collate, batch, accumulate, rank, world, lambda: (epoch, done))
+    weights, lengths = [10 + r for r in range(rows)], [LENGTHS[r % len(LENGTHS)] for r in range(rows)]
+    return TrainBatches(weights, lengths, collate, batch, accumulate, rank, world, lambda: (epoch, done))
 
 
 GRID = list(product((1, 2, 5, 12, 13, 23, 24, 25), (1, 2, 3), (1, 2), (1, 2)))
@@ -65,11 +69,15 @@ def test_every_row_once_per_epoch_over_all_ranks(rows: int, world: int, micro: i
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(row for batch in batches if batch["real"] for row in batch["taken"]) == list(range(rows))
     assert sorted(row for batch in batches for row in batch["rows"]) == list(range(rows))
-    assert all(0 < len(batch["taken"]) <= (micro if batch["real"] else 1) for batch in batches)
+    assert all(0 < len(batch["taken"]) and (batch["real"] or len(batch["taken"]) == 1) for batch in batches)
     for step in range(0, count, accumulate):
         part = [batch for rank in ranks for batch in rank[step : step + accumulate]]
         own = [row for batch in part if batch["real"] for row in batch["taken"]]
         assert len(own) == size or step == count - accumulate
+        if len(own) == size:
+            assert all(batch["real"] for batch in part)
+        costs = [sum(LENGTHS[r % 11] for r in rank[i]["rows"]) for rank in ranks for i in range(step, step + accumulate)]
+        assert max(costs) <= micro * max(LENGTHS)
         assert [batch["share"] for batch in part] == [sum(10 + r for r in own) / (accumulate * world)] * len(part)
 
 

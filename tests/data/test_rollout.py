@@ -61,12 +61,26 @@ def test_defaults_are_the_papers() -> None:
 def test_each_pass_holds_every_prompt_exactly_once(make: Attach, rows: int, batch: int, world: int) -> None:
     ranks = [make(batch, rank, world, rows) for rank in range(world)]
     assert all(len(data.prompts_of(u)) == batch // world for data in ranks for u in range(batch))
-    sequence = drawn(ranks, range(rows))
-    passes = [sequence[i : i + rows] for i in range(0, len(sequence), rows)]
-    assert len(passes) == batch
-    assert all(sorted(each) == list(range(rows)) for each in passes)
+    for updates in range(1, rows + 1):
+        sequence = drawn(ranks, range(updates))
+        counts = [sequence.count(row) for row in range(rows)]
+        assert sum(counts) == updates * batch
+        assert max(counts) - min(counts) <= 1
+    assert counts == [batch] * rows
+
+
+def test_passes_are_shuffled_afresh(make: Attach) -> None:
+    passes = [[sorted(drawn([make(4)], range(u, u + 1))) for u in range(n, n + 5)] for n in (0, 5, 10)]
     assert all(a != b for a, b in pairwise(passes))
-    assert passes[0] != sorted(passes[0])
+    assert passes[0] != [list(range(n, n + 4)) for n in range(0, 20, 4)]
+
+
+def test_ranks_get_long_and_short_prompts_alike(make: Attach) -> None:
+    one = make(12)
+    lengths = {row: len(one.splits["train"][row]["query_ids"]) for row in range(20)}
+    ranks = [sorted(lengths[row] for row in make(12, rank, 3).prompts_of(0)) for rank in range(3)]
+    ordered = sorted(lengths[row] for row in one.prompts_of(0))
+    assert ranks == [ordered[rank::3] for rank in range(3)]
 
 
 def test_the_prompts_of_an_update_depend_neither_on_history_nor_on_ranks(make: Attach) -> None:
@@ -74,7 +88,9 @@ def test_the_prompts_of_an_update_depend_neither_on_history_nor_on_ranks(make: A
     later = one.prompts_of(9)
     drawn([one], range(9))
     assert one.prompts_of(9) == later == make(6).prompts_of(9)
-    assert drawn([make(6, rank, 3) for rank in range(3)], range(9)) == drawn([one], range(9))
+    for update in range(9):
+        everyone = drawn([make(6, rank, 3) for rank in range(3)], range(update, update + 1))
+        assert sorted(everyone) == sorted(one.prompts_of(update))
 
 
 def test_generic_prompts_work_with_nothing_but_a_prompt(make: Attach, tokenizer: Any) -> None:

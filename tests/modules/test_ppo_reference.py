@@ -164,14 +164,20 @@ KL = {
 }
 
 
+def pattern_of(response: list[int]) -> int:
+    """Which of the fixed responses this is: their first two tokens differ, up to EOS."""
+    return next(i for i, r in enumerate(RESPONSES) if r[0] == response[0] and (r[0] == EOS or r[1] == response[1]))
+
+
 @torch.no_grad()
 def expected(rollout: Rollout, networks: Networks, s: PPOSettings, filtering: bool) -> dict[int, dict[str, Any]]:
     """What the formulas give for each episode that is kept: numpy, no padding, no batch, sums written out."""
     width = s.response_length
     episodes = {}
-    for n in [n for n in range(len(rollout)) if not (filtering and n % len(RESPONSES) == 2)]:
+    patterns = [pattern_of(row) for row in rollout.responses.tolist()]
+    for n in [n for n in range(len(rollout)) if not (filtering and patterns[n] == 2)]:
         query = rollout.queries[n][rollout.query_mask[n].bool()].tolist()
-        fixed = RESPONSES[n % len(RESPONSES)]
+        fixed = RESPONSES[patterns[n]]
         ended = EOS in fixed
         length = fixed.index(EOS) + 1 if ended else len(fixed)
         ids, start = query + fixed[:length], len(query)

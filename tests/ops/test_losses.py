@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from rlhf.ops.losses import language_model_losses, masked_total, pairwise_losses, policy_losses, value_losses
+from rlhf.ops.losses import masked_total, pairwise_losses, policy_losses, value_losses
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
 

@@ -1,0 +1,65 @@
+"""Which rows go through a model together: rows of similar length, since a group costs its rows x its longest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+SHORTEST = 0.8  # so padding is less than a fifth of a group, and about a tenth in all
+
+
+def by_length(lengths: Sequence[int], tokens: int, shortest: float = SHORTEST) -> list[list[int]]:
+    """Row numbers in groups of similar length, those of the longest first, none of more than `tokens` with padding.
+
+    A row that is longer than that has a group of its own.
+
+    Args:
+        shortest: how long the shortest row of a group must be, as a share of its longest; 0: as few groups as fit.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        fits = groups and (len(groups[-1]) + 1) * longest <= tokens
+        if not fits or lengths[row] < shortest * longest:
+            groups.append([])
+            longest = lengths[row]
+        groups[-1].append(row)
+    return [sorted(group) for group in groups]
+
+
+def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Row numbers in `parts` groups of similar length, so that the costliest (rows x longest) costs the least.
+
+    Where there are fewer rows than parts, the last groups are empty.
+    """
+    rows = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+    ordered = [lengths[r] for r in rows]
+    low, high = max(ordered, default=0), max(ordered, default=0) * len(rows)
+    while low < high:  # the smallest limit under which `parts` groups suffice
+        middle = (low + high) // 2
+        if parts_needed(ordered, middle) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    sizes = _sizes(ordered, high)
+    while len(sizes) < min(parts, len(rows)):  # more groups than the limit asks for: halve the largest
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        half = sizes[largest] // 2
+        sizes[largest : largest + 1] = [half, sizes[largest] - half]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    groups = [sorted(rows[start:end]) for start, end in itertools.pairwise(ends)]
+    return groups + [[] for _ in range(parts - len(groups))]
+
+
+def parts_needed(lengths: Sequence[int], tokens: int) -> int:
+    """The smallest number of groups of at most `tokens` each, with padding. No length is larger than `tokens`."""
+    return len(_sizes(sorted(lengths, reverse=True), tokens))
+
+
+def _sizes(descending: Sequence[int], tokens: int) -> list[int]:
+    sizes = []
+    start = 0
+    while start < len(descending):
+        sizes.append(min(tokens // descending[start], len(descending) - start))
+        start += sizes[-1]
+    return sizes
