@@ -13,6 +13,7 @@ from torch import nn
 from rlhf.errors import UserError
 from rlhf.models.frozen import Placement
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.ops.logprobs import LOGITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -116,12 +117,12 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
     stepped = replace(always, gradients=FLOAT32 * f.own, buffers=0 if f.zero else f.reduction())
     # without ZeRO gradients live until the next forward of training; PPO frees them before its rollout
     between = always if f.zero or workload.stage == "ppo" else stepped
-    work, outputs = f.at_work(rows), f.scoring_logits(rows)
+    work, outputs = f.at_work(rows), f.logits(rows)
     forward = replace(between, weight_copies=f.weight_copies(), activations=work)
     moved = always.frozen_models + max(f.frozen("cpu"), f.frozen("zero3"))
     # logits come when the layers are done, so the larger of the two counts
     either = {"activations": work} if work > outputs else {"activations": 0, "logits": outputs}
-    kept, logits = f.activations(micro), f.training_logits(micro)
+    kept, logits = f.activations(micro), f.output_layer(micro)
     phases = {
         "sampling": replace(forward, kv_cache=f.kv_cache(rows)),
         "scoring": replace(forward, frozen_models=moved, **either),
@@ -179,8 +180,8 @@ class _Formula:
         self.compute = BFLOAT16 if self.mixed else FLOAT32
         self.stored = self.compute if self.zero else FLOAT32
         self.tokens = run.query_length + run.response_length
-        # logits per row: of all positions, or of the response
-        self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage] * self.config.vocab_size
+        # states per row that the output layer sees: all, or those of the response
+        self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage]
 
     def optimizer_states(self) -> int:
         """AdamW has two moments per value; ZeRO also a float32 master copy of each rank's share."""
@@ -213,34 +214,41 @@ class _Formula:
 
         Per token the wide side of every linear layer, a gated one's gate also after its activation, the results of two
         norms, rotated queries and keys, and in float32 the inputs of the norms: one, where attention and MLP share it.
-        Attention keeps no T x T matrix per head, but its mask is one per row.
+        Attention keeps no T x T matrix, and has no mask.
         """
         hidden, matrices = self.config.hidden_size, self.backbone.matrices
         gates = sum(values for name, values in matrices.items() if "gate" in name)
         wide = (sum(matrices.values()) + gates) // (hidden * self.config.num_hidden_layers)
         inputs = 1 if getattr(self.config, "use_parallel_residual", False) else 2
         token = self.compute * (wide + 4 * hidden) + FLOAT32 * inputs * hidden
-        return rows * self.tokens * (token + self.compute * self.tokens)
+        return rows * self.tokens * token
 
     def at_work(self, rows: int) -> int:
         """What a layer holds at a time in a forward without gradients."""
         return int(AT_WORK * self.layer(rows))
 
     def activations(self, rows: int) -> int:
-        """Those of all layers of all networks, and the gradients of the layer at work."""
-        layers, layer = len(self.trained) * self.config.num_hidden_layers, self.layer(rows)
+        """Those of all layers of all networks, and what the layer at work holds in the backward pass."""
+        layers, kept = len(self.trained) * self.config.num_hidden_layers, self.layer(rows)
         if self.run.activation_checkpointing:
-            inputs = rows * self.tokens * self.stored * self.config.hidden_size
-            return layers * inputs + layer + self.at_work(rows)
-        return layers * layer + self.at_work(rows)
+            kept = rows * self.tokens * self.stored * self.config.hidden_size
+        return layers * kept + self.in_backward(rows)
 
-    def training_logits(self, rows: int) -> int:
-        """In float32 SFT: log p, and two gradients on the way back; PPO: log p and p."""
-        return FLOAT32 * (3 if self.run.stage == "sft" else 2) * rows * self.outputs
+    def in_backward(self, rows: int) -> int:
+        """The gradients of a layer, and what was not kept of it."""
+        return self.at_work(rows) + (self.layer(rows) if self.run.activation_checkpointing else 0)
 
-    def scoring_logits(self, rows: int) -> int:
-        """The logits; in float32 SFT: logits and log p; PPO: log p, p and their product."""
-        return (self.compute + FLOAT32 * (2 if self.run.stage == "sft" else 3)) * rows * self.outputs
+    def logits(self, rows: int) -> int:
+        """In float32, of a stretch of the vocabulary: the logits, their distance from the largest, its exponential."""
+        return 3 * FLOAT32 * min(rows * self.outputs * self.config.vocab_size, LOGITS["cuda"])
+
+    def output_layer(self, rows: int) -> int:
+        """What it adds to the peak of training: its logits, later its gradient (under autocast also cast), at a time
+        when no other layer is at work.
+        """
+        size = self.compute + (FLOAT32 if self.mixed and not self.zero else 0)
+        gradient = 0 if self.run.stage == "reward" else size * self.config.vocab_size * self.config.hidden_size
+        return max(0, max(self.logits(rows), gradient + self.logits(rows) // 3) - self.in_backward(rows))
 
     def kv_cache(self, rows: int) -> int:
         """Keys and values of every token; under autocast in float32, in which the keys come out of their rotation."""

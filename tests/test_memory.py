@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.errors import UserError
-from rlhf.generation import sample
+from rlhf.generation import sample, uniforms
 from rlhf.memory import Phase, Workload, estimate, networks
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.loading import checkpoint_activations
@@ -26,7 +26,7 @@ from rlhf.models.output_layer import logprobs_at
 from rlhf.ops.sequences import model_inputs
 
 ROOT = Path(__file__).parents[1]
-QUERY, RESPONSE, VOCABULARY = 64, 16, 2000
+QUERY, RESPONSE, VOCABULARY = 64, 16, 1600
 # How the networks hold their weights on one process: `bf16-mixed` is autocast, but bfloat16 weights under ZeRO.
 FLOAT32 = {"strategy": "single", "precision": "32-true"}
 AUTOCAST = {"strategy": "single", "precision": "bf16-mixed"}
@@ -275,9 +275,9 @@ def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str]) -> Non
     queries, mask = (tensor[:, :QUERY] for tensor in batch(4))
     with PeakMemory(models) as measured, autocast(how):
         settings: dict[str, Any] = {"temperature": 0.7, "eos_id": -1, "pad_id": 0}
-        sample(models.policy, queries, mask, max_new_tokens=RESPONSE, **settings)
+        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), **settings)
     found = made(estimate(CONFIGS[kind](), workload("sft", how)).phases["sampling"])
-    assert 0.95 < found / measured.peak < 1.45
+    assert 0.9 < found / measured.peak < 1.45
 
 
 # ----------------------------------------------------------------------------------------------------- what adds up

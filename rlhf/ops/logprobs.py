@@ -78,10 +78,11 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in stretches:
             part = weight[start : start + stretches.step]
             logp = (hidden @ part.T).float().div_(ctx.temperature).sub_(normaliser.unsqueeze(1))
-            p = logp.exp()
-            of_z = p * -scale.unsqueeze(1)
-            if of_entropy is not None:
-                of_z -= p * (logp + entropy.unsqueeze(1)) * (of_entropy / ctx.temperature).unsqueeze(1)
+            if of_entropy is None:
+                of_z = logp.exp_().mul_(-scale.unsqueeze(1))
+            else:
+                p, of_p = logp.exp(), (of_entropy / ctx.temperature).unsqueeze(1)
+                of_z = logp.add_(entropy.unsqueeze(1)).mul_(-of_p).sub_(scale.unsqueeze(1)).mul_(p)
             of_z = of_z.to(weight.dtype)
             of_hidden += of_z @ part
             torch.mm(of_z.T, hidden, out=of_weight[start : start + stretches.step])

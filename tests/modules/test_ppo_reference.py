@@ -282,14 +282,14 @@ def check_step(step: Step, networks: Networks, groups: list[list[dict[str, Any]]
         for name in names:
             wanted = trained[name].grad
             actual = step.gradients[name].view_as(wanted)
-            np.testing.assert_allclose(actual, wanted, atol=1e-5 * largest, rtol=0, err_msg=name)
+            np.testing.assert_allclose(actual, wanted, atol=2e-5 * largest, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rollout_loss_and_gradients_are_those_of_the_formulas(
     variant: str, make_networks: Callable[[str], dict[str, str]], trainer: Make, rollout_data: Make
 ) -> None:
-    """One update: eight episodes, two passes, micro-batches of four; within 1e-5 of the largest number."""
+    """One update: eight episodes, two passes, micro-batches of four; gradients within 2e-5 of the largest."""
     s = replace(SETTINGS, **VARIANTS[variant])
     paths = make_networks("gpt2" if variant == "learned positions" else "gpt_neox")
     by_micro_batch = variant == "means of micro-batches"
