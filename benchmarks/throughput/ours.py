@@ -24,7 +24,10 @@ from rlhf.modules.ppo import PPOModule
 from rlhf.modules.settings import Optimization, PPOSettings
 from throughput.record import PHASES, Recorder, Row, Task, work
 
-DATA = {"micro_batch_size": 8, "rollout_batch_size": 64}  # as many rows as TRL takes at a time
+
+def data_settings(task: Task) -> dict[str, Any]:
+    """Settings of the DataModule: as given, else as many rows at a time as TRL takes."""
+    return task.data or {"micro_batch_size": task.micro, "rollout_batch_size": 64}
 
 
 class Clock(Callback):
@@ -126,7 +129,7 @@ def measure(task: Task, begin: Callable[[], None], end: Callable[[Row], None], *
         Source(str(folder / "prompts.jsonl")),
         batch_size=task.batch,
         text=TextFormat(max_query_length=max(512, task.longest_query)),
-        **(task.data or DATA),
+        **data_settings(task),
     )
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(

@@ -102,12 +102,13 @@ class Recorder:
             queries, responses: real tokens of every episode.
         """
         seconds = self.now() - self._start
-        others = _busy_seconds() - self._busy - (time.process_time() - self._own)
+        own = time.process_time() - self._own
+        others = _busy_seconds() - self._busy - own
         self.running = False
         phases = {phase: self.seconds[phase] for phase in PHASES}
         self.end({
-            "seconds": seconds, **phases, "rest": seconds - sum(phases.values()), "processed": self.processed,
-            "queries": queries, "responses": responses, "peak_rss_gib": _peak_rss_gib(),
+            "seconds": seconds, "cpu_seconds": own, **phases, "rest": seconds - sum(phases.values()),
+            "processed": self.processed, "queries": queries, "responses": responses, "peak_rss_gib": _peak_rss_gib(),
             "peak_device_gib": _peak_device_gib(self.device), "other_cores": max(0.0, others / seconds),
         })  # fmt: skip
 

@@ -13,7 +13,8 @@ from throughput.record import PHASES, Row, Task
 
 PEAKS = ("peak_rss_gib", "peak_device_gib")
 LABELS = {
-    "episodes_per_second": "episodes/s", "seconds": "seconds per update", "forward": "training forward",
+    "episodes_per_second": "episodes/s", "seconds": "seconds per update", "cpu_seconds": "CPU seconds, all threads",
+    "forward": "training forward",
     "backward": "training backward", "optimizer": "optimizer step", "peak_rss_gib": "peak RSS, GiB",
     "peak_device_gib": "peak device memory, GiB", "processed": "tokens processed", "needed": "tokens needed",
     "processed_per_needed": "processed / needed", "response": "mean response, tokens",
