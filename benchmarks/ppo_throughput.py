@@ -3,7 +3,7 @@
     python benchmarks/ppo_throughput.py --shape tiny --threads 2                                   # any CPU
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --precision bf16-mixed
     python benchmarks/ppo_throughput.py --shape 1b --device cuda --precision bf16-mixed --batch 512 --rounds 3
-    python benchmarks/ppo_throughput.py --shape tiny --threads 2 --lengths       # our cost over lengths
+    python benchmarks/ppo_throughput.py --shape tiny --threads 2 --lengths --batch 8 --updates 2   # over lengths
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --profile trace.json
 
 Needs `pip install rlhf[bench]`. Models are random ones of a Pythia's shape, prompts are as long as TL;DR's, responses
@@ -38,8 +38,7 @@ from throughput.record import Row, Task
 
 ROOT = Path(__file__).parent.parent
 MODULES = {"ours": "throughput.ours", "trl": "throughput.trl_side"}
-QUERIES, RESPONSES = (64, 128, 256, 512), (13, 26, 53, 106)
-LENGTHS_BATCH = 16
+QUERIES, RESPONSES = (64, 128, 256, 512), (13, 26, 53)
 
 
 class Worker:
@@ -69,9 +68,11 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        """Let it end."""
-        self.process.stdin.close()
+        """End it."""
+        self.process.terminate()
         self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 def environment(task: Task) -> dict[str, str]:
@@ -145,11 +146,11 @@ def lengths(options: argparse.Namespace) -> dict[str, Any]:
     for query in QUERIES:
         for response in RESPONSES:
             with tempfile.TemporaryDirectory() as folder:
-                task = replace(task_of(options, folder), batch=LENGTHS_BATCH, response_length=response)
-                make_fixtures(task, options.shape, "full", [query] * LENGTHS_BATCH)
+                task = replace(task_of(options, folder), response_length=response)
+                make_fixtures(task, options.shape, "full", [query] * options.batch)
                 rows = play(task, ["ours"], False, options.seconds)["ours"]
             cells[query, response] = results.medians([results.complete(row, task) for row in rows])["seconds"]
-    cells = {lengths: seconds / LENGTHS_BATCH for lengths, seconds in cells.items()}
+    cells = {lengths: seconds / options.batch for lengths, seconds in cells.items()}
     table, fit = results.lengths_table(cells)
     Console(width=120).print(table)
     return {"fit": fit, "cells": [[*lengths, seconds] for lengths, seconds in cells.items()]}
@@ -185,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=json.loads, default={}, help="JSON: settings of our DataModule")
     parser.add_argument("--updates", type=int, default=4, help="per side and round, after one that is not counted")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a regime; the last update is finished")
+    parser.add_argument("--seconds", type=float, default=1e6, help="of a regime; what has begun is finished")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

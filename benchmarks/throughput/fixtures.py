@@ -79,8 +79,9 @@ def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> Non
         lengths: tokens of the prompts; their words are random.
     """
     import torch
-    from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+    from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, logging
 
+    logging.disable_progress_bar()
     tokenizer = _tokenizer(shape)
     torch.manual_seed(0)
     policy = GPTNeoXForCausalLM(_config(shape))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,14 +130,13 @@ def measure(task: Task, begin: Callable[[], None], end: Callable[[Row], None], *
         text=TextFormat(max_query_length=max(512, task.longest_query)),
         **data_settings(task),
     )
-    with tempfile.TemporaryDirectory() as root:
-        trainer = Trainer(
-            accelerator="gpu" if task.device == "cuda" else "cpu", devices=1, precision=task.precision,
-            max_epochs=task.updates, log_every_n_steps=1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=root,
-            callbacks=[*callbacks, Clock(Recorder(task.device, begin, end))],
-        )  # fmt: skip
-        trainer.fit(module, data)
+    trainer = Trainer(
+        accelerator="gpu" if task.device == "cuda" else "cpu", devices=1, precision=task.precision,
+        max_epochs=task.updates, log_every_n_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder / "run",
+        callbacks=[*callbacks, Clock(Recorder(task.device, begin, end))],
+    )  # fmt: skip
+    trainer.fit(module, data)
 
 
 def profile(task: Task, file: Path) -> None:

@@ -147,7 +147,7 @@ def _peak_device_gib(device: str) -> float:
 def work(measure: Callable[[Task, Callable[[], None], Callable[[Row], None]], None]) -> None:
     """A worker process: a line on standard input is a turn; its row goes to standard output, all else to the errors.
 
-    It ends when standard input does, without any work for its end, which would disturb the other side.
+    After its last row it waits for its end: the work of an orderly one would disturb the other side.
     """
     import torch
 

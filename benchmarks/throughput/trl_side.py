@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
@@ -163,9 +162,9 @@ def measure(task: Task, begin: Callable[[], None], end: Callable[[Row], None]) -
             if state.global_step < task.updates:
                 clock.start()
 
-    with tempfile.TemporaryDirectory() as folder, clock.wrapped(ppo):
+    with clock.wrapped(ppo):
         config = PPOConfig(
-            output_dir=folder, per_device_train_batch_size=task.micro, num_mini_batches=1, seed=1,
+            output_dir=f"{task.folder}/trl", per_device_train_batch_size=task.micro, num_mini_batches=1, seed=1,
             gradient_accumulation_steps=task.batch // task.micro, total_episodes=task.batch * task.updates,
             num_ppo_epochs=task.ppo_epochs, response_length=task.response_length, temperature=task.temperature,
             learning_rate=task.learning_rate, stop_token="eos", missing_eos_penalty=MISSING_EOS_PENALTY, bf16=bf16,
