@@ -68,8 +68,8 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        """End it."""
-        self.process.terminate()
+        """End it; Lightning would make a milder signal wait for the end of the update."""
+        self.process.kill()
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
