@@ -1,0 +1,143 @@
+"""Models with random weights, a tokenizer and prompts, the same files for both sides.
+
+How long responses get is decided by the weights, so that every trainer sees it without a change to its code: the last
+unit of the final layer norm is the constant 1, which makes the last column of the output layer a bias of the logits.
+That of PAD is so low that it is never sampled; that of EOS either as low (`full`), or such that each token is EOS with
+probability `END` (`early`).
+
+    python -m throughput.fixtures FOLDER '{"shape": ..., "regime": "full", "lengths": [...]}'
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Regime = Literal["full", "early"]
+
+TEMPERATURE = 0.7
+NEVER = -40.0
+END = 0.046  # responses of at most 53 tokens then have (1 - (1 - END)^53) / END = 19.95 on average
+PAD_BELOW = 27  # PAD has id 50277 of 50304, the next after Pythia's vocabulary
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a GPT-NeoX with parallel residuals, four times as wide between its layers."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocabulary: int = 50304
+
+    @property
+    def pad_id(self) -> int:
+        """The last word of the tokenizer."""
+        return self.vocabulary - PAD_BELOW
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights that multiply every token, biases and norms left out: 4 d^2 of attention and 8 d^2 of the MLP."""
+        return 12 * self.layers * self.hidden**2
+
+    @property
+    def output_weights(self) -> int:
+        """Weights of the output layer (and as many of the embedding, which multiply nothing)."""
+        return self.hidden * self.vocabulary
+
+
+SHAPES = {
+    "test": Shape(32, 2, 2, 512),
+    "tiny": Shape(256, 4, 8),
+    "70m": Shape(512, 6, 8),
+    "160m": Shape(768, 12, 12),
+    "410m": Shape(1024, 24, 16),
+    "1b": Shape(2048, 16, 8),
+}
+
+
+def prompt_lengths(count: int) -> list[int]:
+    """Lengths of TL;DR's queries in tokens, mean 289, from 48 to 512: evenly spaced quantiles of a gamma distribution.
+
+    No draws: every batch has the whole distribution, and both sides have the same batch.
+    """
+    from scipy.stats import gamma
+
+    lengths = gamma(6.2, scale=50)
+    low, high = lengths.cdf(48), lengths.cdf(512)
+    return [round(float(lengths.ppf(low + (high - low) * (n + 0.5) / count))) for n in range(count)]
+
+
+def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> None:
+    """Write `policy`, `reward` (both with the tokenizer) and `prompts.jsonl`, one prompt of each length.
+
+    Args:
+        lengths: tokens of the prompts; their words are random.
+    """
+    import torch
+    from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, logging
+
+    logging.disable_progress_bar()
+    tokenizer = _tokenizer(shape)
+    torch.manual_seed(0)
+    policy = GPTNeoXForCausalLM(_config(shape))
+    with torch.no_grad():
+        _set_length(policy, shape, regime)
+    torch.manual_seed(1)
+    reward = GPTNeoXForSequenceClassification(_config(shape))
+    for name, model in (("policy", policy), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    random = torch.Generator().manual_seed(2)
+    with (folder / "prompts.jsonl").open("w") as stream:
+        for length in lengths:
+            words = torch.randint(1, shape.pad_id, (length,), generator=random).tolist()
+            stream.write(json.dumps({"prompt": " ".join(f"w{word}" for word in words)}) + "\n")
+
+
+def _config(shape: Shape) -> Any:
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=4 * shape.hidden, max_position_embeddings=2048,
+        bos_token_id=0, eos_token_id=0, pad_token_id=shape.pad_id, num_labels=1,
+    )  # fmt: skip
+
+
+def _tokenizer(shape: Shape) -> Any:
+    """One word per id: EOS, w1, w2, ..., [PAD]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    vocabulary = {end: 0, **{f"w{n}": n for n in range(1, shape.pad_id)}, "[PAD]": shape.pad_id}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=end))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end, pad_token="[PAD]"
+    )
+
+
+def _set_length(policy: Any, shape: Shape, regime: Regime) -> None:
+    """Put the length of the responses into the weights."""
+    import torch
+
+    norm, output = policy.gpt_neox.final_layer_norm, policy.get_output_embeddings().weight
+    norm.weight[-1], norm.bias[-1] = 0, 1
+    output[:, -1] = 0
+    output[shape.pad_id, -1] = NEVER
+    output[0] = 0
+    hidden = torch.nn.functional.layer_norm(torch.randn(256, shape.hidden), (shape.hidden,))
+    hidden[:, -1] = 1
+    others = torch.logsumexp((hidden @ output.T)[:, 1:] / TEMPERATURE, -1).mean().item()
+    output[0, -1] = NEVER if regime == "full" else TEMPERATURE * (others + math.log(END / (1 - END)))
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[2])
+    write(Path(sys.argv[1]), Shape(**settings.pop("shape")), **settings)

@@ -1,0 +1,171 @@
+"""What is to be timed, and the record of its updates; a worker process takes its turns on the word of its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PHASES = ("sampling", "reference", "values", "reward", "forward", "backward", "optimizer")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both sides do.
+
+    Attributes:
+        folder: the fixtures.
+        batch: episodes per update.
+        updates: how many, the first one included, which is not counted.
+        micro: TRL's `per_device_train_batch_size`.
+        data: settings of our DataModule beside the batch size.
+        precision: as Lightning names it.
+        device: `cpu` or `cuda`.
+        response_length, temperature, ppo_epochs, learning_rate: the paper's, on both sides.
+    """
+
+    folder: str
+    batch: int = 64
+    updates: int = 5
+    micro: int = 8
+    data: dict[str, Any] = field(default_factory=dict)
+    precision: str = "32-true"
+    device: str = "cpu"
+    threads: int = 1
+    response_length: int = 53
+    temperature: float = 0.7
+    ppo_epochs: int = 4
+    learning_rate: float = 3e-6
+
+    @property
+    def longest_query(self) -> int:
+        """Tokens of the longest prompt."""
+        lines = (Path(self.folder) / "prompts.jsonl").read_text().splitlines()
+        return max(len(json.loads(line)["prompt"].split()) for line in lines)
+
+
+class Recorder:
+    """Times the updates of one side.
+
+    Args:
+        device: `cpu` or `cuda`.
+        begin: called before every update, off the clock.
+        end: called with the row of every update, off the clock.
+    """
+
+    def __init__(self, device: str, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
+        self.device, self.begin, self.end = device, begin, end
+        self.seconds: Counter[str] = Counter()
+        self.processed = 0
+        self.running = False
+
+    def now(self) -> float:
+        """Seconds, after all that the device was asked to do."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def count(self, *models: nn.Module) -> None:
+        """Count every token that goes into these models, padding too."""
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.processed += inputs[0].numel()
+
+        for model in models:
+            model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
+
+    def start(self) -> None:
+        """An update begins, when it is this side's turn."""
+        self.begin()
+        self.seconds.clear()
+        self.processed, self.running = 0, True
+        self._busy, self._own, self._start = _busy_seconds(), time.process_time(), self.now()
+
+    def stop(self, queries: list[int], responses: list[int]) -> None:
+        """It is over.
+
+        Args:
+            queries, responses: real tokens of every episode.
+        """
+        seconds = self.now() - self._start
+        own = time.process_time() - self._own
+        others = _busy_seconds() - self._busy - own
+        self.running = False
+        phases = {phase: self.seconds[phase] for phase in PHASES}
+        self.end({
+            "seconds": seconds, "cpu_seconds": own, **phases, "rest": seconds - sum(phases.values()),
+            "processed": self.processed, "queries": queries, "responses": responses, "peak_rss_gib": _peak_rss_gib(),
+            "peak_device_gib": _peak_device_gib(self.device), "other_cores": max(0.0, others / seconds),
+        })  # fmt: skip
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+
+def _busy_seconds() -> float:
+    """Of all cores of the machine, for all processes."""
+    import psutil
+
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
+
+
+def _peak_rss_gib() -> float:
+    """Of this process; `getrusage` would count its parent too, from which it was started."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _peak_device_gib(device: str) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+
+def work(measure: Callable[[Task, Callable[[], None], Callable[[Row], None]], None]) -> None:
+    """A worker process: a line on standard input is a turn; its row goes to standard output, all else to the errors.
+
+    After its last row it waits for its end: the work of an orderly one would disturb the other side.
+    """
+    import torch
+
+    task = Task(**json.loads(sys.argv[1]))
+    torch.set_num_threads(task.threads)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    left = task.updates
+
+    def begin() -> None:
+        if not sys.stdin.readline():
+            os._exit(0)
+
+    def end(row: Row) -> None:
+        nonlocal left
+        print(json.dumps(row), file=out, flush=True)
+        left -= 1
+        if not left:
+            begin()
+
+    measure(task, begin, end)

@@ -1,0 +1,233 @@
+"""The benchmark of throughput: its fixtures, what it counts, and both sides on a model that takes seconds."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs pip install 'rlhf[bench]' (trl)")
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def part(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Callable[..., Any]:
+    """Fixtures for 4 episodes of at most 11 tokens, and what to do with them."""
+
+    def make(regime: str = "full", lengths: tuple[int, ...] = (20, 30, 30, 40), **settings: Any) -> Any:
+        fixtures = part("throughput.fixtures")
+        with torch.random.fork_rng(devices=[]):
+            fixtures.write(tmp_path, fixtures.SHAPES["test"], regime, list(lengths))
+        defaults: dict[str, Any] = {
+            "folder": str(tmp_path),
+            "batch": 4,
+            "updates": 2,
+            "micro": 2,
+            "response_length": 11,
+        }
+        return part("throughput.record").Task(**(defaults | settings))
+
+    return make
+
+
+def rows_of(side: str, task: Any, *more: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    turns: list[None] = []
+    part(f"throughput.{side}").measure(task, lambda: turns.append(None), rows.append, *more)
+    assert len(turns) == len(rows) == task.updates
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.mark.parametrize("count", [64, 512])
+def test_prompts_are_as_long_as_those_of_tldr(count: int) -> None:
+    lengths = part("throughput.fixtures").prompt_lengths(count)
+    assert len(lengths) == count
+    assert sum(lengths) / count == pytest.approx(289, abs=2)
+    assert min(lengths) >= 48
+    assert 500 <= max(lengths) <= 512
+
+
+def test_shapes_have_the_weights_of_the_pythias() -> None:
+    """Of all weights but the embedding and the output layer, the Pythia suite states these numbers."""
+    published = {"70m": 18_915_328, "160m": 85_056_000, "410m": 302_311_424, "1b": 805_736_448}
+    for name, weights in published.items():
+        shape = part("throughput.fixtures").SHAPES[name]
+        assert shape.layer_weights == pytest.approx(weights, rel=3e-3)  # the rest are biases and norms
+    tiny = part("throughput.fixtures").SHAPES["tiny"]
+    assert tiny.layer_weights + 2 * tiny.output_weights == pytest.approx(29e6, rel=0.01)
+
+
+def test_the_prompts_keep_their_length_as_text(task: Callable[..., Any]) -> None:
+    from rlhf.models.loading import load_tokenizer
+
+    folder = Path(task().folder)
+    tokenizer = load_tokenizer(str(folder / "policy"))
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    assert [len(row) for row in ids] == [20, 30, 30, 40]
+    assert {tokenizer.eos_token_id, tokenizer.pad_token_id}.isdisjoint(token for row in ids for token in row)
+
+
+@pytest.mark.parametrize(("regime", "end"), [("full", 0.0), ("early", 0.046)])
+def test_the_weights_decide_how_long_responses_get(task: Callable[..., Any], regime: str, end: float) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(Path(task(regime).folder) / "policy", dtype=torch.float32)
+    ids = torch.randint(1, 485, (64, 30), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        probabilities = torch.softmax(model(ids).logits / 0.7, -1)
+    assert probabilities[..., 0].mean().item() == pytest.approx(end, rel=0.05, abs=1e-9)
+    assert probabilities[..., 485].max() < 1e-9  # PAD
+
+
+# ------------------------------------------------------------------------------------------------------- both sides
+
+
+def check(rows: list[dict[str, Any]], queries: list[int]) -> None:
+    phases = part("throughput.record").PHASES
+    for row in rows:
+        assert sorted(row["queries"]) == queries
+        assert row["responses"] == [11] * 4
+        assert all(row[phase] > 0 for phase in phases), row
+        assert row["rest"] > 0
+        assert sum(row[phase] for phase in phases) + row["rest"] == pytest.approx(row["seconds"])
+        assert row["peak_rss_gib"] > 0.1
+
+
+def test_our_side(task: Callable[..., Any]) -> None:
+    """Queries of 30 tokens, so that nothing is padded.
+
+    Sampling sees each query and the first 10 tokens of its response; policy and critic see episodes in the rollout and
+    in 4 epochs, reference and reward model once.
+    """
+    rows = rows_of("ours", task(lengths=(30,) * 4))
+    check(rows, [30] * 4)
+    assert rows[1]["processed"] == 4 * 40 + 4 * 41 * (2 + 2 + 2 * 4)
+
+
+@needs_trl
+def test_trl(task: Callable[..., Any]) -> None:
+    """It pads all queries to the longest, and has no pass of the policy over the rollout."""
+    rows = rows_of("trl_side", task())
+    check(rows, [20, 30, 30, 40])
+    assert rows[1]["processed"] == 4 * (40 + 10) + 4 * (40 + 11) * (3 + 2 * 4)
+    import trl.experimental.ppo.ppo_trainer as ppo
+
+    assert {ppo.forward.__module__, ppo.batch_generation.__module__} == {ppo.__name__}
+    assert not hasattr(ppo.forward, "__wrapped__")  # the clock is off again
+
+
+def test_responses_that_end_early_are_counted_to_their_end(task: Callable[..., Any]) -> None:
+    for side in ("ours", *(("trl_side",) if importlib.util.find_spec("trl") else ())):
+        lengths = [n for row in rows_of(side, task("early", response_length=40)) for n in row["responses"]]
+        assert min(lengths) < 40
+        assert max(lengths) <= 40
+
+
+def test_the_profile_names_operators_and_writes_a_trace(task: Callable[..., Any], capsys: Any, tmp_path: Path) -> None:
+    ours = part("throughput.ours")
+    threads = torch.get_num_threads()
+    ours.profile(replace(task(), ppo_epochs=1), tmp_path / "trace.json")
+    assert torch.get_num_threads() == threads
+    assert "aten::addmm" in capsys.readouterr().out
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def test_what_an_update_needs() -> None:
+    """By hand, for d = 32, 2 layers, vocabulary 512, queries of 3 and 5 tokens, responses of 2 and 1."""
+    needs, shape = part("throughput.needs"), part("throughput.fixtures").SHAPES["test"]
+    queries, responses = [3, 5], [2, 1]
+    assert needs.tokens_needed(queries, responses, 4) == 12 * 11
+    layers = 12 * 2 * 32 * 32
+    forward = 2 * (2 * layers * 11 + 2 * 2 * 32 * (25 + 36)) + 2 * 32 * 512 * 3
+    assert needs.training_flops(shape, queries, responses, 4) == 12 * forward
+    # two steps read all weights; the second token of the first row reads 4 earlier ones, the first tokens 3 and 5
+    assert needs.decoding_bytes(shape, queries, responses, 2) == 2 * (2 * (layers + 32 * 512) + 2 * 2 * 32 * 12)
+
+
+def test_ratios_are_of_neighbours_and_peaks_are_the_highest() -> None:
+    results = part("throughput.results")
+    ours = [{"episodes_per_second": x, "peak_rss_gib": p} for x, p in ((4.0, 1.0), (2.0, 3.0), (9.0, 2.0))]
+    theirs = [{"episodes_per_second": x, "peak_rss_gib": 1.0} for x in (1.0, 1.0, 3.0)]
+    assert results.ratios(ours, theirs) == {"min": 2.0, "median": 3.0, "max": 4.0}
+    assert results.medians(ours) == {"episodes_per_second": 4.0, "peak_rss_gib": 3.0}
+
+
+def test_a_device_at_its_limits() -> None:
+    results, needs = part("throughput.results"), part("throughput.needs")
+    shape, task = part("throughput.fixtures").SHAPES["test"], part("throughput.record").Task("", precision="bf16-mixed")
+    flops = needs.training_flops(shape, [9], [4], 4)
+    moved = needs.decoding_bytes(shape, [9], [4], 2)
+    row = {"queries": [9], "responses": [4], "sampling": 2.0, "forward": 1.0, "backward": 2.0, "optimizer": 1.0}
+    got = results.on_device(row, task, shape, tflops=flops / 4e12, gigabytes=moved / 1e9)
+    assert got == pytest.approx({"sampled_per_second": 2.0, "sampling_of_bandwidth": 0.5, "training_mfu": 1.0})
+
+
+def test_linear_costs_are_recognised() -> None:
+    cells = {(q, r): 0.5 + 0.01 * q + 0.1 * r for q in (64, 128, 512) for r in (13, 53)}
+    _, fit = part("throughput.results").lengths_table(cells)
+    expected = {"per_episode": 0.5, "per_query_token": 0.01, "per_response_token": 0.1, "largest_deviation": 0.0}
+    assert fit == pytest.approx(expected, abs=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: str) -> str:
+    command = ["ppo_throughput.py", "--shape=test", "--threads=1", "--batch=4", "--micro=2", "--updates=1", *words]
+    monkeypatch.setattr(sys, "argv", command)
+    part("ppo_throughput").main()
+    return capsys.readouterr().out
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    sides = ["ours", "trl"] if importlib.util.find_spec("trl") else ["ours"]
+    out = run(monkeypatch, capsys, "--regime=early", "--sides", *sides)
+    found = json.loads(out.splitlines()[-1])
+    assert found["settings"]["ppo_epochs"] == 4
+    assert list(found["early"]["medians"]) == sides
+    assert all(len(rows) == 1 for rows in found["early"]["updates"].values())
+    assert (found["early"]["ratio"] is not None) == (len(sides) == 2)
+    assert "episodes/s" in out
+
+
+def test_a_failing_worker_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command, record = part("ppo_throughput"), part("throughput.record")
+    monkeypatch.setitem(command.MODULES, "ours", "throughput.no_such_module")
+    with pytest.raises(SystemExit, match="No module named"):
+        command.play(record.Task(str(tmp_path)), ["ours"], apart=False, seconds=60)
+
+
+def test_what_does_not_fit_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, "--micro=3")
+    assert "no multiple of --micro 3" in capsys.readouterr().err
+
+
+def test_a_task_survives_the_command_line() -> None:
+    record = part("throughput.record")
+    task = record.Task("folder", data={"micro_batch_size": 2})
+    assert record.Task(**json.loads(json.dumps(asdict(task)))) == task
