@@ -12,9 +12,10 @@ from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import read_curves
+from rlhf.evaluation.generate import responses
+from rlhf.evaluation.margins import comparison_margins
 from rlhf.evaluation.plots import Curves, plot_curves
 from rlhf.evaluation.statistics import win_rate
-from rlhf.evaluation.tables import add_gold, comparison_margins, generate, has_gold, reward_scores
 from rlhf.rouge import rouge
 
 if TYPE_CHECKING:
@@ -72,11 +73,10 @@ def report(
     tables = {}
     for label, name in (("SFT", "sft"), ("PPO", "ppo")):
         export = str(folders[name] / "export")
-        table = generate(export, data, text, response_length, temperature, batch_size)
-        scores = reward_scores(reward_export, table["query"].tolist(), table["response"].tolist(), batch_size)
-        tables[label] = add_gold(table.assign(score=scores)) if has_gold(table) else table.assign(score=scores)
-    queries, references = tables["SFT"]["query"].tolist(), tables["SFT"]["reference"].tolist()
-    reference_scores = reward_scores(reward_export, queries, references, batch_size)
+        tables[label] = responses(
+            export, data, text, response_length, temperature, batch_size, reward=reward_export
+        ).rename(columns={"tokens": "length"})
+    reference_scores = tables["SFT"]["reference_score"].tolist()
     summary = summarise(tables, reference_scores)
     curves = {name: read_curves(folder) for name, folder in folders.items()}
     pairs = None if comparisons is None else comparison_margins(reward_export, comparisons, comparison_text, batch_size)
