@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from rlhf.data.gold import gold_scores
 from rlhf.data.processing import load_comparisons, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat, encode
+from rlhf.errors import UserError
 from rlhf.generation import sample
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
@@ -19,6 +22,13 @@ from rlhf.ops.sequences import pad_sequences, response_lengths
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SUFFIXES = (".parquet", ".csv")
+# Columns of text: in a CSV file an empty text, or the text "NA", is a text and no missing number.
+TEXTS = frozenset({
+    "id", "query", "response", "reference", "record", "a", "b", "a_name", "b_name", "judge", "a_first", "b_first",
+    "split", "batch", "chosen_policy", "rejected_policy",
+})  # fmt: skip
 
 
 def best_device() -> torch.device:
@@ -119,3 +129,75 @@ def comparison_margins(reward_path: str, source: Source, text: TextFormat, batch
         golds = zip(gold_scores(queries, chosen, records), gold_scores(queries, rejected, records), strict=True)
         table["gold_margin"] = [a - b for a, b in golds]
     return table
+
+
+def read_table(path: str | Path, setting: str, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """A table from a Parquet or CSV file.
+
+    Args:
+        path: the file; its suffix says which of the two.
+        setting: how the user names this table, for messages.
+        needed: columns that it must have. Where `query` is one of them, no query may stand in two rows.
+
+    Raises:
+        UserError: the file is missing, can't be read, is empty, lacks a column, or has a query twice.
+    """
+    import pandas as pd
+
+    file = Path(path)
+    check_suffix(file, setting)
+    if not file.is_file():
+        raise UserError(f"{setting}: there is no table {file}.")
+    try:
+        table = pd.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are of these kinds
+        raise UserError(f"{setting}: {file} can't be read as a table: {str(error).strip().splitlines()[0]}") from error
+    missing = [column for column in needed if column not in table]
+    if missing:
+        raise UserError(f"{setting}: {file} lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")
+    if table.empty:
+        raise UserError(f"{setting}: {file} has no rows.")
+    if "query" in needed and table["query"].duplicated().any():
+        copies = table["query"][table["query"].duplicated()]
+        raise UserError(
+            f"{setting}: {file} has {len(copies)} rows with a query that stands in an earlier row, first in row "
+            f"{table.index.get_loc(copies.index[0]) + 1}; keep one row per query."
+        )
+    return table
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = pd.read_csv(file, nrows=0).columns
+    return pd.read_csv(
+        file,
+        dtype={name: str for name in columns if name in TEXTS},
+        keep_default_na=False,
+        na_values={name: [""] for name in columns if name not in TEXTS},
+        float_precision="round_trip",
+    )
+
+
+def write_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table beside its place, and move it there when it is complete.
+
+    Args:
+        table: what to write; its index is left out.
+        path: a file that ends in .parquet or .csv; folders on its way are made.
+    """
+    file = Path(path)
+    check_suffix(file, "output")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    if file.suffix == ".parquet":
+        table.to_parquet(partial, index=False)
+    else:
+        table.to_csv(partial, index=False)
+    partial.replace(file)
+
+
+def check_suffix(file: Path, setting: str) -> None:
+    """Refuse what is named neither as a Parquet nor as a CSV file."""
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{setting}: {file} must end in {' or '.join(SUFFIXES)}.")
