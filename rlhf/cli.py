@@ -31,6 +31,7 @@ VERBS = {
     "judge": ("rlhf.evaluation.judge", "judge", "ask a judge which of two responses to each query is better"),
     "margins": ("rlhf.evaluation.margins", "margins", "write the reward model's margin of every comparison"),
     "report": ("rlhf.evaluation.report", "report", "write report.md and plots of a finished pipeline"),
+    "scaling": ("rlhf.evaluation.scaling", "scaling", "run stages for model sizes and seeds, and one report of all"),
     "ablate": ("rlhf.evaluation.ablation", "ablate", "run PPO with small changes, plot each against the default"),
 }
 

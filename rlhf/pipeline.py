@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ class Runner:
         if finished:
             print(f"{title}: finished before, skipped", flush=True)
             return
+        if self._state.outdated(stage, made_from):
+            _delete_table(self.product(stage))
         resuming = stage.command == "fit" and (self.run / stage.name / run_folder.CONFIG).exists()
         if resuming:
             words += ["--ckpt_path", "last"]
@@ -316,6 +319,13 @@ def _run(stage: Stage, words: list[str], log: Path | None = None) -> float:
     return time.monotonic() - start
 
 
+def _delete_table(table: Path) -> None:
+    """With its settings and parts; the answers of a judge stay."""
+    table.unlink(missing_ok=True)
+    table.with_name(f"{table.name}{run_folder.NOTES}").unlink(missing_ok=True)
+    shutil.rmtree(table.with_name(f"{table.name}{run_folder.PARTS}"), ignore_errors=True)
+
+
 def _fingerprints(words: list[str], taken: dict[str, str]) -> dict[str, str]:
     """Of the settings of a stage alone, and with the earlier stages that it takes."""
     configs = "".join(Path(value).read_text() for word, value in itertools.pairwise(words) if word == "--config")
@@ -345,12 +355,19 @@ class _State:
             return False
         if known["fingerprint"] == made_from["fingerprint"]:
             return known["finished"] and product.is_file()
-        if stage.command == "report" or (stage.command in TABLES and known["settings"] == made_from["settings"]):
-            return False  # made anew from what there is, nothing is lost
+        if stage.command == "report" or self.outdated(stage, made_from):
+            return False  # made anew from what there is
         raise UserError(
             f"{place} holds a run of the stage {stage.name!r} with other settings or from other exports; choose "
             "another --run_dir, or delete it to run the stage again."
         )
+
+    def outdated(self, stage: Stage, made_from: dict[str, str]) -> bool:
+        """Whether a table, or its parts, was made with these settings from stages that were run again since."""
+        known = self.stages.get(stage.name)
+        if known is None or stage.command not in TABLES:
+            return False
+        return known["settings"] == made_from["settings"] and known["fingerprint"] != made_from["fingerprint"]
 
     def start(self, name: str, made_from: dict[str, str]) -> None:
         self._set(name, {**made_from, "finished": False, "identity": uuid.uuid4().hex})

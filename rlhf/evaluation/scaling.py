@@ -7,21 +7,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from rlhf import run_folder
 from rlhf.callbacks.export import is_complete
 from rlhf.checks import at_least
 from rlhf.errors import UserError
-from rlhf.evaluation.runs import Baseline, Run
+from rlhf.evaluation.lengths import Unit
+from rlhf.evaluation.report import report
+from rlhf.evaluation.runs import STAGES, Baseline, Run
 from rlhf.pipeline import Job, Runner, Stage, run_jobs
 
 SHARED = "shared"
 BASE = "base"
-CURVES = ("sft", "reward", "ppo")
 EXPORTS = re.compile(r"\{run\}/([^/]+)/export-\{update\}")
 
 
@@ -34,7 +34,7 @@ def scaling(
     shared: list[Stage] | None = None,
     base: list[Stage] | None = None,
     baselines: list[Baseline] | None = None,
-    lengths: Literal["tokens", "characters"] = "tokens",
+    lengths: Unit = "tokens",
     samples: int = 5,
     run_dir: str = "runs/scaling",
     config_dir: str = ".",
@@ -70,18 +70,28 @@ def scaling(
     _check(sizes, seeds, stages, policies, checkpoints or [])
     at_least("processes", processes, 1)
     out = run_folder.claim(run_dir, resuming=True)
-    study = _Study(out, Path(config_dir), arguments, sizes, seeds, stages, checkpoints or [], shared or [], base or [])
-    failed = run_jobs(study.jobs(), processes)
-    runs = [study.result(size, seed, policies) for size in sizes for seed in seeds if study.finished(size, seed)]
-    if runs:
-        from rlhf.evaluation.report import report
-
-        report(str(out), runs, baselines or [], lengths, samples)
-        print(f"Report:  {out / 'report.md'}, of {len(runs)} of {len(sizes) * len(seeds)} runs")
+    new = partial(Runner, config_dir=Path(config_dir), arguments=arguments, logged=True)
+    commons = new(_claim(out, SHARED))
+    jobs = [_job(SHARED, commons, shared or [])]
+    members = []
+    for size in sizes:
+        others = {SHARED: commons.run}
+        common = new(_claim(out, size, BASE), others=others)
+        jobs.append(_job(f"{size}/{BASE}", common, [_with(stage, size=size) for stage in base or []], SHARED))
+        for seed in seeds:
+            runner = new(_claim(out, size, f"seed-{seed}"), seed=seed, others={**others, BASE: common.run})
+            own = [[_with(stage, size=size) for stage in part] for part in (stages, checkpoints or [])]
+            members.append(_Member(size, seed, runner, *own))
+    jobs += [member.job() for member in members]
+    failed = run_jobs(jobs, processes)
+    finished = [member for member in members if member.finished()]
+    if finished:
+        report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
+        print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
     if failed:
         raise UserError(
-            f"{len(sizes) * len(seeds) - len(runs)} of {len(sizes) * len(seeds)} runs are not finished; the same "
-            "command goes on with them:\n" + "\n".join(failed.values())
+            f"{len(failed)} of {len(jobs)} parts of the study failed; the same command goes on with them:\n"
+            + "\n".join(failed.values())
         )
 
 
@@ -124,92 +134,86 @@ def _with(stage: Stage, **values: object) -> Stage:
     return Stage(**json.loads(text))
 
 
-class _Study:
-    """The stages of a study, and where they run."""
+def _claim(out: Path, *names: str) -> Path:
+    return run_folder.claim(str(out.joinpath(*names)), resuming=True)
 
-    def __init__(
-        self,
-        out: Path,
-        config_dir: Path,
-        arguments: list[str] | None,
-        sizes: list[str],
-        seeds: list[int],
-        stages: list[Stage],
-        checkpoints: list[Stage],
-        shared: list[Stage],
-        base: list[Stage],
-    ) -> None:
-        self.out, self.stages, self.checkpoints, self.shared, self.base = out, stages, checkpoints, shared, base
-        self.sizes, self.seeds = sizes, seeds
-        new = partial(Runner, config_dir=config_dir, arguments=arguments, logged=True)
-        self.commons = new(self._folder(SHARED))
-        others = {"shared": self.commons.run}
-        self.bases = {size: new(self._folder(size, BASE), others=others) for size in sizes}
-        self.runners = {
-            (size, seed): new(
-                self._folder(size, f"seed-{seed}"), seed=seed, others=others | {"base": self.bases[size].run}
-            )
-            for size in sizes
-            for seed in seeds
-        }
 
-    def _folder(self, *names: str) -> Path:
-        return run_folder.claim(str(self.out.joinpath(*names)), resuming=True)
+def _job(name: str, runner: Runner, stages: list[Stage], after: str | None = None) -> Job:
+    """Stages one after another.
 
-    def jobs(self) -> list[Job]:
-        """Of all folders, those that others take from first."""
-        jobs = [Job(SHARED, partial(self._run, SHARED, self.commons, self.shared))]
-        for size in self.sizes:
-            stages = [_with(stage, size=size) for stage in self.base]
-            jobs.append(Job(f"{size}/{BASE}", partial(self._run, f"{size}/{BASE}", self.bases[size], stages), SHARED))
-        for (size, seed), runner in self.runners.items():
-            name = f"{size}/seed-{seed}"
-            jobs.append(Job(name, partial(self._run_seed, name, runner, size), f"{size}/{BASE}"))
-            for stage in self.stages:
-                runner.words(_with(stage, size=size))  # raises before anything has run
-        return jobs
+    Raises:
+        UserError: one of their config files is missing.
+    """
+    for stage in stages:
+        runner.words(stage)
 
-    def _run(self, name: str, runner: Runner, stages: list[Stage]) -> None:
+    def run() -> None:
         for stage in stages:
             runner.run_stage(stage, f"{name}:")
 
-    def _run_seed(self, name: str, runner: Runner, size: str) -> None:
-        self._run(name, runner, [_with(stage, size=size) for stage in self.stages])
-        updates = self._updates(runner)
-        if self.checkpoints and not updates:
-            raise UserError(
-                f"checkpoints: {runner.run / str(_exporting(self.checkpoints))} has no export-<n>; give the callback "
-                "rlhf.callbacks.export.Export an every_n_epochs."
-            )
-        for update in updates:
-            self._run(name, runner, [_with(stage, size=size, update=update) for stage in self.checkpoints])
+    return Job(name, run, after)
 
-    def _updates(self, runner: Runner) -> list[int]:
-        """After which updates PPO was exported."""
+
+@dataclass(frozen=True)
+class _Member:
+    """One size and seed of a study.
+
+    Attributes:
+        size, seed: which.
+        runner: of its folder.
+        stages: its own.
+        checkpoints: what runs for every export that PPO has made on its way, with `{update}`.
+    """
+
+    size: str
+    seed: int
+    runner: Runner
+    stages: list[Stage]
+    checkpoints: list[Stage]
+
+    def job(self) -> Job:
+        """Its stages, then those of the checkpoints."""
+        name = f"{self.size}/seed-{self.seed}"
+        trained = _job(name, self.runner, self.stages, f"{self.size}/{BASE}")
+        _job(name, self.runner, self.checkpoints)
+
+        def run() -> None:
+            trained.run()
+            if self.checkpoints and not self.updates():
+                raise UserError(
+                    f"checkpoints: {self.runner.run / str(_exporting(self.checkpoints))} has no export-<n>; give the "
+                    "callback rlhf.callbacks.export.Export an every_n_epochs."
+                )
+            for update in self.updates():
+                _job(name, self.runner, [_with(stage, update=update) for stage in self.checkpoints]).run()
+
+        return Job(name, run, trained.after)
+
+    def updates(self) -> list[int]:
+        """The numbers of updates after which PPO was exported."""
         if not self.checkpoints:
             return []
-        folder = runner.run / str(_exporting(self.checkpoints))
+        folder = self.runner.run / str(_exporting(self.checkpoints))
         return sorted(int(path.name.partition("-")[2]) for path in folder.glob("export-*") if is_complete(path))
 
-    def finished(self, size: str, seed: int) -> bool:
-        """Whether all stages of a run are, those of checkpoints aside."""
-        return all(self.runners[size, seed].finished(_with(stage, size=size)) for stage in self.stages)
+    def finished(self) -> bool:
+        """Whether all stages are, those of checkpoints aside."""
+        return all(self.runner.finished(stage) for stage in self.stages)
 
-    def result(self, size: str, seed: int, policies: dict[str, str]) -> Run:
-        """What a finished run hands to the report."""
-        runner = self.runners[size, seed]
-        stages = {stage.name: _with(stage, size=size) for stage in self.stages}
-        margins = [str(runner.product(stage)) for stage in stages.values() if stage.command == "margins"]
-        judged = {update: _with(self.checkpoints[-1], size=size, update=update) for update in self._updates(runner)}
-        trained = next(name for name, stage in stages.items() if stage.command == "fit")
+    def result(self, policies: dict[str, str]) -> Run:
+        """What it hands to the report, when it is finished."""
+        stages = {stage.name: stage for stage in self.stages}
+        trained = next(stage.name for stage in self.stages if stage.command == "fit")
+        judged = {update: _with(self.checkpoints[-1], update=update) for update in self.updates()}
+        margins = [str(self.runner.product(stage)) for stage in self.stages if stage.command == "margins"]
         return Run(
-            size=size,
-            parameters=count_parameters(runner.run / trained / "export"),
-            seed=seed,
-            policies={label: str(runner.product(stages[name])) for label, name in policies.items()},
+            size=self.size,
+            parameters=count_parameters(self.runner.run / trained / "export"),
+            seed=self.seed,
+            policies={label: str(self.runner.product(stages[name])) for label, name in policies.items()},
             margins=margins[0] if margins else None,
-            stages={name: str(runner.run / name) for name in CURVES if name in stages},
-            checkpoints={u: str(runner.product(stage)) for u, stage in judged.items() if runner.finished(stage)},
+            stages={name: str(self.runner.run / name) for name in STAGES if name in stages},
+            checkpoints={u: str(self.runner.product(s)) for u, s in judged.items() if self.runner.finished(s)},
         )
 
 
