@@ -70,6 +70,13 @@ class LocalJudge(AskingJudge):
 
         return {**super().settings(), "model": fingerprints.of_model(self._model, "judge.model")}
 
+    def prepare(self, answers: Path) -> None:
+        """Read the answers that are there; refuse a reward model."""
+        from rlhf.models.loading import check_language_model, load_config
+
+        check_language_model(load_config(self._model, "judge.model"), self._model, "judge.model")
+        super().prepare(answers)
+
     def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Verdict], None, None]:
         """Ask in batches."""
         import torch
