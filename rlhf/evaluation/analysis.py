@@ -91,9 +91,9 @@ def gather(runs: Sequence[Run]) -> Evidence:
     names = {name for panels in PANELS.values() for _, names in panels for name in names}
     curves = curve_rows(folders, sorted(names))
     if not checkpoints.empty:
-        runs_of = set(zip(checkpoints["size"], checkpoints["seed"], strict=True))
-        starts = rows[(rows["policy"] == claims.SFT) & [key in runs_of for key in zip(rows["size"], rows["seed"], strict=True)]]
-        checkpoints = pd.concat([starts.drop(columns="policy").assign(update=0), checkpoints], ignore_index=True)
+        starts = rows[rows["policy"] == claims.SFT].drop(columns="policy").assign(update=0)
+        starts = starts.merge(checkpoints[["size", "seed"]].drop_duplicates(), on=["size", "seed"])
+        checkpoints = pd.concat([starts, checkpoints], ignore_index=True)
     return Evidence(rows, margins, checkpoints, curves)
 
 
