@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlhf import run_folder
 from rlhf.checks import at_least, at_most
+from rlhf.errors import UserError
 from rlhf.evaluation import sections
 from rlhf.evaluation.analysis import Analysis, analyse, gather
 from rlhf.evaluation.lengths import Unit
@@ -39,6 +40,8 @@ def report(
         UserError: a file or column is missing, tables share no query, or sizes can't be ordered.
     """
     at_least("samples", samples, 0)
+    if baselines and any(run.parameters is None for run in runs):
+        raise UserError("baselines: they stand over their number of parameters, so give that of the runs too.")
     for star in baselines or []:
         at_least(f"baselines: parameters of {star.name}", star.parameters, 1)
         at_least(f"baselines: win_rate of {star.name}", star.win_rate, 0)

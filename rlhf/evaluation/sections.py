@@ -66,9 +66,9 @@ def add_claims(page: Page, found: Analysis) -> None:
     page.table("claims", found.claims)
     page.add(
         "A claim holds where the 95% interval of each of its differences lies above 0, does not hold where one lies "
-        "below 0, and is undecided otherwise. PPO at every length: it holds where PPO is at or above SFT in each bin, and "
-        "does not hold where the interval of one lies below 0. Intervals tell what other queries would give with the same "
-        "models, not what other seeds would."
+        "below 0, and is undecided otherwise. PPO at every length: it holds where PPO is at or above SFT in each bin, "
+        "and does not hold where the interval of one lies below 0. Intervals tell what other queries would give with "
+        "the same models, not what other seeds would."
     )
     if _one_size(found.rates):
         page.add("One size only: nothing is said of what rises with size.")
