@@ -27,7 +27,11 @@ STAGE_VERBS = {
 VERBS = {
     "pipeline": ("rlhf.pipeline", "pipeline", "run stages one after another, skipping those that are finished"),
     "synthesize": ("rlhf.data.embedded", "synthesize", "write the embedded data and a small model"),
-    "report": ("rlhf.evaluation.report", "report", "write report.md and plots of a finished pipeline"),
+    "report": (
+        "rlhf.evaluation.report",
+        "report",
+        "write report.md, figures and numbers of runs over sizes and seeds, from judged tables",
+    ),
     "ablate": ("rlhf.evaluation.ablation", "ablate", "run PPO with small changes, plot each against the default"),
 }
 

@@ -41,7 +41,9 @@ def test_margins_that_mean_what_they_say_have_no_error() -> None:
     size = np.abs(random.normal(0, 2, 40_000))
     right = random.random(40_000) < 1 / (1 + np.exp(-size))
     assert calibration_errors(margins_of(np.where(right, size, -size)))["ece"].iloc[0] < 0.01
-    assert calibration_errors(margins_of(np.where(right, 5 * size, -5 * size)))["ece"].iloc[0] > 0.1  # too sure of itself
+    assert (
+        calibration_errors(margins_of(np.where(right, 5 * size, -5 * size)))["ece"].iloc[0] > 0.1
+    )  # too sure of itself
 
 
 def test_bins_by_hand() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from matplotlib.image import imread
 
 from rlhf import run_folder
 from rlhf.cli import main
+from rlhf.evaluation.page import cell
 from rlhf.evaluation.report import report
 from rlhf.evaluation.runs import Baseline, Run
 from rlhf.evaluation.tables import read_table, write_table
@@ -108,7 +109,7 @@ def make_run(folder: Path, size: str = "small", seed: int = 1, fallen: bool = Fa
         margins=margins(folder / "margins.parquet", 0.6 if size == "small" else 1.2, number),
         stages={
             "sft": curves(folder / "sft", {"loss/sft_step": [3, 2, 1.5], "validation/rougeL": [0.2, 0.3]}),
-            "reward": curves(folder / "reward", {"loss/reward_step": [0.7, 0.5, 0.4], "validation/accuracy": [0.6, 0.7]}),
+            "reward": curves(folder / "reward", {"loss/reward_step": [0.7, 0.5], "validation/accuracy": [0.6, 0.7]}),
             "ppo": ppo_curves(folder / "ppo", 40.0 if fallen else 9.0 + seed, 50.0 if fallen else 24.0),
         },
         checkpoints=updates if checkpoints else {},
@@ -126,3 +127,185 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stars = [asdict(Baseline("GPT-x", 400_000, 0.66)), asdict(Baseline("paper", 800_000, 0.7))]
     main(["report", *words, f"--baselines={json.dumps(stars)}", "--samples=2"])
     return folder / "out"
+
+
+def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
+    """Of every table, the texts are the numbers of the CSV below it, rounded."""
+    blocks = (study / "report.md").read_text().split("\n\n")
+    seen = 0
+    for table, link in pairwise(blocks):
+        name = re.search(r"\((\w+\.csv)\)", link)
+        if table.startswith("| ") and name:
+            frame = pd.read_csv(study / name[1])
+            lines = [line.strip("|").split(" | ") for line in table.splitlines()]
+            heads = [head.strip() for head in lines[0]]
+            assert len(lines) - 2 == len(frame), name[1]
+            numbers = [head for head in heads if head.replace(" ", "_") in frame and head != "value"]
+            for head in numbers:
+                shown = [line[heads.index(head)].strip() for line in lines[2:]]
+                assert shown == [cell(value) for value in frame[head.replace(" ", "_")]], (name[1], head)
+            if "95% interval" in heads:
+                shown = [line[heads.index("95% interval")].strip() for line in lines[2:]]
+                ends = zip(frame["low"], frame["high"], strict=True)
+                assert shown == ["" if low != low else f"{low:.3f} to {high:.3f}" for low, high in ends], name[1]
+            seen += 1
+    assert seen >= 15
+
+
+def test_everything_that_the_page_links_to_is_there(study: Path) -> None:
+    linked = set(re.findall(r"\]\((\S+?)\)", (study / "report.md").read_text()))
+    assert linked == {file.name for file in study.iterdir()} - {"report.md"}
+    figures = {name for name in linked if name.endswith(".png")}
+    assert figures == {
+        "win_rate_by_size.png", "win_rate_by_length.png", "length_controlled.png", "reward_accuracy.png",
+        "calibration.png", "reward_agreement.png", "over_optimisation.png", "rouge.png", "sft.png", "reward.png",
+        "ppo.png",
+    }  # fmt: skip
+    for name in figures:
+        height, width, _ = imread(study / name).shape
+        assert min(height, width) > 300
+        assert imread(study / name)[..., :3].std() > 0.02  # something is drawn
+
+
+def test_the_tables_are_those_of_their_functions(study: Path) -> None:
+    judged_table = read_table(study.parent / "large-1" / "ppo.parquet", "PPO")
+    rates = pd.read_csv(study / "win_rates.csv").set_index(["size", "seed", "policy"])
+    row = rates.loc[("large", 1, "PPO")]
+    assert row["win_rate"] == pytest.approx(judged_table["outcome"].mean())
+    assert (row["rows"], row["invalid"]) == (120, 2)
+    course = pd.read_csv(study / "over_optimisation.csv").set_index(["size", "seed", "update"])
+    assert course.loc[("small", 2, 0), "win_rate"] == rates.loc[("small", 2, "SFT"), "win_rate"]
+    assert course.loc[("small", 2, 4), "kl"] == pytest.approx(11 * 4 / 7)
+    bins = pd.read_csv(study / "length_bins.csv")
+    assert bins["rows"].sum() == 6 * 120 + 6 * 118
+
+
+def test_the_claims_and_the_alarm(study: Path) -> None:
+    verdicts = pd.read_csv(study / "claims.csv").set_index("claim")["verdict"]
+    assert verdicts["PPO beats SFT against the reference at size small"] == "holds"
+    assert verdicts["ROUGE-L of SFT rises with size"] == "holds"
+    assert verdicts["ROUGE-L of PPO rises with size"] == "does not hold"  # one large run collapsed
+    assert verdicts["Reward-model accuracy on posts rises with size (labels clean (gold score))"] == "holds"
+    assert verdicts["Seeds of PPO at size small agree on what wins beyond chance"] == "undecided"  # made independent
+    text = (study / "report.md").read_text()
+    assert "**PPO of size large, seed 3 fell**" in text
+    assert "KL 37.1 against 9.75, length 50 against 24" in text
+    assert text.count("fell**") == 1
+    assert "It has higher KL and higher length than every sibling that did not fall." in text
+    assert "One seed" not in text
+    assert text.count("- **reference**:") == 2
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one run without parameters, as a pipeline ends with."""
+    folder = tmp_path_factory.mktemp("single")
+    report(str(folder / "out"), [replace(make_run(folder, checkpoints=False), parameters=None)])
+    return folder / "out"
+
+
+def test_one_run_shows_what_a_pipeline_gave(single: Path) -> None:
+    text = (single / "report.md").read_text()
+    for heading in ("SFT, PPO and the reference", "Supervised fine-tuning", "Reward model", "PPO", "Samples", "Claims"):
+        assert f"\n## {heading}\n" in text
+    assert re.search(r"PPO moved the mean score by \+0\.\d\d standard deviations of the SFT scores, and the gold", text)
+    assert "clean (gold score)" in text
+    assert text.count("- **reference**:") == 5
+    summary = pd.read_csv(single / "summary.csv").set_index("policy")
+    assert list(summary.index) == ["SFT", "PPO", "reference"]
+    table = read_table(single.parent / "small-1" / "ppo.parquet", "PPO")
+    assert summary.loc["PPO", ["score", "gold", "length"]].tolist() == pytest.approx(
+        table[["a_score", "a_gold", "a_tokens"]].mean().tolist()
+    )
+    assert summary.loc["reference", "gold"] == 3.5
+    invariants = pd.read_csv(single / "invariants.csv").iloc[0]
+    assert invariants[["last KL", "highest KL"]].tolist() == [10, 10]
+    assert invariants["largest |ratio - 1| before the first step"] == pytest.approx(1e-6)
+
+
+def test_one_run_says_what_it_can_not_show(single: Path) -> None:
+    text = (single / "report.md").read_text()
+    for sentence in (
+        "One seed only: no deviation over seeds can be given.",
+        "One seed per size only: agreement between seeds can't be given.",
+        "One seed per size only: there is nothing to compare a run with.",
+        "No judged checkpoints of PPO were given",
+        "One size only: nothing is said of what rises with size.",
+        "One size only: no figure against size.",
+    ):
+        assert sentence in text
+    assert "std" not in "".join(line for line in text.splitlines() if "seeds" in line)
+    assert not (single / "seed_agreement.csv").exists()
+
+
+def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One policy, judged, and nothing else: no scores, no lengths in tokens, no folders, invalid rows only."""
+    table = pd.DataFrame({"query": ["q0", "q1"], "a": ["x", ""], "b": ["x y", "z"], "a_first": "invalid",
+                          "b_first": "a", "outcome": np.nan})  # fmt: skip
+    write_table(table, tmp_path / "judged.csv")
+    found = report(str(tmp_path / "out"), [Run("s", None, 1, {"mine": str(tmp_path / "judged.csv")})])
+    assert found.rates[["rows", "invalid"]].iloc[0].tolist() == [2, 2]
+    text = (tmp_path / "out" / "report.md").read_text()
+    for sentence in (
+        "The judged tables have no lengths in tokens; `lengths: characters` needs no token counts.",
+        "No tables of margins were given",
+        "The judged tables have no scores of a reward model.",
+        "No claim can be tested",
+        "There is one policy per run: nothing to compare in pairs.",
+        "No run folder of this stage was given, so there are no curves.",
+    ):
+        assert sentence in text
+    assert "mine" in capsys.readouterr().out
+
+
+def test_lengths_in_characters_leave_out_empty_responses(tmp_path: Path) -> None:
+    path = Path(judged(tmp_path / "judged.csv", 0.5, 1))
+    table = read_table(path, "PPO")
+    write_table(table.assign(a=["", *table["a"][1:]]).drop(columns=["a_tokens", "b_tokens"]), path)
+    found = report(str(tmp_path / "out"), [Run("s", None, 1, {"PPO": str(path)})], lengths="characters")
+    assert len(found.left_out) == 1
+    assert found.fits["rows"].tolist() == [119]
+    assert "Left out: 1 rows in which a text is empty" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "sentence"),
+    [
+        ({"policies": {"PPO": "nowhere.parquet"}}, [], "PPO of size small, seed 1: there is no table nowhere.parquet"),
+        ({"margins": "nowhere.csv"}, [], "margins of size small, seed 1: there is no table nowhere.csv"),
+        ({"stages": {"ppo": "nowhere"}}, [], "the stage ppo of size small, seed 1 has no folder nowhere/tensorboard"),
+        ({"checkpoints": {9: "ppo"}}, [], "there is a checkpoint of update 9, but PPO made only 8 updates"),
+        ({"checkpoints": {2: "ppo"}, "stages": {}}, [], "has checkpoints, but no curve objective/kl"),
+        ({"parameters": None}, ['--baselines=[{"name": "x", "parameters": 5, "win_rate": 0.6}]'], "baselines: they"),
+        ({}, ['--baselines=[{"name": "x", "parameters": 5, "win_rate": 60}]'], "win_rate of x is 60"),
+        ({}, ["--samples=-1"], "samples is -1"),
+        ({}, ["--lengths=words"], "lengths"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_writes_nothing(
+    changes: dict[str, object], more: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = judged(tmp_path / "ppo.parquet", 0.5, 1, rows=4)
+    run = asdict(Run("small", 10, 1, {"PPO": path}, stages={"ppo": ppo_curves(tmp_path / "ppo")})) | changes
+    run["checkpoints"] = {update: path for update in run["checkpoints"]}
+    with pytest.raises(SystemExit) as stop:
+        main(["report", f"--runs={json.dumps([run])}", f"--output={tmp_path}/out", *more])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_a_report(tmp_path: Path) -> None:
+    path = judged(tmp_path / "ppo.parquet", 0.5, 1, rows=30)
+    config = tmp_path / "report.yaml"
+    config.write_text(
+        f"output: {tmp_path}/out\nlengths: characters\nsamples: 0\n"
+        f"runs:\n- {{size: 1b, parameters: 1000000000, seed: 1, policies: {{SFT: {path}, PPO: {path}}}}}\n"
+        "baselines:\n- {name: GPT, parameters: 2000000000, win_rate: 0.6}\n"
+    )
+    main(["report", f"--config={config}"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Lengths in characters." in text
+    assert "## Samples" not in text
+    differences = pd.read_csv(tmp_path / "out" / "differences.csv")
+    assert differences[["difference", "low", "high"]].iloc[0].tolist() == [0, 0, 0]  # a policy against itself

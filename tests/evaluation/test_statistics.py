@@ -52,7 +52,7 @@ def test_wilson_solves_its_equation() -> None:
 
 
 def test_difference_as_printed_by_newcombe() -> None:
-    """Newcombe 1998, Interval estimation for the difference between independent proportions, table II (a), method 10."""
+    """Newcombe 1998, Interval estimation for the difference between proportions, table II (a), method 10."""
     found = proportion_difference(56 / 70, 70, 48 / 80, 80)
     assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     assert np.isnan(proportion_difference(0.5, 0, 0.5, 10)).all()
