@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 
@@ -309,3 +310,15 @@ def test_a_config_of_a_report(tmp_path: Path) -> None:
     assert "## Samples" not in text
     differences = pd.read_csv(tmp_path / "out" / "differences.csv")
     assert differences[["difference", "low", "high"]].iloc[0].tolist() == [0, 0, 0]  # a policy against itself
+
+
+def test_the_config_in_the_docs_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    config = tmp_path / "report.yaml"
+    config.write_text(re.search(r"```yaml\n(# report.yaml\n.*?)```", text, re.DOTALL)[1])
+    with pytest.raises(SystemExit) as stop:
+        main(["report", f"--config={config}", "--print_config"])
+    assert stop.value.code in (0, None)
+    [run] = yaml.safe_load(capsys.readouterr().out)["runs"]
+    assert list(run["policies"]) == ["SFT", "PPO"]
+    assert list(run["checkpoints"]) == [50, 100]
