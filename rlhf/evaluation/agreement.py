@@ -33,7 +33,7 @@ def reward_agreement(rows: pd.DataFrame) -> pd.DataFrame:
         decided = part[part["outcome"] != 0.5]
         same = np.sign(decided["a_score"] - decided["b_score"]) * np.sign(decided["outcome"] - 0.5)
         found = proportion((same.mean() + 1) / 2, len(decided))
-        table.append((*key, len(decided), len(part) - len(decided), *found))  # type: ignore[misc]
+        table.append((*key, len(decided), len(part) - len(decided), *found))
     return pd.DataFrame(table, columns=[*KEYS, "pairs", "undecided", "agreement", "low", "high"])
 
 
@@ -63,7 +63,7 @@ def seed_agreement(rows: pd.DataFrame) -> pd.DataFrame:
             continue
         pairs = list(combinations(outcomes.columns, 2))
         table.append({
-            **dict(zip(["size", "parameters", "policy"], key, strict=True)),  # type: ignore[call-overload]
+            **dict(zip(["size", "parameters", "policy"], key, strict=True)),
             "seeds": outcomes.shape[1],
             "queries": len(outcomes),
             "pairwise": float(np.mean([(outcomes[x] == outcomes[y]).mean() for x, y in pairs])),

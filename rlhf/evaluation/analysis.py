@@ -41,13 +41,13 @@ class Evidence:
     Attributes:
         rows: as of `runs.judged_rows`.
         margins: as of `runs.margin_rows`.
-        checkpoints: as of `runs.checkpoint_rows`, with the SFT policy as update 0.
+        course: as of `overoptimisation.course`, with the SFT policy as update 0.
         curves: as of `curves.curve_rows`, the ones of PANELS.
     """
 
     rows: pd.DataFrame
     margins: pd.DataFrame
-    checkpoints: pd.DataFrame
+    course: pd.DataFrame
     curves: pd.DataFrame
 
 
@@ -79,7 +79,8 @@ def gather(runs: Sequence[Run]) -> Evidence:
     """Read all tables and curves of runs.
 
     Raises:
-        UserError: a file or column is missing, tables share no query, or sizes can't be ordered.
+        UserError: a file or column is missing, tables share no query, sizes can't be ordered, or checkpoints have no
+            curve of KL, or too short a one.
     """
     import pandas as pd
 
@@ -91,10 +92,11 @@ def gather(runs: Sequence[Run]) -> Evidence:
     names = {name for panels in PANELS.values() for _, names in panels for name in names}
     curves = curve_rows(folders, sorted(names))
     if not checkpoints.empty:
-        runs_of = set(zip(checkpoints["size"], checkpoints["seed"], strict=True))
-        starts = rows[(rows["policy"] == claims.SFT) & [key in runs_of for key in zip(rows["size"], rows["seed"], strict=True)]]
-        checkpoints = pd.concat([starts.drop(columns="policy").assign(update=0), checkpoints], ignore_index=True)
-    return Evidence(rows, margins, checkpoints, curves)
+        starts = rows[rows["policy"] == claims.SFT].drop(columns="policy").assign(update=0)
+        starts = starts.merge(checkpoints[["size", "seed"]].drop_duplicates(), on=["size", "seed"])
+        checkpoints = pd.concat([starts, checkpoints], ignore_index=True)
+    course = overoptimisation.course(checkpoints, curves) if len(checkpoints) else pd.DataFrame()
+    return Evidence(rows, margins, course, curves)
 
 
 def analyse(evidence: Evidence, unit: at_length.Unit = "tokens") -> Analysis:
@@ -103,15 +105,11 @@ def analyse(evidence: Evidence, unit: at_length.Unit = "tokens") -> Analysis:
     Args:
         evidence: as of `gather`.
         unit: of lengths.
-
-    Raises:
-        UserError: a run has checkpoints and no curve of KL, or too short a one.
     """
     import pandas as pd
 
     rows, margins = evidence.rows, evidence.margins
     nothing = pd.DataFrame()
-    course = overoptimisation.course(evidence.checkpoints, evidence.curves) if len(evidence.checkpoints) else nothing
     with_lengths = at_length.with_lengths(rows, unit)
     bins = at_length.length_bins(with_lengths)
     scores = overlap.rouge_rows(rows)
@@ -139,8 +137,8 @@ def analyse(evidence: Evidence, unit: at_length.Unit = "tokens") -> Analysis:
         accuracy=accuracy,
         calibration=calibration.calibration_bins(margins) if len(margins) else nothing,
         errors=calibration.calibration_errors(margins) if len(margins) else nothing,
-        course=course,
-        turns=overoptimisation.turning_points(course) if len(course) else nothing,
+        course=evidence.course,
+        turns=overoptimisation.turning_points(evidence.course) if len(evidence.course) else nothing,
         rouge=overlap.rouge_table(scores),
         collapse=collapse.with_signs(collapse.collapse_table(rates), evidence.curves),
         claims=claims.claims_table(found),

@@ -32,7 +32,7 @@ def accuracy_rows(margins: pd.DataFrame) -> pd.DataFrame:
     columns = ["split", "batch", "confidence", "margin"]
     parts = []
     for key, part in margins.groupby(RUN, sort=False):
-        whose = dict(zip(RUN, key, strict=True))  # type: ignore[call-overload]
+        whose = dict(zip(RUN, key, strict=True))
         table = accuracy_table(part[columns].to_dict("records"))
         parts.append(table.assign(**whose, labels=LABELS["margin"]))
         if "gold_margin" in part and part["gold_margin"].notna().all():
@@ -63,7 +63,7 @@ def calibration_bins(margins: pd.DataFrame) -> pd.DataFrame:
             if own.any():
                 found = proportion(float((part["margin"][own] > 0).mean()), int(own.sum()))
                 means = size[own].mean(), confidence[own].mean()
-                table.append((*key, edges[number], edges[number + 1], int(own.sum()), *means, *found))  # type: ignore[misc]
+                table.append((*key, edges[number], edges[number + 1], int(own.sum()), *means, *found))
     names = ["from", "to", "pairs", "margin", "confidence", "accuracy", "low", "high"]
     return pd.DataFrame(table, columns=[*RUN, "split", *names])
 
@@ -75,7 +75,7 @@ def calibration_errors(margins: pd.DataFrame) -> pd.DataFrame:
     which those below 0.5 are empty).
 
     Returns:
-        `size`, `parameters`, `seed`, `split`, `pairs`, `ece`, and `confidence` and `accuracy`, the means over all pairs.
+        `size`, `parameters`, `seed`, `split`, `pairs`, `ece`, `confidence` and `accuracy` (means over all pairs).
     """
     import pandas as pd
     import torch
@@ -86,7 +86,7 @@ def calibration_errors(margins: pd.DataFrame) -> pd.DataFrame:
         confidence = torch.tensor(part["margin"].abs().to_numpy(), dtype=torch.float64).sigmoid()
         right = torch.tensor((part["margin"] > 0).to_numpy()).long()
         error = float(binary_calibration_error(confidence, right, n_bins=2 * BINS, norm="l1"))
-        table.append((*key, len(part), error, float(confidence.mean()), float(right.double().mean())))  # type: ignore[misc]
+        table.append((*key, len(part), error, float(confidence.mean()), float(right.double().mean())))
     return pd.DataFrame(table, columns=[*RUN, "split", "pairs", "ece", "confidence", "accuracy"])
 
 

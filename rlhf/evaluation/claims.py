@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlhf.evaluation.calibration import LABELS, RUN
 from rlhf.evaluation.lengths import ENOUGH
 from rlhf.evaluation.statistics import Estimate, paired_difference, proportion_difference, seed_means
 
@@ -68,7 +69,10 @@ def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
         found = HOLDS if below.empty else FAILS if (part["high"] < 0).any() else OPEN
         text = f"{len(part) - len(below)} of {len(part)} bins with {ENOUGH} queries or more of both"
         if len(below):
-            bins = [f"{row.bin:+.2f} ({row.difference:+.3f}, {row.low:+.3f} to {row.high:+.3f})" for row in below.itertuples()]
+            bins = [
+                f"{row.bin:+.2f} ({row.difference:+.3f}, {row.low:+.3f} to {row.high:+.3f})"
+                for row in below.itertuples()
+            ]
             text += f"; below at log(length / reference length) {', '.join(bins)}"
         claims.append(Claim(f"PPO is at or above SFT at every length at size {size}", found, text))
     return claims
@@ -92,20 +96,26 @@ def rouge_rises(scores: pd.DataFrame) -> list[Claim]:
 def accuracy_rises(accuracies: pd.DataFrame) -> list[Claim]:
     """Accuracy of the reward model rises from each size to the next, on each split, on the cleanest labels there are.
 
-    Each size's accuracy is the mean over seeds; all seeds see the same pairs, so that Newcombe's interval of a difference
-    takes the number of pairs of one seed, and is too wide rather than too narrow.
+    Each size's accuracy is the mean over seeds. All seeds see the same pairs, so that Newcombe's interval of a
+    difference takes the number of pairs of one seed: it is too wide rather than too narrow.
 
     Args:
         accuracies: as of `calibration.accuracy_rows`.
     """
     claims = []
     whole = accuracies[accuracies["group"] == "all"]
-    whole = whole[whole["labels"] == whole["labels"].iloc[-1]]
+    clean = whole[whole["labels"] == LABELS["clean"]]
+    whole = (
+        clean
+        if len(clean[RUN].drop_duplicates()) == len(whole[RUN].drop_duplicates())
+        else whole[whole["labels"] == LABELS["margin"]]
+    )
     for split, part in whole.groupby("split", sort=False):
         table = part.groupby("size", sort=False).agg(accuracy=("accuracy", "mean"), pairs=("pairs", "min"))
         rows = list(table.itertuples())
         steps = [
-            (x.Index, y.Index, proportion_difference(y.accuracy, y.pairs, x.accuracy, x.pairs)) for x, y in pairwise(rows)
+            (x.Index, y.Index, proportion_difference(y.accuracy, y.pairs, x.accuracy, x.pairs))
+            for x, y in pairwise(rows)
         ]
         title = f"Reward-model accuracy on {split} rises with size (labels {part['labels'].iloc[0]})"
         claims += _rise(title, table["accuracy"].to_dict(), steps)
@@ -121,7 +131,9 @@ def seeds_agree(agreement: pd.DataFrame) -> list[Claim]:
     claims = []
     for row in agreement.itertuples(index=False):
         found = Estimate(row.fleiss, row.low, row.high)
-        text = f"Fleiss' kappa {shown(found)}, {row.unanimous:.1%} of {row.queries} queries unanimous, {row.seeds} seeds"
+        text = (
+            f"Fleiss' kappa {shown(found)}, {row.unanimous:.1%} of {row.queries} queries unanimous, {row.seeds} seeds"
+        )
         title = f"Seeds of {row.policy} at size {row.size} agree on what wins beyond chance"
         claims.append(Claim(title, verdict([found]), text))
     return claims

@@ -72,7 +72,10 @@ def alarms(table: pd.DataFrame) -> list[str]:
     alone = sorted(set(table[table["siblings"] == 0]["size"]), key=str)
     said = [f"One seed only, nothing to compare with: size {', '.join(alone)}."] if alone else []
     if fallen.empty:
-        return [*said, f"No run fell: none is more than {FAR} below the median of its siblings with an interval below theirs."]
+        return [
+            *said,
+            f"No run fell: none is more than {FAR} below the median of its siblings with an interval below theirs.",
+        ]
     return [*said, *(_sentence(row, table) for _, row in fallen.iterrows()), _common(fallen, table)]
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "0.45"
-STYLE = {
+APART = 1.03
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
     "axes.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False, "savefig.dpi": 130, "lines.linewidth": 1.6,
 }  # fmt: skip
@@ -74,18 +75,19 @@ def plot_against_size(
     """
     if table.empty:
         return False
-    single = not table.duplicated(["size", series]).any()
+    single, count = not table.duplicated(["size", series]).any(), table[series].nunique()
     with canvas(file, 1, len(panels), 5.6 if len(panels) == 1 else 3.8, 4.0 if len(panels) == 1 else 3.4) as axes:
         for axis, (column, title) in zip(axes.flat, panels.items(), strict=True):
             if level is not None:
                 axis.axhline(level, color=GREY, linestyle="--", linewidth=1)
             for index, (name, part) in enumerate(table.groupby(series, sort=False)):
                 look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-                means = part.groupby("parameters")[column].mean().sort_index()
-                axis.plot(means.index, means.values, color=look["color"], label=str(name), marker=look["marker"], ms=5)
-                axis.scatter(part["parameters"], part[column], alpha=0.45, s=34, linewidths=0, zorder=3, **look)
+                x = part["parameters"] * APART ** (index - (count - 1) / 2)  # side by side
+                means = part.groupby(x)[column].mean()
+                axis.plot(means.index, means.values, color=look["color"], label=str(name), marker=look["marker"], ms=6)
+                axis.scatter(x, part[column], alpha=0.4, s=30, linewidths=0, zorder=3, **look)
                 if single and {"low", "high"} <= set(part.columns):
-                    axis.vlines(part["parameters"], part["low"], part["high"], color=look["color"], alpha=0.6)
+                    axis.vlines(x, part["low"], part["high"], color=look["color"], alpha=0.6)
             for index, star in enumerate(baselines):
                 label = f"{star.name} ({star.win_rate:.2f})"
                 axis.scatter(star.parameters, star.win_rate, marker="*", s=190, zorder=4, edgecolors="black",
@@ -93,8 +95,13 @@ def plot_against_size(
             axis.set_title(title)
             _size_axis(axis, table, baselines)
         axes[0][0].set_ylabel(y_label)
-        axes[0][-1].legend()
+        _legend(axes)
     return True
+
+
+def _legend(axes: Any) -> None:
+    """To the right of the panels, where it hides nothing."""
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _size_axis(axis: Any, table: pd.DataFrame, baselines: Sequence[Baseline] = ()) -> None:
@@ -135,7 +142,7 @@ def plot_mean_lengths(table: pd.DataFrame, unit: Unit, file: Path) -> bool:
                 axis.scatter(own["length"], own["win_rate"], color=colour, marker=marker, s=46, alpha=0.8, linewidths=0)
         axis.set_xlabel(f"mean length of the responses ({unit})")
         axis.set_ylabel("win rate against the reference")
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _legend(axes)
     return True
 
 
@@ -172,7 +179,7 @@ def plot_length_controlled(bins: pd.DataFrame, fits: pd.DataFrame, file: Path) -
             axis.set_xlabel("log(length / reference length)")
         for row in axes:
             row[0].set_ylabel("win rate against the reference")
-        axes[0][0].legend()
+        _legend(axes)
     return True
 
 
@@ -193,7 +200,9 @@ def _draw_fit(axis: Any, bins: pd.DataFrame, fitted: pd.Series, colour: str) -> 
 
 
 def plot_calibration(bins: pd.DataFrame, file: Path) -> bool:
-    """Draw accuracy against margin, a panel per split, a line per run in the colour of its size, and sigmoid(margin).
+    """Draw accuracy against margin, a panel per split, and sigmoid(margin).
+
+    A dot is a bin of a run, in the colour of its size; a line goes through the bins of all seeds of a size together.
 
     Args:
         bins: as of `calibration.calibration_bins`.
@@ -204,17 +213,20 @@ def plot_calibration(bins: pd.DataFrame, file: Path) -> bool:
     curve = np.linspace(0, max(1.0, bins["margin"].max() * 1.05), 200)
     with canvas(file, 1, len(splits), 5.6 if len(splits) == 1 else 4.4, 3.8, sharey=True) as axes:
         for axis, split in zip(axes.flat, splits, strict=True):
-            axis.plot(curve, 1 / (1 + np.exp(-curve)), color="black", linestyle="--", linewidth=1.2, label="sigmoid(margin)")
-            own = bins[bins["split"] == split]
-            for (size, seed), part in own.groupby(["size", "seed"], sort=False):
-                label = size if seed == own[own["size"] == size]["seed"].iloc[0] else None
-                axis.plot(part["margin"], part["accuracy"], color=colours[size], marker="o", ms=4, alpha=0.85, label=label)
+            axis.plot(
+                curve, 1 / (1 + np.exp(-curve)), color="black", linestyle="--", linewidth=1.2, label="sigmoid(margin)"
+            )
+            for size, part in bins[bins["split"] == split].groupby("size", sort=False):
+                weighted = part[["margin", "accuracy"]].mul(part["pairs"], axis=0).groupby(part["from"]).sum()
+                line = weighted.div(part.groupby("from")["pairs"].sum(), axis=0)
+                axis.plot(line["margin"], line["accuracy"], color=colours[size], label=str(size))
+                axis.scatter(part["margin"], part["accuracy"], color=[colours[size]], s=20, alpha=0.55, linewidths=0)
                 if single:
                     axis.vlines(part["margin"], part["low"], part["high"], color=colours[size], alpha=0.5)
             axis.set_title(split)
             axis.set_xlabel("|margin| (mean of the bin)")
         axes[0][0].set_ylabel("accuracy")
-        axes[0][-1].legend(loc="lower right")
+        _legend(axes)
     return True
 
 
@@ -241,7 +253,7 @@ def plot_course(table: pd.DataFrame, file: Path) -> bool:
             axis.set_title(title)
             axis.set_xlabel("√KL (√nats)")
         if len(colours) > 1:
-            axes[0][0].legend()
+            _legend(axes)
     return True
 
 
@@ -273,5 +285,5 @@ def plot_stage(curves: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]]
             axis.set_title(f"{title}\n{name}", fontsize=9)
             axis.set_xlabel(x_label)
         if len(sizes) > 1:
-            axes[0][0].legend()
+            _legend(axes)
     return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rlhf.evaluation.statistics import NOTHING, Estimate, proportion, proportion_difference
+from rlhf.evaluation.statistics import KEYS, NOTHING, Estimate, proportion, proportion_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def mean_lengths(rows: pd.DataFrame) -> pd.DataFrame:
     """
     valid = rows[rows["outcome"].notna()]
     names = {"length": "length", "reference_length": "reference_length", "win_rate": "outcome"}
-    groups = valid.groupby(["size", "parameters", "seed", "policy"], sort=False)
+    groups = valid.groupby(KEYS, sort=False)
     return groups.agg(**{name: (column, "mean") for name, column in names.items()}).reset_index()
 
 
@@ -65,7 +65,7 @@ def length_bins(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for key, part in known.sort_values("bin", kind="stable").groupby([*GROUP, "bin"], sort=False):
         queries = part["query"].nunique()
-        table.append((*key, len(part), queries, *proportion(part["outcome"].mean(), queries)))  # type: ignore[misc]
+        table.append((*key, len(part), queries, *proportion(part["outcome"].mean(), queries)))
     bins = pd.DataFrame(table, columns=[*GROUP, "bin", "rows", "queries", "win_rate", "low", "high"])
     order = known[GROUP].drop_duplicates()
     return order.merge(bins, on=GROUP, how="left")
@@ -100,7 +100,7 @@ def length_fits(rows: pd.DataFrame) -> pd.DataFrame:
         rows: as of `with_lengths`.
 
     Returns:
-        `size`, `parameters`, `policy`, `seed`, `rows`, `raw` (the win rate of these rows), `adjusted` (that of the fit
+        `size`, `parameters`, `seed`, `policy`, `rows`, `raw` (the win rate of these rows), `adjusted` (that of the fit
         at ratio 1), its `low` and `high`, `slope` (log-odds per unit of `log_ratio`), `slope_low`, `slope_high`. NaN
         where no fit exists, see `fit`.
     """
@@ -108,14 +108,14 @@ def length_fits(rows: pd.DataFrame) -> pd.DataFrame:
 
     known = rows.dropna(subset=["log_ratio", "outcome"])
     table = []
-    for key, part in known.groupby(GROUP, sort=False):
+    for (size, parameters, policy), part in known.groupby(GROUP, sort=False):
         seeds: list[Hashable] = list(part["seed"].unique())
         for seed in [*seeds, "all"] if len(seeds) > 1 else seeds:
             own = part if seed == "all" else part[part["seed"] == seed]
             adjusted, slope = fit(own)
-            table.append((*key, seed, len(own), own["outcome"].mean(), *adjusted, *slope))  # type: ignore[misc]
-    names = ["seed", "rows", "raw", "adjusted", "low", "high", "slope", "slope_low", "slope_high"]
-    return pd.DataFrame(table, columns=[*GROUP, *names])
+            table.append((size, parameters, seed, policy, len(own), own["outcome"].mean(), *adjusted, *slope))
+    names = ["rows", "raw", "adjusted", "low", "high", "slope", "slope_low", "slope_high"]
+    return pd.DataFrame(table, columns=[*KEYS, *names])
 
 
 def fit(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:

@@ -36,7 +36,7 @@ def rouge_table(scores: pd.DataFrame) -> pd.DataFrame:
 
     table = []
     for key, part in scores.groupby(KEYS, sort=False):
-        row = {**dict(zip(KEYS, key, strict=True)), "rows": len(part)}  # type: ignore[call-overload]
+        row = {**dict(zip(KEYS, key, strict=True)), "rows": len(part)}
         for name in ROUGE:
             found = mean_interval(part[name].to_numpy())
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

@@ -65,13 +65,15 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         kls[size, seed, update] = kl_after(own, update)
     kl = [kls[key] for key in zip(table["size"], table["seed"], table["update"], strict=True)]
     table = table.assign(kl=kl, sqrt_kl=np.sqrt(np.maximum(kl, 0.0)))
-    return table[[*keys, "kl", "sqrt_kl", "score", "gold", "rows", "win_rate", "low", "high"]]
+    return table.sort_values(["parameters", "seed", "update"], ignore_index=True)[
+        [*keys, "kl", "sqrt_kl", "score", "gold", "rows", "win_rate", "low", "high"]
+    ]
 
 
 def turning_points(table: pd.DataFrame) -> pd.DataFrame:
     """Where each measure is highest, a row per run and measure: `measure`, `best_update`, `sqrt_kl`, `best`, `last`.
 
-    A measure whose last value is below its best, while the proxy score still rises, is what over-optimisation looks like.
+    Over-optimisation is a proxy score that is best at the end, and a gold score or win rate that was best before.
     """
     import pandas as pd
 
@@ -82,5 +84,5 @@ def turning_points(table: pd.DataFrame) -> pd.DataFrame:
             if len(known):
                 best = known.loc[known[measure].idxmax()]
                 last = known[measure].iloc[-1]
-                found.append((*key, measure, int(best["update"]), best["sqrt_kl"], best[measure], last))  # type: ignore[misc]
+                found.append((*key, measure, int(best["update"]), best["sqrt_kl"], best[measure], last))
     return pd.DataFrame(found, columns=[*RUN, "measure", "best_update", "sqrt_kl", "best", "last"])

@@ -27,9 +27,10 @@ class Page:
         """Add headings or paragraphs; empty ones are left out."""
         self._blocks += [block for block in blocks if block]
 
-    def numbers(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table as `<name>.csv`, all columns with all digits."""
+    def numbers(self, name: str, table: pd.DataFrame, title: str = "Numbers") -> None:
+        """Write a table as `<name>.csv`, all columns with all digits, and link to it."""
         write_table(table, self.folder / f"{name}.csv")
+        self.add(f"{title}: [{name}.csv]({name}.csv)")
 
     def table(self, name: str, table: pd.DataFrame, columns: Sequence[str] | None = None) -> None:
         """Write a table as `<name>.csv` and show it.
@@ -39,9 +40,8 @@ class Page:
             table: its numbers.
             columns: those that are shown; by default all but `parameters`.
         """
-        self.numbers(name, table)
         self.add(markdown(table[list(columns)] if columns else table.drop(columns="parameters", errors="ignore")))
-        self.add(f"Numbers: [{name}.csv]({name}.csv)")
+        self.numbers(name, table)
 
     def figure(self, name: str, draw: Callable[..., bool], *data: Any, **settings: Any) -> None:
         """Have a figure drawn to `<name>.png`, and show it if there was anything to draw."""
@@ -59,7 +59,14 @@ class Page:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown. Columns `low` and `high` become one, "95% interval"; a missing number is an empty cell."""
+    """A table in Markdown, as of `presented`."""
+    heads, rows = presented(table)
+    lines = [heads, ["---"] * len(heads), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def presented(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table as texts. Columns `low` and `high` become one, "95% interval"."""
     if {"low", "high"} <= set(table.columns):
         intervals = [
             "" if low != low else f"{cell(low)} to {cell(high)}"
@@ -67,12 +74,11 @@ def markdown(table: pd.DataFrame) -> str:
         ]
         table = table.assign(low=intervals).drop(columns="high").rename(columns={"low": "95% interval"})
     heads = [str(name).replace("_", " ") for name in table.columns]
-    rows = [[cell(value).replace("|", "\\|") for value in row] for row in table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+    return heads, [[cell(value) for value in row] for row in table.itertuples(index=False)]
 
 
 def cell(value: Any) -> str:
-    """A value as text: three digits after the point, nothing for a missing number."""
+    """A value as text: three digits after the point (of tiny ones two in all), nothing for a missing number."""
     if isinstance(value, float):
-        return "" if value != value else f"{value:.3f}"
+        return "" if value != value else f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
     return "" if value is None else str(value)

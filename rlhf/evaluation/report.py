@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from rlhf import run_folder
 from rlhf.checks import at_least, at_most
+from rlhf.errors import UserError
 from rlhf.evaluation import sections
 from rlhf.evaluation.analysis import Analysis, analyse, gather
 from rlhf.evaluation.lengths import Unit
-from rlhf.evaluation.page import Page, cell
+from rlhf.evaluation.page import Page, presented
 from rlhf.evaluation.runs import Baseline, Run
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def report(
         UserError: a file or column is missing, tables share no query, or sizes can't be ordered.
     """
     at_least("samples", samples, 0)
+    if baselines and any(run.parameters is None for run in runs):
+        raise UserError("baselines: they stand over their number of parameters, so give that of the runs too.")
     for star in baselines or []:
         at_least(f"baselines: parameters of {star.name}", star.parameters, 1)
         at_least(f"baselines: win_rate of {star.name}", star.win_rate, 0)
@@ -67,7 +70,9 @@ def _print(found: Analysis) -> None:
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
-    console.print(_rich(found.summary.drop(columns="parameters"), "Summary"))
+    summary = found.summary.drop(columns=["parameters", "score_std"], errors="ignore")
+    constant = [name for name in ("size", "seed") if summary[name].nunique() == 1]
+    console.print(_rich(summary.drop(columns=constant), "Summary"))
     if len(found.claims):
         console.print(_rich(found.claims, "Claims"))
 
@@ -75,7 +80,8 @@ def _print(found: Analysis) -> None:
 def _rich(table: pd.DataFrame, title: str) -> object:
     from rich.table import Table
 
-    shown = Table(*(str(name).replace("_", " ") for name in table.columns), title=title)
-    for row in table.itertuples(index=False):
-        shown.add_row(*map(cell, row))
+    heads, rows = presented(table)
+    shown = Table(*heads, title=title)
+    for row in rows:
+        shown.add_row(*row)
     return shown

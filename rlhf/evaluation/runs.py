@@ -122,7 +122,7 @@ def margin_rows(runs: Sequence[Run]) -> pd.DataFrame:
     """
     from rlhf.evaluation.tables import read_table
 
-    parts = []
+    parts: list[tuple[Run, dict[str, object], pd.DataFrame]] = []
     for run in ordered(runs):
         if run.margins is not None:
             table = read_table(run.margins, f"runs: margins of size {run.size}, seed {run.seed}", MARGINS)
@@ -189,6 +189,8 @@ def _joined(parts: Sequence[tuple[Run, dict[str, object], pd.DataFrame]]) -> pd.
     def named() -> Iterator[pd.DataFrame]:
         for run, keys, table in parts:
             whose = {"size": run.size, "parameters": run.parameters or 1, "seed": run.seed, **keys}
-            yield pd.concat([pd.DataFrame(whose, index=table.index), table.drop(columns=[*whose], errors="ignore")], axis=1)
+            yield pd.concat(
+                [pd.DataFrame(whose, index=table.index), table.drop(columns=[*whose], errors="ignore")], axis=1
+            )
 
     return pd.concat(named(), ignore_index=True) if parts else pd.DataFrame()

@@ -66,8 +66,9 @@ def add_claims(page: Page, found: Analysis) -> None:
     page.table("claims", found.claims)
     page.add(
         "A claim holds where the 95% interval of each of its differences lies above 0, does not hold where one lies "
-        "below 0, and is undecided otherwise; of PPO at every length, see that section. Intervals tell what other queries "
-        "would give with the same models, not what other seeds would."
+        "below 0, and is undecided otherwise. PPO at every length: it holds where PPO is at or above SFT in each bin, "
+        "and does not hold where the interval of one lies below 0. Intervals tell what other queries would give with "
+        "the same models, not what other seeds would."
     )
     if _one_size(found.rates):
         page.add("One size only: nothing is said of what rises with size.")
@@ -112,21 +113,20 @@ def add_lengths(page: Page, found: Analysis, unit: Unit) -> None:
         page.add("Where `adjusted` is empty no fit exists: one length ratio only, or outcomes without overlap.")
     page.figure("length_controlled", plot_length_controlled, found.bins, found.fits)
     page.numbers("length_bins", found.bins)
+    page.add(_bin_sentences(found.bin_differences))
     page.numbers("length_bin_differences", found.bin_differences)
-    page.add("Numbers: [length_bins.csv](length_bins.csv)")
-    page.add(*_bin_sentences(found.bin_differences))
 
 
-def _bin_sentences(differences: pd.DataFrame) -> list[str]:
+def _bin_sentences(differences: pd.DataFrame) -> str:
     if differences.empty:
-        return [f"No bin has {ENOUGH} queries of both SFT and PPO."]
+        return f"No bin has {ENOUGH} queries of both SFT and PPO."
     said = []
     for size, part in differences.groupby("size", sort=False):
         below = part[part["difference"] < 0]
         where = ", ".join(f"{row.bin:+.2f} ({row.difference:+.3f})" for row in below.itertuples())
         ending = f" all {len(part)}" if below.empty else f" {len(part) - len(below)} of {len(part)}; below at {where}"
         said.append(f"- Size {size}, bins with {ENOUGH} queries or more of both: PPO is at or above SFT in{ending}.")
-    return ["\n".join(said), "Numbers: [length_bin_differences.csv](length_bin_differences.csv)"]
+    return "\n".join(said)
 
 
 def add_reward(page: Page, found: Analysis) -> None:
@@ -158,14 +158,13 @@ def add_reward(page: Page, found: Analysis) -> None:
 def _add_accuracy(page: Page, found: Analysis) -> None:
     page.add("Accuracy on validation pairs. `news` is out of distribution.")
     whole = found.accuracy[found.accuracy["group"] == "all"].drop(columns=["group", "value"])
-    page.numbers("reward_accuracy", found.accuracy)
     page.table("reward_accuracy_by_split", whole)
     parts = found.accuracy[found.accuracy["group"] != "all"]
     if len(parts):
         several = parts["seed"].nunique() > 1
         page.add(f"Per batch and confidence{', mean over seeds (lowest to highest)' if several else ''}:")
         page.table("reward_accuracy_by_group", _by_group(parts))
-        page.add("Of every run with its interval: [reward_accuracy.csv](reward_accuracy.csv)")
+    page.numbers("reward_accuracy", found.accuracy, "Everything, of every run")
     if not _one_size(whole):
         named = whole.assign(series=whole["split"] + ", " + whole["labels"])
         panels = {"accuracy": "Accuracy of the reward model"}
@@ -173,8 +172,12 @@ def _add_accuracy(page: Page, found: Analysis) -> None:
 
 
 def _by_group(parts: pd.DataFrame) -> pd.DataFrame:
-    keys = ["split", "group", "value", "size"]
-    groups = parts.groupby(keys, sort=False)
+    keys = ["split", "group", "value"]
+    values = [value if isinstance(value, str) else f"{value:g}" for value in parts["value"]]
+    parts = parts.assign(value=values, order=parts.groupby(keys, sort=False).ngroup()).sort_values(
+        "order", kind="stable"
+    )
+    groups = parts.groupby([*keys, "size"], sort=False)
     single = groups.size().max() == 1
     low, high = ("low", "high") if single else ("accuracy", "accuracy")
     return groups.agg(
@@ -192,7 +195,6 @@ def _add_calibration(page: Page, found: Analysis) -> None:
     page.table("calibration_error", found.errors)
     page.figure("calibration", plot_calibration, found.calibration)
     page.numbers("calibration", found.calibration)
-    page.add("Numbers: [calibration.csv](calibration.csv)")
 
 
 def add_seeds(page: Page, found: Analysis) -> None:
@@ -203,13 +205,12 @@ def add_seeds(page: Page, found: Analysis) -> None:
     else:
         page.add(
             "Whether the seeds win, tie and lose on the same queries: `pairwise` is the share of equal outcomes of two "
-            "seeds, `unanimous` the share of queries on which all seeds are equal; `cohen` (mean over pairs) and `fleiss` "
-            "are kappas, 0 by chance and 1 at best; the interval is that of Fleiss' kappa."
+            "seeds, `unanimous` the share of queries on which all seeds are equal; `cohen` (mean over pairs) and "
+            "`fleiss` are kappas, 0 by chance and 1 at best; the interval is that of Fleiss' kappa."
         )
         page.table("seed_agreement", found.seeds)
     page.add("### Collapse alarm", *alarms(found.collapse))
     page.numbers("collapse", found.collapse)
-    page.add("Numbers: [collapse.csv](collapse.csv)")
 
 
 def add_course(page: Page, found: Analysis) -> None:
@@ -219,8 +220,8 @@ def add_course(page: Page, found: Analysis) -> None:
         page.add("No judged checkpoints of PPO were given, so its course is not known.")
         return
     page.add(
-        "What the policy gains as it moves away from where PPO started, which is the point at 0. Over-optimisation is a "
-        "score of the reward model that still rises where gold score or win rate fall."
+        "What the policy gains as it moves away from where PPO started, which is the point at 0. Over-optimisation is "
+        "a score of the reward model that still rises where gold score or win rate fall."
     )
     page.figure("over_optimisation", plot_course, found.course)
     page.table("over_optimisation", found.course)
@@ -231,9 +232,8 @@ def add_course(page: Page, found: Analysis) -> None:
 def add_rouge(page: Page, found: Analysis) -> None:
     """ROUGE per run."""
     page.add("## ROUGE", "Mean over the split, with bootstrap intervals in the CSV.")
-    page.numbers("rouge", found.rouge)
     page.table("rouge_means", found.rouge[["size", "parameters", "seed", "policy", "rows", *ROUGE]])
-    page.add("Intervals: [rouge.csv](rouge.csv)")
+    page.numbers("rouge", found.rouge, "With intervals")
     if _one_size(found.rouge):
         page.add("One size only: no figure against size.")
     else:
@@ -255,27 +255,27 @@ def add_curves(page: Page, evidence: Evidence) -> None:
         else:
             page.figure(stage, plot_stage, curves, PANELS[stage], x_label)
         page.numbers(f"{stage}_curves", curves)
-        page.add(f"Numbers: [{stage}_curves.csv]({stage}_curves.csv)")
         if stage == "ppo":
-            page.add(*_invariants(curves))
+            page.add("What must hold and what PPO costs, over its updates:")
+            page.table("invariants", _invariants(curves))
 
 
-def _invariants(curves: pd.DataFrame) -> list[str]:
-    blocks = []
-    runs = list(curves.groupby(["size", "seed"], sort=False))
-    for (size, seed), part in runs:
+def _invariants(curves: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    table = []
+    for (size, seed), part in curves.groupby(["size", "seed"], sort=False):
         own = {name: points["value"] for name, points in part.groupby("curve")}
-        lines = [f"Size {size}, seed {seed}:"] if len(runs) > 1 else []
+        row = {"size": size, "seed": seed}
         if "val/ratio_max_deviation" in own:
-            worst = own["val/ratio_max_deviation"].max()
-            lines.append(f"- Largest |ratio - 1| before the first step of any update: {worst:.2g}")
+            row["largest |ratio - 1| before the first step"] = own["val/ratio_max_deviation"].max()
         if "objective/kl" in own:
             kl = own["objective/kl"]
-            lines.append(f"- KL: {kl.iloc[0]:.2g} in the first update, {kl.iloc[-1]:.3g} in the last, {kl.max():.3g} at most")
+            row |= {"first KL": kl.iloc[0], "last KL": kl.iloc[-1], "highest KL": kl.max()}
         if "rollout/eos_share" in own:
-            lines.append(f"- Responses with EOS in the last update: {own['rollout/eos_share'].iloc[-1]:.1%}")
-        blocks.append("\n".join(lines))
-    return blocks
+            row["EOS share in the last update"] = own["rollout/eos_share"].iloc[-1]
+        table.append(row)
+    return pd.DataFrame(table)
 
 
 def add_samples(page: Page, evidence: Evidence, count: int) -> None:

@@ -162,8 +162,8 @@ def seed_means(rows: pd.DataFrame, value: str = "outcome") -> pd.Series:
 def policy_differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Win rate of each policy minus that of each earlier one, with the same size and seed, over shared queries.
 
-    Also of every size over all seeds (`seed` is "all"): each query's outcomes are averaged over the seeds first, so that
-    the interval tells what other queries would give with these seeds.
+    Also of every size over all seeds (`seed` is "all"): each query's outcomes are averaged over the seeds first, so
+    that the interval tells what other queries would give with these seeds.
 
     Returns:
         `size`, `parameters`, `seed`, `policy`, `baseline`, `queries`, `difference`, `low`, `high`.

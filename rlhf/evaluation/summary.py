@@ -21,14 +21,14 @@ def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
         scores: their ROUGE, as of `overlap.rouge_rows`.
 
     Returns:
-        `size`, `parameters`, `seed`, `policy`, `score` and `score_std` (of the reward model), `gold`, `win_rate`, `low`,
-        `high`, `rougeL`, `eos` (share), `length` (tokens). A column that no table has is left out.
+        `size`, `parameters`, `seed`, `policy`, `score` and `score_std` (of the reward model), `gold`, `win_rate`,
+        `low`, `high`, `rougeL`, `eos` (share), `length` (tokens). A column that no table has is left out.
     """
     import pandas as pd
 
     table: list[dict[str, Any]] = []
     for key, run in rows.groupby(RUN, sort=False):
-        whose = dict(zip(RUN, key, strict=True))  # type: ignore[call-overload]
+        whose = dict(zip(RUN, key, strict=True))
         for policy, part in run.groupby("policy", sort=False):
             rate = win_rates(part).iloc[0]
             table.append({
@@ -38,7 +38,9 @@ def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
             })  # fmt: skip
         first = run[run["policy"] == run["policy"].iloc[0]]
         nothing = dict(zip(["win_rate", "low", "high"], NOTHING, strict=True))
-        table.append({**whose, "policy": REFERENCE, **_scores(first, "b"), **nothing, "length": first["b_tokens"].mean()})
+        table.append(
+            {**whose, "policy": REFERENCE, **_scores(first, "b"), **nothing, "length": first["b_tokens"].mean()}
+        )
     return pd.DataFrame(table).dropna(axis=1, how="all")
 
 
@@ -56,10 +58,10 @@ def progress(rows: pd.DataFrame, start: str = "SFT", end: str = "PPO") -> list[s
         gain = (after["a_score"].mean() - before["a_score"].mean()) / before["a_score"].std()
         if gain != gain:
             continue
-        text = f"{end} raised the mean score by {gain:.2f} standard deviations of the {start} scores"
+        text = f"{end} moved the mean score by {gain:+.2f} standard deviations of the {start} scores"
         gold = after["a_gold"].mean() - before["a_gold"].mean()
         if gold == gold:
-            text += f", and the gold score by {gold:.2f}"
+            text += f", and the gold score by {gold:+.2f}"
         whose = f"Size {size}, seed {seed}: " if len(runs) > 1 else ""
         said.append(f"{whose}{text}, on {len(after)} queries.")
     return said
