@@ -42,6 +42,7 @@ AGAIN = """An earlier answer to this could not be read. The last line of your an
 `Preferred: B` or `Preferred: tie`, and nothing may follow it."""
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "tie": "tie"}
 _LINE = re.compile(r"Preferred: (A|B|tie)")
+_REFUSED = (400, 413, 422)  # this prompt is too long or against the rules, others may not be
 _CONNECT = 5.0  # seconds
 _PROBE = 10.0  # seconds
 
@@ -161,9 +162,7 @@ class OpenAIJudge(AskingJudge):
 
         try:
             self._client.with_options(max_retries=0, timeout=_timeout(_PROBE)).models.with_raw_response.list()
-        except openai.APIConnectionError as error:
-            raise self._stopped(error) from None
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._stopped(error) from None
         except openai.APIStatusError:
             pass
@@ -200,11 +199,9 @@ class OpenAIJudge(AskingJudge):
                 model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=self.request
             )
             return reply.text
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise self._stopped(error) from None
-        except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-            raise self._stopped(error) from None
-        except openai.APIStatusError as error:  # too long, or against its rules
+        except openai.OpenAIError as error:
+            if getattr(error, "status_code", None) not in _REFUSED:
+                raise self._stopped(error) from None
             self._problem = self._cleaned(str(error))
             return None
 
