@@ -1,4 +1,4 @@
-"""Short fingerprints of models, data and files: whether a table was made from the same things."""
+"""Short fingerprints of models and texts: whether a table was made from the same things."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ def of_texts(texts: Iterable[str]) -> str:
         data = text.encode()
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()[:16]
-
-
-def of_file(file: Path) -> str:
-    """Of all bytes of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def of_model(path: str, setting: str) -> str:

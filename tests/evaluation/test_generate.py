@@ -75,6 +75,15 @@ def test_greedy_responses_do_not_depend_on_the_batch(model_path: str, data_path:
     assert "score" not in tables[0]
 
 
+def test_a_tokenizer_that_pads_with_eos(model_path: str, data_path: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_path, tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    tables = [responses(path, Source(data_path), response_length=6) for path in (model_path, str(folder))]
+    pd.testing.assert_frame_equal(*tables)
+
+
 def test_seed_and_temperature_matter(model_path: str, data_path: str) -> None:
     def texts(**settings: Any) -> list[str]:
         return responses(model_path, Source(data_path), response_length=6, **settings)["response"].tolist()

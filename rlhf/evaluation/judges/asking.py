@@ -52,7 +52,7 @@ class AnswerFile:
     a file.
 
     Args:
-        file: the file; made with the first answer.
+        file: the file; its folder must be there.
     """
 
     def __init__(self, file: Path) -> None:
@@ -74,7 +74,6 @@ class AnswerFile:
         """Keep an answer. Any thread may."""
         line = json.dumps({"key": key, **vars(entry)}) + "\n"
         with self._lock:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("ab+") as stream:
                 if stream.tell() and _last_byte(stream) != b"\n":
                     line = "\n" + line  # ends a torn line
@@ -98,8 +97,16 @@ class AskingJudge(Judge):
     _problem: str = ""  # what went wrong last, where that was no answer
 
     def prepare(self, answers: Path) -> None:
-        """Read the answers that are there."""
-        super().prepare(answers)
+        """Read the answers that are there.
+
+        Raises:
+            UserError: the file can't be written; that must not come out when the first answer is paid for.
+        """
+        try:
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            answers.open("ab").close()
+        except OSError as error:
+            raise UserError(f"answers: the file {answers} can't be written: {error.strerror}.") from error
         self._answers = AnswerFile(answers)
         self._asked: list[Question] = []
         self._known: dict[str, int] = {}

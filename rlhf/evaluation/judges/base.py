@@ -51,13 +51,12 @@ class Judge(ABC):
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 
-    def prepare(self, answers: Path) -> None:
+    def prepare(self, answers: Path) -> None:  # noqa: B027  (most judges have nothing to prepare)
         """Called once, before the first pair. Refuse here what could only fail later.
 
         Args:
             answers: file for answers that are dear, to find them again when the run is started again.
         """
-        self._file = answers
 
     @abstractmethod
     def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:

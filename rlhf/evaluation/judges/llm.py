@@ -8,7 +8,7 @@ import re
 import string
 import threading
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -42,6 +42,7 @@ AGAIN = """An earlier answer to this could not be read. The last line of your an
 `Preferred: B` or `Preferred: tie`, and nothing may follow it."""
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "tie": "tie"}
 _LINE = re.compile(r"Preferred: (A|B|tie)")
+_REFUSED = (400, 413, 422)  # this prompt is too long or against the rules, others may not be
 _CONNECT = 5.0  # seconds
 _PROBE = 10.0  # seconds
 
@@ -120,6 +121,7 @@ class OpenAIJudge(AskingJudge):
         self._prices = prompt_price, completion_price
         self._concurrency = concurrency
         self._stop = threading.Event()
+        self._error: UserError | None = None
 
     @property
     def name(self) -> str:
@@ -161,9 +163,7 @@ class OpenAIJudge(AskingJudge):
 
         try:
             self._client.with_options(max_retries=0, timeout=_timeout(_PROBE)).models.with_raw_response.list()
-        except openai.APIConnectionError as error:
-            raise self._stopped(error) from None
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._stopped(error) from None
         except openai.APIStatusError:
             pass
@@ -173,7 +173,9 @@ class OpenAIJudge(AskingJudge):
         nothing = 0  # answers that were none at all: not kept, so that the next run asks again
         while (verdict := self.verdict(question)) is None:
             kept = len(self._answers.of(question.key))
-            if kept + nothing >= self.attempts or self._stop.is_set():
+            if self._stop.is_set():
+                raise self._error or CancelledError
+            if kept + nothing >= self.attempts:
                 return "invalid"
             prompt = self.template.format(query=question.query, first=question.first, second=question.second)
             body = self._post(f"{prompt}\n\n{AGAIN}" if kept + nothing else prompt)
@@ -200,11 +202,9 @@ class OpenAIJudge(AskingJudge):
                 model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=self.request
             )
             return reply.text
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise self._stopped(error) from None
-        except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-            raise self._stopped(error) from None
-        except openai.APIStatusError as error:  # too long, or against its rules
+        except openai.OpenAIError as error:
+            if getattr(error, "status_code", None) not in _REFUSED:
+                raise self._stopped(error) from None
             self._problem = self._cleaned(str(error))
             return None
 
@@ -220,14 +220,15 @@ class OpenAIJudge(AskingJudge):
             return None
 
     def _stopped(self, error: Exception) -> UserError:
-        """The sentence for an endpoint that gives no answers."""
-        self._stop.set()
+        """The sentence for an endpoint that gives no answers; nobody asks it any more."""
         kept = sum(bool(self._answers.of(question.key)) for question in self._asked)
-        return UserError(
+        self._error = UserError(
             f"judge: no answer from the endpoint {self.endpoint}: {self._cleaned(str(error))} "
             f"({type(error).__name__}). {kept} of {len(self._asked)} questions are answered, the answers are in "
             f"{self._answers.file}; the same command goes on from there."
         )
+        self._stop.set()
+        return self._error
 
     def _cleaned(self, text: str, longest: int | None = 300) -> str:
         """Without the key, which an endpoint might repeat."""

@@ -40,5 +40,11 @@ class RewardJudge(ScoringJudge):
 
     def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
         """The reward of each response."""
+        from rich.progress import track
+
         assert self._scorer is not None, "prepare() comes first"
-        return self._scorer(queries, responses)
+        scores: list[float] = []
+        for start in track(range(0, len(queries), self._batch_size), f"Scoring with {self._model}", transient=True):
+            part = slice(start, start + self._batch_size)
+            scores += self._scorer(queries[part], responses[part])
+        return scores

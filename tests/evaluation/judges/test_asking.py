@@ -11,7 +11,7 @@ from rlhf.evaluation.judges.asking import AnswerFile, Entry
 
 
 def test_answers_are_found_again(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "answers.jsonl"
+    file = tmp_path / "answers.jsonl"
     answers = AnswerFile(file)
     assert answers.of("a") == []
     entries = [Entry(None, "caf\u00e9\u2028\nx", 1, 2), Entry("tie", "t")]

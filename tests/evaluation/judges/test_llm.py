@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.errors import UserError
+from rlhf.evaluation.judges import llm
 from rlhf.evaluation.judges.llm import AGAIN, OpenAIJudge, read_verdict
 
 KEY = "sk-very-secret-0123456789"
@@ -206,7 +208,20 @@ def test_a_refused_prompt_is_invalid_and_a_refused_request_stops(
     assert KEY not in said
 
 
-def test_an_endpoint_that_is_down_or_silent_says_so_soon(
+def test_an_endpoint_that_is_silent_says_so_soon(
+    tables: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llm, "_PROBE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes calls and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        judge = ["--judge=OpenAIJudge", "--judge.model=m", "--judge.api_key_variable=null", f"--judge.base_url={url}"]
+        start = time.monotonic()
+        said = refusal([*tables(3), *judge], capsys)
+    assert f"no answer from the endpoint {url}: Request timed out" in said
+    assert time.monotonic() - start < 5
+
+
+def test_an_endpoint_that_is_down_says_so_soon(
     endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = endpoint(truth)
