@@ -124,15 +124,19 @@ def win_rates(rows: pd.DataFrame, keys: Sequence[str] = tuple(KEYS)) -> pd.DataF
 
 
 def position_bias(rows: pd.DataFrame) -> float:
-    """Mean over all valid answers of 1 where the text that stood first won, -1 where the second won, 0 for a tie.
+    """P(the text that stood first won) minus P(the second one won), over the valid answers that are no ties.
 
-    0 for a judge that looks at the texts alone, 1 for one that always prefers the first text, -1 the second.
+    0 for a judge that looks at the texts alone, 1 for one that always prefers the first text, -1 the second; NaN where
+    every answer is a tie or invalid.
+
+    Args:
+        rows: judged rows; those whose `asked` is False, about which no judge was asked, are left out.
     """
-    import pandas as pd
-
-    first = rows["a_first"].map({"a": 1.0, "b": -1.0, "tie": 0.0})
-    second = rows["b_first"].map({"b": 1.0, "a": -1.0, "tie": 0.0})
-    return float(pd.concat([first, second]).mean())
+    if "asked" in rows:
+        rows = rows[rows["asked"].ne(False)]
+    first = (rows["a_first"] == "a").sum() + (rows["b_first"] == "b").sum()
+    second = (rows["a_first"] == "b").sum() + (rows["b_first"] == "a").sum()
+    return float((first - second) / (first + second)) if first + second else float("nan")
 
 
 def over_seeds(table: pd.DataFrame, values: Sequence[str], keys: Sequence[str]) -> pd.DataFrame:

@@ -115,6 +115,10 @@ def test_position_bias() -> None:
     assert position_bias(judged(("a", "a"), ("b", "b"), ("a", "a"), ("tie", "tie"))) == 0
     assert position_bias(judged(("a", "b"), ("a", "a"))) == 0.5
     assert position_bias(judged(("a", "invalid"), ("b", "b"))) == pytest.approx(1 / 3)
+    assert position_bias(judged(("a", "tie"), ("tie", "tie"))) == 1  # ties tell nothing
+    assert np.isnan(position_bias(judged(("tie", "invalid"))))
+    by_rule = judged(("a", "b"), ("a", "a"), ("b", "b")).assign(asked=[True, False, float("nan")])
+    assert position_bias(by_rule) == 0.5
 
 
 def test_deviation_over_seeds_needs_two() -> None:
