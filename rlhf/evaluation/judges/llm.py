@@ -87,7 +87,8 @@ class OpenAIJudge(AskingJudge):
         timeout: seconds to wait for an answer.
         retries: how often a request is sent again after a rate limit, a timeout or an error of the server, waiting
             longer each time, or as long as the server says.
-        prompt_price, completion_price: of a million tokens, to report the cost.
+        prompt_price: of a million tokens of questions, to report the cost.
+        completion_price: of a million tokens of answers.
     """
 
     def __init__(
