@@ -161,7 +161,7 @@ def test_the_order_the_seeds_and_the_folders(
     assert f"--model.model_path={tmp_path}/out/w128/base/pretrain/export" in sft
     assert f"--data.train.path={tmp_path}/out/shared/data/demonstrations" in sft
     assert [(run.size, run.seed) for run in runs] == [(s, n) for s in config["sizes"] for n in config["seeds"]]
-    folder = f"{tmp_path}/out/w64/seed-1"
+    folder = f"{tmp_path}/out/{config['sizes'][0]}/seed-1"
     assert runs[0].policies == {label: f"{folder}/judge_{label.lower()}.parquet" for label in ("SFT", "PPO")}
     assert runs[0].margins == f"{folder}/margins.parquet"
     assert runs[0].checkpoints == {update: f"{folder}/judge_{update}.parquet" for update in (8, 16)}
