@@ -27,7 +27,15 @@ STAGE_VERBS = {
 VERBS = {
     "pipeline": ("rlhf.pipeline", "pipeline", "run stages one after another, skipping those that are finished"),
     "synthesize": ("rlhf.data.embedded", "synthesize", "write the embedded data and a small model"),
-    "report": ("rlhf.evaluation.report", "report", "write report.md and plots of a finished pipeline"),
+    "generate": ("rlhf.evaluation.generate", "generate", "write the responses of a policy to every query of a split"),
+    "judge": ("rlhf.evaluation.judge", "judge", "ask a judge which of two responses to each query is better"),
+    "margins": ("rlhf.evaluation.margins", "margins", "write the reward model's margin of every comparison"),
+    "report": (
+        "rlhf.evaluation.report",
+        "report",
+        "write report.md, figures and numbers of runs over sizes and seeds, from judged tables",
+    ),
+    "scaling": ("rlhf.evaluation.scaling", "scaling", "run stages for model sizes and seeds, and one report of all"),
     "ablate": ("rlhf.evaluation.ablation", "ablate", "run PPO with small changes, plot each against the default"),
 }
 

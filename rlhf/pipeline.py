@@ -7,13 +7,15 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,10 @@ from rlhf.errors import UserError
 
 STATE = "pipeline.json"
 PRODUCT = {"fit": "export/rlhf.json", "synthesize": "model/config.json", "report": "report.md"}
+TABLES = ("generate", "judge", "margins")  # the product of such a stage is one file
+TABLE_SUFFIX = ".parquet"
+DEFAULT_SEED = 44413  # of training stages, where neither config nor command line says another
+SEED = {"fit": "seed_everything", "synthesize": "seed"}
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,15 @@ class Stage:
     """One stage of a pipeline.
 
     Attributes:
-        name: of its folder in the run folder.
+        name: of its folder in the run folder; a stage that writes a table writes `<name>.parquet`.
         command: what to run, as on the command line.
         config: its YAML file in `config_dir`; of several, later ones win.
         takes: settings to override; `{run}` in a value stands for the run folder, so that
-            `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`.
+            `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`; `{seed}` is the pipeline's.
     """
 
     name: str
-    command: Literal["fit", "synthesize", "report"] = "fit"
+    command: Literal["fit", "synthesize", "generate", "judge", "margins", "report"] = "fit"
     config: str | list[str] | None = None
     takes: dict[str, Any] = field(default_factory=dict)
 
@@ -53,14 +59,14 @@ def pipeline(
 ) -> None:
     """Run stages one after another, each in its own process, and hand their exports on.
 
-    Finished stages are skipped; a stopped one goes on from its last checkpoint. SIGTERM stops the stage that runs
-    after it has saved.
+    Finished stages are skipped; a stopped one goes on from its last checkpoint. Tables and reports are made anew when
+    a stage that they are made from was. SIGTERM stops the stage that runs after it has saved.
 
     Args:
         stages: what to run, in order.
         run_dir: folder of the whole run; every stage gets a folder in it.
         config_dir: folder in which the configs of the stages lie.
-        seed: of every stage, in place of the one in its config.
+        seed: of the data and of every training stage, in place of the one in its config.
         arguments: further words for the command line of every training stage, for example `--trainer.devices=2`.
     """
     run = run_folder.claim(run_dir, resuming=True)
@@ -81,7 +87,7 @@ class Runner:
     Args:
         run: folder of the run.
         config_dir, seed, arguments: as of `pipeline`.
-        base: folder of another, finished pipeline, for which `{base}` stands in what a stage takes.
+        others: folders of other pipelines by name; in what a stage takes, `{name}` stands for its folder.
         logged: a stage writes what it prints to `<name>.log` in the run folder.
     """
 
@@ -91,11 +97,11 @@ class Runner:
         config_dir: Path = Path("."),
         seed: int | None = None,
         arguments: list[str] | None = None,
-        base: Path | None = None,
+        others: dict[str, Path] | None = None,
         logged: bool = False,
     ) -> None:
-        self.run, self.config_dir, self.seed, self.base, self.logged = run, config_dir, seed, base, logged
-        self.arguments = arguments or []
+        self.run, self.config_dir, self.seed, self.logged = run, config_dir, seed, logged
+        self.arguments, self.others = arguments or [], others or {}
         self._state = _State(run)
 
     def run_stage(self, stage: Stage, title: str = "") -> None:
@@ -106,67 +112,145 @@ class Runner:
             title: what the lines about it begin with.
 
         Raises:
-            UserError: it failed, its folder holds a run with other settings, or a stage of `base` is missing.
+            UserError: it failed, it was run with other settings, or a stage of another pipeline is missing.
         """
-        words, fingerprint, finished = self.plan(stage)
+        words, made_from, finished = self.plan(stage)
         title = f"{title} {stage.name}".strip()
         if finished:
             print(f"{title}: finished before, skipped", flush=True)
             return
+        if self._state.outdated(stage, made_from):
+            _delete_table(self.product(stage))
         resuming = stage.command == "fit" and (self.run / stage.name / run_folder.CONFIG).exists()
         if resuming:
             words += ["--ckpt_path", "last"]
         print(f"{title}: {'going on' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
-        self._state.start(stage.name, fingerprint)
+        self._state.start(stage.name, made_from)
         seconds = _run(stage, words, self.run / f"{stage.name}.log") if self.logged else _run(stage, words)
         self._state.finish(stage.name, seconds)
         print(f"{title}: done in {seconds:.0f} s\n", flush=True)
 
-    def plan(self, stage: Stage) -> tuple[list[str], str, bool]:
-        """The command line of a stage, a fingerprint of all that it is made from, and whether it is finished.
+    def plan(self, stage: Stage) -> tuple[list[str], dict[str, str], bool]:
+        """The command line of a stage, fingerprints of all that it is made from, and whether it is finished.
 
         Raises:
             UserError: it can't run, see `run_stage`.
         """
-        words = self._words(stage)
-        fingerprint = _fingerprint(words, self._taken(stage))
-        return words, fingerprint, self._state.finished(stage, fingerprint)
+        words = self.words(stage)
+        made_from = _fingerprints(words, self._taken(stage))
+        return words, made_from, self._state.finished(stage, made_from, self.product(stage))
 
-    def _words(self, stage: Stage) -> list[str]:
+    def product(self, stage: Stage) -> Path:
+        """The file that a finished stage has written last."""
+        if stage.command in TABLES:
+            return Path(self._filled(stage.takes.get("output", f"{{run}}/{stage.name}{TABLE_SUFFIX}")))
+        folder = self.run if stage.command == "report" else self.run / stage.name
+        return folder / PRODUCT[stage.command]
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether a stage was run to its end."""
+        known = self._state.stages.get(stage.name)
+        return known is not None and known["finished"] and self.product(stage).is_file()
+
+    def words(self, stage: Stage) -> list[str]:
+        """The command line of a stage.
+
+        Raises:
+            UserError: one of its config files is missing.
+        """
         words: list[str] = [stage.command]
         for name in [stage.config] if isinstance(stage.config, str) else stage.config or []:
             config = self.config_dir / name
             if not config.is_file():
                 raise UserError(f"stages.{stage.name}.config: there is no file {config}.")
             words += ["--config", str(config)]
-        folder = "run_dir" if stage.command == "fit" else "output"
-        takes = {folder: "{run}" if stage.command == "report" else f"{{run}}/{stage.name}"} | stage.takes
+        output = "run_dir" if stage.command == "fit" else "output"
+        place = self.product(stage) if stage.command in TABLES else self.run / stage.name
+        takes = {output: str(self.run if stage.command == "report" else place)} | stage.takes
         for key, value in takes.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            text = text.replace("{run}", str(self.run))
-            words.append(f"--{key}={text if self.base is None else text.replace('{base}', str(self.base))}")
+            words.append(f"--{key}={self._filled(value if isinstance(value, str) else json.dumps(value))}")
         if stage.command == "fit":
             words += self.arguments
-        if self.seed is not None and stage.command != "report":
-            words.append(f"--{'seed_everything' if stage.command == 'fit' else 'seed'}={self.seed}")
+        if self.seed is not None and stage.command in SEED:
+            words.append(f"--{SEED[stage.command]}={self.seed}")
         return words
+
+    def _filled(self, text: str) -> str:
+        seed = str(DEFAULT_SEED if self.seed is None else self.seed)
+        text = text.replace('"{seed}"', seed).replace("{seed}", seed)  # a number in JSON, too
+        for name, folder in {"run": self.run, **self.others}.items():
+            text = text.replace(f"{{{name}}}", str(folder))
+        return text
 
     def _taken(self, stage: Stage) -> dict[str, str]:
         """The identities of the stages that this one takes from."""
         takes = json.dumps(stage.takes)
-        own = set(re.findall(r"\{run\}/([^/\"]+)", takes)) & set(self._state.stages)
-        taken = {name: self._state.stages[name]["identity"] for name in own}
-        if self.base is not None:
-            bases = _State(self.base)
-            for name in re.findall(r"\{base\}/([^/\"]+)", takes):
-                known = bases.stages.get(name, {"finished": False})
-                if not (known["finished"] and (self.base / name).is_dir()):
+
+        def names(placeholder: str) -> set[str]:
+            found = re.findall(rf"\{{{placeholder}\}}/([^/\"]+)", takes)
+            return {name.removesuffix(TABLE_SUFFIX) for name in found}
+
+        taken = {name: self._state.stages[name]["identity"] for name in names("run") & set(self._state.stages)}
+        for other, folder in self.others.items():
+            theirs = _State(folder)
+            for name in names(other):
+                known = theirs.stages.get(name, {"finished": False})
+                if not (known["finished"] and (folder / name).is_dir()):
                     raise UserError(
-                        f"base: {self.base} has no finished stage {name!r}; run its pipeline first, for the quickstart "
+                        f"{other}: {folder} has no finished stage {name!r}; run its pipeline first, for the quickstart "
                         "with `python train.py pipeline --config configs/quickstart/pipeline.yaml`."
                     )
-                taken[f"base/{name}"] = known["identity"]
+                taken[f"{other}/{name}"] = known["identity"]
         return taken
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work that other jobs can run beside.
+
+    Attributes:
+        name: in messages.
+        run: does it; raises `UserError` when it fails.
+        after: name of the job that must have ended well before this one begins.
+    """
+
+    name: str
+    run: Callable[[], None]
+    after: str | None = None
+
+
+def run_jobs(jobs: list[Job], processes: int) -> dict[str, str]:
+    """Run jobs, `processes` at a time, which share the cores; one that fails stops only those that come after it.
+
+    Returns:
+        Names of the jobs that failed or could not begin, and why.
+    """
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    waiting, running = list(jobs), dict[Future[None], Job]()
+    done, failed = set[str | None]([None]), dict[str, str]()
+    with forwarded_signals(), ThreadPoolExecutor(processes) as pool:
+        try:
+            while waiting or running:
+                failed |= {
+                    job.name: f"{job.name}: not run, for {job.after} failed" for job in waiting if job.after in failed
+                }
+                waiting = [job for job in waiting if job.name not in failed]
+                running |= {pool.submit(job.run): job for job in waiting if job.after in done}
+                waiting = [job for job in waiting if job.after not in done]
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, error = running.pop(future), future.exception()
+                    if error is None:
+                        done.add(job.name)
+                    elif isinstance(error, UserError):
+                        print(f"failed: {error}", flush=True)
+                        failed[job.name] = str(error)
+                    else:
+                        raise error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
 
 
 class _Signals:
@@ -235,10 +319,21 @@ def _run(stage: Stage, words: list[str], log: Path | None = None) -> float:
     return time.monotonic() - start
 
 
-def _fingerprint(words: list[str], taken: dict[str, str]) -> str:
-    """Of everything that a stage is made from: its settings, and the earlier stages that it takes."""
-    configs = [Path(value).read_text() for word, value in itertools.pairwise(words) if word == "--config"]
-    return hashlib.sha256(json.dumps([words, "".join(configs), taken], sort_keys=True).encode()).hexdigest()
+def _delete_table(table: Path) -> None:
+    """With its settings and parts; the answers of a judge stay."""
+    table.unlink(missing_ok=True)
+    table.with_name(f"{table.name}{run_folder.NOTES}").unlink(missing_ok=True)
+    shutil.rmtree(table.with_name(f"{table.name}{run_folder.PARTS}"), ignore_errors=True)
+
+
+def _fingerprints(words: list[str], taken: dict[str, str]) -> dict[str, str]:
+    """Of the settings of a stage alone, and with the earlier stages that it takes."""
+    configs = "".join(Path(value).read_text() for word, value in itertools.pairwise(words) if word == "--config")
+
+    def digest(*parts: Any) -> str:
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    return {"settings": digest(words, configs), "fingerprint": digest(words, configs, taken)}
 
 
 class _State:
@@ -250,25 +345,32 @@ class _State:
         self._lock = threading.Lock()
         self.stages: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def finished(self, stage: Stage, fingerprint: str) -> bool:
+    def finished(self, stage: Stage, made_from: dict[str, str], product: Path) -> bool:
         """Whether a stage is done; refuses one that was run with other settings."""
         known = self.stages.get(stage.name)
-        folder = self.run if stage.command == "report" else self.run / stage.name
-        if known is None and stage.command == "fit" and (folder / run_folder.CONFIG).exists():
-            raise UserError(f"{folder} holds a run that this pipeline did not start; choose another --run_dir.")
-        if known is None or not folder.exists():
+        place = product if stage.command in TABLES else self.run / stage.name
+        if known is None and stage.command == "fit" and (place / run_folder.CONFIG).exists():
+            raise UserError(f"{place} holds a run that this pipeline did not start; choose another --run_dir.")
+        if known is None or not (place.exists() or stage.command == "report"):
             return False
-        if known["fingerprint"] == fingerprint:
-            return known["finished"] and (folder / PRODUCT[stage.command]).is_file()
-        if stage.command == "report":  # made anew from what there is, nothing is lost
-            return False
+        if known["fingerprint"] == made_from["fingerprint"]:
+            return known["finished"] and product.is_file()
+        if stage.command == "report" or self.outdated(stage, made_from):
+            return False  # made anew from what there is
         raise UserError(
-            f"{folder} holds a run of the stage {stage.name!r} with other settings or from other exports; choose "
-            "another --run_dir, or delete that folder to run the stage again."
+            f"{place} holds a run of the stage {stage.name!r} with other settings or from other exports; choose "
+            "another --run_dir, or delete it to run the stage again."
         )
 
-    def start(self, name: str, fingerprint: str) -> None:
-        self._set(name, {"fingerprint": fingerprint, "finished": False, "identity": uuid.uuid4().hex})
+    def outdated(self, stage: Stage, made_from: dict[str, str]) -> bool:
+        """Whether a table, or its parts, was made with these settings from stages that were run again since."""
+        known = self.stages.get(stage.name)
+        if known is None or stage.command not in TABLES:
+            return False
+        return known["settings"] == made_from["settings"] and known["fingerprint"] != made_from["fingerprint"]
+
+    def start(self, name: str, made_from: dict[str, str]) -> None:
+        self._set(name, {**made_from, "finished": False, "identity": uuid.uuid4().hex})
 
     def finish(self, name: str, seconds: float) -> None:
         self._set(name, self.stages[name] | {"finished": True, "seconds": round(seconds, 1)})

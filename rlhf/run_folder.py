@@ -10,6 +10,8 @@ from rlhf.errors import UserError
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CURVES = "tensorboard"
+NOTES = ".json"  # of a table: its settings are in <table>.json,
+PARTS = ".parts"  # and what is done of it, until it is finished, in the folder <table>.parts
 
 
 def is_main_process() -> bool:

@@ -30,6 +30,7 @@ from rlhf.data.base import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
 from rlhf.parsing import parse
+from rlhf.pipeline import DEFAULT_SEED
 from rlhf.strategies import check_strategy
 
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
@@ -69,7 +70,7 @@ class StageCLI(LightningCLI):
             StageDataModule,
             save_config_callback=SaveConfig,
             trainer_class=StageTrainer,
-            seed_everything_default=44413,
+            seed_everything_default=DEFAULT_SEED,
             trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 1, "enable_model_summary": False},
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -30,7 +30,7 @@ ALLOWED = {
     "callbacks": {"ops", "errors", "rollout", "run_folder", "strategies"},
     "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
     | {"callbacks", "strategies"},
-    "evaluation": {"ops", "errors", "checks", "rouge", "generation", "models", "data", "callbacks"}
+    "evaluation": {"ops", "errors", "checks", "seeding", "rouge", "generation", "models", "data", "callbacks"}
     | {"run_folder", "pipeline"},
 }
 

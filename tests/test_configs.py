@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+import rlhf.evaluation.scaling
 from rlhf.cli import main
 from rlhf.data.synthetic import comparisons, demonstrations
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.pipeline import Job, Runner, Stage
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "tldr"  # tested in tests/test_paper_configs.py
@@ -21,7 +25,7 @@ STAGES = sorted(
     for f in CONFIGS.rglob("*.yaml")
     if f.parent != PAPER and "class_path" in yaml.safe_load(f.read_text()).get("model", {})
 )
-PIPELINES = sorted(CONFIGS.rglob("pipeline.yaml"))
+PIPELINES = sorted(f for f in CONFIGS.rglob("*.yaml") if "stages" in yaml.safe_load(f.read_text()))
 
 
 def name(file: Path) -> str:
@@ -47,17 +51,36 @@ def test_a_stage_runs_for_a_step(file: Path, tmp_path: Path, model_path: str, wr
     assert (tmp_path / "run" / "export" / "rlhf.json").is_file()
 
 
+def plain(stage: dict[str, Any], size: str) -> Stage:
+    """A stage of a pipeline, or of a study for a size and the export after the first update."""
+    text = json.dumps(stage).replace("{size}", size).replace("{update}", "1")
+    return Stage(**json.loads(text))
+
+
 @pytest.mark.parametrize("file", PIPELINES, ids=name)
-def test_a_pipeline_names_stages_and_settings_that_exist(file: Path) -> None:
+def test_a_pipeline_names_stages_and_settings_that_exist(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config: dict[str, Any] = yaml.safe_load(file.read_text())
-    known: set[str] = set()
-    for stage in config["stages"]:
-        own = yaml.safe_load((CONFIGS.parent / config["config_dir"] / stage["config"]).read_text())
-        for key, value in stage.get("takes", {}).items():
-            assert value.removeprefix("{run}/").split("/")[0] in known
-            target = own
-            for part in key.split("."):
-                target = target.get("init_args", target)
-                assert part in target, f"{stage['name']} takes {key}, which its config does not have"
-                target = target[part]
-        known.add(stage["name"])
+    known: dict[str, set[str]] = {}
+    for place, part in (("shared", "shared"), ("base", "base"), ("run", "stages"), ("run", "checkpoints")):
+        others = {name: tmp_path / name for name in known if name != place}
+        runner = Runner(tmp_path / "run", CONFIGS.parent / config["config_dir"], others=others)
+        for stage in (plain(stage, size) for size in config.get("sizes", [""])[:1] for stage in config.get(part, [])):
+            for folder, taken in re.findall(r"\{(\w+)\}/([^/\"]+)", json.dumps(stage.takes)):
+                where = place if folder == "run" else folder
+                assert taken.removesuffix(".parquet") in known[where], f"{stage.name} takes {taken}"
+            known.setdefault(place, set()).add(stage.name)
+            with pytest.raises(SystemExit, match="0"):
+                main([*runner.words(stage), "--print_config"])
+            capsys.readouterr()
+
+
+@pytest.mark.parametrize("file", [file for file in PIPELINES if "sizes" in yaml.safe_load(file.read_text())], ids=name)
+def test_a_study_reads_as_one(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    jobs: list[Job] = []
+    monkeypatch.setattr(rlhf.evaluation.scaling, "run_jobs", lambda found, processes: jobs.extend(found) or {})
+    main(["scaling", f"--config={file}", f"--run_dir={tmp_path}"])
+    config = yaml.safe_load(file.read_text())
+    assert len(jobs) == 1 + len(config["sizes"]) * (1 + len(config["seeds"]))

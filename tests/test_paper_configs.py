@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from itertools import product
@@ -11,16 +13,23 @@ from typing import Any
 import pytest
 import yaml
 
+import rlhf.evaluation.scaling
+import rlhf.pipeline
 from rlhf.cli import main
 from rlhf.data.batches import accumulation
+from rlhf.data.embedded import SmallModel, create_model
 from rlhf.data.synthetic import comparisons, demonstrations
+from rlhf.evaluation.analysis import Analysis
 from rlhf.evaluation.curves import read_curves
+from rlhf.evaluation.report import report
+from rlhf.evaluation.runs import Baseline, Run
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.pipeline import Runner, Stage
 
 FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 SIZES = ["1b", "2.8b", "6.9b"]
+EXPORT = "rlhf.callbacks.export.Export"
 STAGES = ["sft", "reward", "ppo"]
 PAIRS = list(product(STAGES, SIZES))
 EXAMPLES = {"sft": (116_722, 128), "reward": (92_858, 64), "ppo": (1_000_000, 512)}
@@ -77,15 +86,97 @@ def test_what_the_sizes_share_stands_once() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_pipeline_runs_its_three_stages_with_a_seed(size: str, tmp_path: Path) -> None:
+def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(size: str, tmp_path: Path) -> None:
     config = yaml.safe_load((FOLDER / f"pipeline_{size}.yaml").read_text())
     runner = Runner(tmp_path, FOLDER, seed=55513)
-    for stage in config["stages"]:
-        line, _, finished = runner.plan(Stage(**stage))
+    stages = [Stage(**stage) for stage in config["stages"]]
+    commands = ["fit"] * 3 + ["generate"] * 2 + ["judge"] * 2 + ["margins", "report"]
+    assert [stage.command for stage in stages] == commands
+    for stage in stages[:3]:
+        line, _, finished = runner.plan(stage)
         assert not finished
-        assert [Path(word).name for word in line[2:8:2]] == ["common.yaml", *stage["config"][1:]]
-        assert stage["config"][1:] == [f"{stage['name']}.yaml", f"{stage['name']}_{size}.yaml"]
+        names = ["common.yaml", f"{stage.name}.yaml", f"{stage.name}_{size}.yaml"]
+        assert [Path(word).name for word in line[2:8:2]] == stage.config == names
         assert "--seed_everything=55513" in line
+    assert f'"size": "{size}", "seed": 55513' in runner.words(stages[-1])[-1]
+
+
+def test_the_study_is_the_pipelines_over_sizes_and_seeds() -> None:
+    study = yaml.safe_load((FOLDER / "scaling.yaml").read_text())
+    assert (study["sizes"], study["seeds"]) == (SIZES, [44413, 55513, 66613, 77713])
+    assert study["baselines"] == [{"name": "OpenAI 1.3B PPO", "parameters": 1_300_000_000, "win_rate": 0.7}]
+    for size in SIZES:
+        text = json.dumps(study["stages"]).replace("{size}", size).replace(', "ppo_exports.yaml"', "")
+        assert json.loads(text) == yaml.safe_load((FOLDER / f"pipeline_{size}.yaml").read_text())["stages"][:-1]
+    exports = yaml.safe_load((FOLDER / "ppo_exports.yaml").read_text())["trainer"]["callbacks+"]
+    assert (
+        yaml.safe_load((FOLDER / "ppo.yaml").read_text())["trainer"]["max_epochs"]
+        % exports[0]["init_args"]["every_n_epochs"]
+        == 0
+    )  # the last export is that of the end
+
+
+def test_the_study_runs_on_small_models_and_data(
+    tmp_path: Path,
+    tokenizer: Any,
+    write_jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With other models, data, judge, machine and numbers of examples; all else as shipped."""
+
+    def run(stage: Stage, words: list[str], log: Path) -> float:
+        main(words)
+        return 0.0
+
+    def spied(output: str, runs: list[Run], baselines: list[Baseline], *settings: Any) -> Analysis:
+        seen.extend(baselines)
+        return report(output, runs, baselines, *settings)
+
+    seen: list[Baseline] = []
+    monkeypatch.setattr(rlhf.pipeline, "_run", run)
+    monkeypatch.setattr(rlhf.evaluation.scaling, "report", spied)
+    configs = tmp_path / "tldr"
+    shutil.copytree(FOLDER, configs)
+    prompts = write_jsonl("demonstrations.jsonl", demonstrations(16, 1, "train"))
+    pairs = write_jsonl("comparisons.jsonl", comparisons(16, 1, "train"))
+    small = {"batch_size": 8, "micro_batch_size": 4, "eval_batch_size": 8}
+    sources = {
+        name: {"path": path, "name": None, "revision": None, "split": "train"}
+        for name, path in (("demonstrations", prompts), ("comparisons", pairs))
+    }
+
+    def change(name: str, changes: dict[str, Any]) -> None:
+        file = configs / f"{name}.yaml"
+        config = yaml.safe_load(file.read_text())
+        for key, value in changes.items():
+            *rooms, last = key.split(".")
+            target = config
+            for room in rooms:
+                target = target.setdefault(room, {})
+            target[last] = value
+        file.write_text(yaml.safe_dump(config))
+
+    machine = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"}
+    change("common", {f"trainer.{key}": value for key, value in machine.items()})
+    for size, width in (("1b", 16), ("2.8b", 32)):
+        create_model(tmp_path / size, tokenizer, SmallModel(hidden_size=width, layers=1, heads=2), seed=1)
+        change(f"sft_{size}", {"model.init_args.model_path": str(tmp_path / size)})
+        for stage in STAGES:
+            change(f"{stage}_{size}", {f"data.init_args.{key}": value for key, value in small.items()})
+    for stage, kind in (("sft", "demonstrations"), ("reward", "comparisons"), ("ppo", "demonstrations")):
+        change(stage, {f"data.init_args.{split}": sources[kind] for split in ("train", "validation")})
+    change("reward", {"data.init_args.demonstrations": sources["demonstrations"]})
+    change("ppo", {"trainer.max_epochs": 2, "model.init_args.ppo.response_length": 6})
+    change("ppo_exports", {"trainer.callbacks+": [{"class_path": EXPORT, "init_args": {"every_n_epochs": 1}}]})
+    change("generate", {"data": sources["demonstrations"], "response_length": 6})
+    change("margins", {"data": sources["comparisons"]})
+    change("judge", {"judge": "GoldJudge"})
+    out = tmp_path / "out"
+    words = [f"--config={FOLDER}/scaling.yaml", f"--config_dir={configs}", f"--run_dir={out}"]
+    main(["scaling", *words, "--sizes=[1b, 2.8b]", "--seeds=[44413]"])
+    assert (out / "report.md").is_file()
+    assert [(star.name, star.win_rate) for star in seen] == [("OpenAI 1.3B PPO", 0.7)]
+    assert (out / "2.8b" / "seed-44413" / "judge_2.parquet").is_file()
 
 
 @pytest.mark.parametrize("script", sorted((FOLDER.parent / "cluster").glob("*.sh")), ids=lambda file: file.name)

@@ -12,7 +12,7 @@ from rlhf.data.domains import NEWS
 from rlhf.data.synthetic import comparisons, demonstrations, pretraining
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.errors import UserError
-from rlhf.models.loading import quiet
+from rlhf.models.loading import load_tokenizer, quiet
 
 EOS_TOKEN = "<|endoftext|>"
 
@@ -58,7 +58,12 @@ class SmallModel:
 
 
 def synthesize(
-    output: str, seed: int = 1, label_noise: float = 1.0, sizes: Sizes = Sizes(), model: SmallModel = SmallModel()
+    output: str,
+    seed: int = 1,
+    label_noise: float = 1.0,
+    sizes: Sizes = Sizes(),
+    model: SmallModel = SmallModel(),
+    tokenizer: str | None = None,
 ) -> None:
     """Write the embedded data (posts, demonstrations, comparisons) and a small untrained model with its tokenizer.
 
@@ -70,8 +75,12 @@ def synthesize(
         label_noise: temperature of the labeller of the comparisons; 0 gives clean labels.
         sizes: how many records of each kind.
         model: shape of the small GPT-NeoX.
+        tokenizer: folder of a tokenizer; only a model for it is written, no data.
     """
     folder = Path(output)
+    if tokenizer is not None:
+        create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
+        return
     text = TextFormat()
     try:
         corpus = list(pretraining(sizes.pretraining, seed, "pretraining"))
@@ -84,8 +93,7 @@ def synthesize(
     except OSError as error:
         raise UserError(f"output: {folder} can't be written: {error}") from error
     texts = (text.query.format(**r) + one_leading_space(r["summary"]) for r in corpus[:4_000])
-    tokenizer = train_tokenizer(texts, model.vocabulary)
-    create_model(folder / "model", tokenizer, model, seed)
+    create_model(folder / "model", train_tokenizer(texts, model.vocabulary), model, seed)
 
 
 def _validation_pairs(sizes: Sizes, seed: int, noise: float) -> Iterator[dict[str, Any]]:

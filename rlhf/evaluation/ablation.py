@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import read_curves
 from rlhf.evaluation.plots import plot_ablations
-from rlhf.pipeline import Runner, Stage, forwarded_signals
+from rlhf.pipeline import Job, Runner, Stage, run_jobs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,14 +63,19 @@ def ablate(
         (name, seed): _run_of(stage, name, seed, Path(config_dir)) for name in names for seed in dict.fromkeys(seeds)
     }
     out = run_folder.claim(run_dir, resuming=True)
-    failed = _run_all(Runner(out, base=Path(base), logged=True), list(stages.values()), processes)
+    runner = Runner(out, others={"base": Path(base)}, logged=True)
+    for run in stages.values():
+        runner.plan(run)  # raises before anything has run
+    titles = [f"[{number}/{len(stages)}]" for number in range(1, len(stages) + 1)]
+    work = zip(stages.values(), titles, strict=True)
+    failed = run_jobs([Job(run.name, partial(runner.run_stage, run, title)) for run, title in work], processes)
     done = {key: out / run.name for key, run in stages.items() if is_complete(out / run.name / "export")}
     if any(name == DEFAULT for name, _ in done):
         points = read_points(done)
         write_result(points, out)
         print(f"Result:  {out / 'ablations.md'}\nPlot:    {out / 'ablations.png'}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(stages)} runs failed:\n" + "\n".join(failed))
+        raise UserError(f"{len(failed)} of {len(stages)} runs failed:\n" + "\n".join(failed.values()))
 
 
 def _run_of(stage: Stage, name: str, seed: int, config_dir: Path) -> Stage:
@@ -83,30 +87,6 @@ def _run_of(stage: Stage, name: str, seed: int, config_dir: Path) -> Stage:
         configs.append(str(file))
     takes = stage.takes | {"seed_everything": seed}
     return replace(stage, name=f"{name}/seed-{seed}", config=configs, takes=takes)
-
-
-def _run_all(runner: Runner, stages: list[Stage], processes: int) -> list[str]:
-    """Run all; what went wrong with those that failed."""
-    if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    for run in stages:
-        runner.plan(run)  # raises before anything has run
-    failed = []
-    with forwarded_signals(), ThreadPoolExecutor(processes) as pool:
-        titles = [f"[{number}/{len(stages)}]" for number in range(1, len(stages) + 1)]
-        futures = [pool.submit(runner.run_stage, *work) for work in zip(stages, titles, strict=True)]
-        try:
-            for future in as_completed(futures):
-                error = future.exception()
-                if isinstance(error, UserError):
-                    print(f"failed: {error}", flush=True)
-                    failed.append(str(error))
-                elif error is not None:
-                    raise error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
 
 
 def read_points(runs: dict[tuple[str, int], Path]) -> pd.DataFrame:

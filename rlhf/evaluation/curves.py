@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,3 +31,33 @@ def read_curves(run: str | Path) -> dict[str, pd.Series]:
             points = pd.Series({point.step: point.value for point in events.Scalars(name)}, dtype=float)
             curves[name] = pd.concat([curves[name], points]) if name in curves else points
     return {name: curve[~curve.index.duplicated(keep="last")].sort_index() for name, curve in curves.items()}
+
+
+def curve_rows(folders: dict[tuple[str, int, str], str], names: Sequence[str]) -> pd.DataFrame:
+    """Curves of several runs below each other.
+
+    Args:
+        folders: (size, seed, stage) -> run folder.
+        names: of the curves; those that a run does not have are left out.
+
+    Returns:
+        `size`, `seed`, `stage`, `curve`, `step`, `value`.
+    """
+    import pandas as pd
+
+    parts = []
+    for (size, seed, stage), folder in folders.items():
+        curves = read_curves(folder)
+        for name in names:
+            if name in curves:
+                points = curves[name].rename_axis("step").rename("value").reset_index()
+                parts.append(points.assign(size=size, seed=seed, stage=stage, curve=name))
+    columns = ["size", "seed", "stage", "curve", "step", "value"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def last_quarter(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean of every curve over the last quarter of its steps: `size`, `seed`, `stage`, `curve`, `value`."""
+    keys = ["size", "seed", "stage", "curve"]
+    last = rows[rows["step"] > 0.75 * rows.groupby(keys)["step"].transform("max")]
+    return last.groupby(keys, sort=False)["value"].mean().reset_index()

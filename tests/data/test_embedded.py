@@ -118,3 +118,18 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^output: .*file.* can't be written"):
         written(tmp_path / "file")
+
+
+def test_for_a_tokenizer_only_a_model_is_written(output: Path, tmp_path: Path) -> None:
+    shape = SmallModel(hidden_size=24, layers=2, heads=2)
+    synthesize(str(tmp_path / "wide"), model=shape, tokenizer=str(output / "model"))
+    assert [file.name for file in (tmp_path / "wide").iterdir()] == ["model"]
+    mine, theirs = (load_tokenizer(str(folder / "model")) for folder in (tmp_path / "wide", output))
+    assert mine.get_vocab() == theirs.get_vocab()
+    assert mine.encode("my brother Alex") == theirs.encode("my brother Alex")
+    config = load_config(str(tmp_path / "wide" / "model"), "model")
+    assert (config.hidden_size, config.num_hidden_layers) == (24, 2)
+    check_pad_in_embedding(mine, embedding_rows(config), "model")
+    with pytest.raises(UserError, match="tokenizer: there is no model folder"):
+        synthesize(str(tmp_path / "other"), tokenizer=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "other").exists()

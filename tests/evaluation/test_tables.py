@@ -1,51 +1,72 @@
+"""Tables as files, and the settings beside them."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
-import torch
 
-from rlhf.data.domains import NEWS, REDDIT
-from rlhf.data.gold import gold_score
-from rlhf.data.records import Source
-from rlhf.data.synthetic import comparisons, demonstrations
-from rlhf.data.texts import TextFormat
-from rlhf.evaluation.tables import add_gold, comparison_margins, generate, has_gold, reward_scores
-from rlhf.models.loading import load_tokenizer
-from rlhf.models.scalar_model import ScalarModel
+from rlhf.errors import UserError
+from rlhf.evaluation.tables import claim, notes_of, parts_of, read_table, write_notes, write_table
+
+AWKWARD = ["", "NA", "null", " leading", 'quoted "text", with\nlines', "a\r\nb", "caf\u00e9 \u2603", "1.50", "True"]
 
 
-@pytest.fixture
-def reward_path(model_path: str, tmp_path: Path) -> str:
-    """A reward model with a random head."""
-    ScalarModel.from_policy(model_path, 3).save(tmp_path / "reward", load_tokenizer(model_path))
-    return str(tmp_path / "reward")
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
+    table = pd.DataFrame({
+        "id": [f"0{n}" for n in range(len(AWKWARD))], "query": [f"q{n}" for n in range(len(AWKWARD))],
+        "response": AWKWARD, "tokens": range(len(AWKWARD)), "has_eos": [True, False] * 4 + [True],
+        "score": [0.1 + 0.2, float("nan"), 1e-300, *[1 / 3] * 6],
+    })  # fmt: skip
+    write_table(table, tmp_path / "folder" / f"t{suffix}")
+    pd.testing.assert_frame_equal(read_table(tmp_path / "folder" / f"t{suffix}", "a.table"), table, check_exact=True)
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == [f"t{suffix}"]
 
 
-def test_generate_has_a_row_per_query_whatever_the_batch(model_path: str, write_jsonl: Callable[..., str]) -> None:
-    source = Source(write_jsonl("d.jsonl", demonstrations(7, 1, "validation")))
-    tables = [generate(model_path, source, response_length=6, temperature=1e-5, batch_size=size) for size in (2, 7)]
-    assert tables[0]["response"].tolist() == tables[1]["response"].tolist()
-    assert [r["id"] for r in tables[0]["record"]] == [f"validation-1-{n}" for n in range(7)]
-    assert has_gold(tables[0])
-    gold = add_gold(tables[0])
-    for row in gold.itertuples():
-        assert row.gold_reference == gold_score(row.reference, row.record["facts"], REDDIT.slots).score
+def test_bad_tables_get_one_sentence(tmp_path: Path) -> None:
+    def refused(path: Path, needed: tuple[str, ...] = ("query", "response")) -> str:
+        with pytest.raises(UserError) as error:
+            read_table(path, "a.table", needed)
+        return str(error.value)
+
+    assert refused(tmp_path / "none.csv") == f"a.table: there is no table {tmp_path}/none.csv."
+    assert "must end in .parquet or .csv" in refused(tmp_path / "none.txt")
+    for name in ("bad.parquet", "bad.csv"):
+        (tmp_path / name).write_bytes(b"" if name == "bad.csv" else b"no table")
+        assert f"{name} can't be read as a table" in refused(tmp_path / name)
+    write_table(pd.DataFrame({"query": ["x", "y", "x", "x"], "response": list("abcd")}), tmp_path / "twice.csv")
+    assert "2 rows with a query that stands in an earlier row, first in row 3" in refused(tmp_path / "twice.csv")
+    assert len(read_table(tmp_path / "twice.csv", "a.table", ("response",))) == 4
+    assert "twice.csv lacks score; it has query, response." in refused(tmp_path / "twice.csv", ("score",))
+    write_table(pd.DataFrame({"query": [], "response": []}), tmp_path / "empty.parquet")
+    assert "has no rows" in refused(tmp_path / "empty.parquet")
 
 
-def test_reward_is_read_at_eos_of_the_joint_text(model_path: str, reward_path: str) -> None:
-    tokenizer = load_tokenizer(model_path)
-    scores = reward_scores(reward_path, ["a b", "c"], [" d", " e f g"], batch_size=2)
-    model = ScalarModel.from_pretrained(reward_path, "model")
-    for text, score in zip(["a b d", "c e f g"], scores, strict=True):
-        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-        assert model.score(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
+def test_a_place_belongs_to_one_set_of_settings(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "t.parquet"
+    settings = {"temperature": 0.01, "seed": (1, 2)}
+    assert not claim(output, settings)
+    assert not claim(output, {"temperature": 0.7})  # nothing is lost
+    assert not claim(output, settings)
+    parts_of(output).mkdir()
+    with pytest.raises(UserError, match=r"temperature: 0.01 before, 0.7 now, seed: \[1, 2\] before, null now"):
+        claim(output, {"temperature": 0.7})
+    assert not claim(output, settings)
+    write_table(pd.DataFrame({"x": [1]}), output)
+    assert claim(output, settings)
+    with pytest.raises(UserError, match="is a table made with other settings"):
+        claim(output, {"temperature": 0.7})
+    notes_of(output).unlink()
+    with pytest.raises(UserError, match="it has none beside it"):
+        claim(output, settings)
+    write_notes(output, {"settings": {"temperature": 0.01, "seed": [1, 2]}})
+    assert claim(output, settings)
 
 
-def test_margins_and_clean_labels_of_both_domains(reward_path: str, write_jsonl: Callable[..., str]) -> None:
-    records = [*comparisons(6, 1, "v", 0), *comparisons(4, 1, "v", 0, NEWS, "cnndm")]
-    table = comparison_margins(reward_path, Source(write_jsonl("c.jsonl", records)), TextFormat())
-    assert table["split"].tolist() == ["posts"] * 6 + ["news"] * 4
-    assert (table["gold_margin"] > 0).all()  # labels without noise agree with the gold score
-    assert table["margin"].abs().max() > 0
+def test_a_place_that_can_not_be_written() -> None:
+    with pytest.raises(UserError, match=r"output: .* must end in"):
+        claim(Path("t.txt"), {})
+    with pytest.raises(UserError, match="output: the folder /proc/nowhere can't be made"):
+        claim(Path("/proc/nowhere/t.csv"), {})

@@ -1,0 +1,223 @@
+"""Which of two candidates is better, query by query, asked of a judge in both orders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf.errors import UserError
+from rlhf.evaluation import fingerprints
+from rlhf.evaluation.judges import Answers, Judge, Pair
+from rlhf.evaluation.tables import claim, read_notes, read_table, write_notes, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
+# Column of a judged table -> where it is in a table of responses, for its two columns of texts.
+_NUMBERS = {
+    "tokens": {"response": "tokens", "reference": "reference_tokens"},
+    "score": {"response": "score", "reference": "reference_score"},
+    "gold": {"response": "gold", "reference": "gold_reference"},
+    "has_eos": {"response": "has_eos"},
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One side of a comparison.
+
+    Attributes:
+        table: file of a table with `query` and the column; `generate` writes such tables.
+        column: which texts of it.
+        name: how tables and reports call it; by default the name of the file, or `reference`.
+    """
+
+    table: str
+    column: Literal["response", "reference"] = "response"
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How it is called."""
+        return self.name or ("reference" if self.column == "reference" else Path(self.table).stem)
+
+
+def judge(
+    output: str,
+    a: Candidate,
+    b: Candidate,
+    judge: Judge,
+    answers: str | None = None,
+    only_shared: bool = False,
+) -> pd.DataFrame:
+    """Ask a judge, for every query, which of two responses is better, in both orders, and write one judged table.
+
+    A killed run goes on; what a judge has answered is asked no more. Nobody is asked where a text is empty (it loses,
+    or ties with another empty one) or where both are equal (a tie). Win rate, ties, position bias and cost are printed,
+    and stand in `<output>.json`.
+
+    Args:
+        output: file of the judged table, ends in .parquet or .csv.
+        a: the first candidate, whose win rate is reported.
+        b: the second candidate.
+        judge: OpenAIJudge, LocalJudge, RewardJudge, GoldJudge, or the import path of your own.
+        answers: file of the judge's answers; tables may share it, so that nothing is paid twice. By default
+            `<output>.answers.jsonl`.
+        only_shared: judge the queries that both tables have, where they do not have the same; otherwise that is an
+            error.
+
+    Returns:
+        The table, a row per query: `id`, `query`, `a`, `b` (texts), `a_name`, `b_name`, `judge`; `a_first`, `b_first`
+        (which candidate won when A, when B stood first: `a`, `b`, `tie` or `invalid`); `outcome` (mean over both orders
+        of 1, 0.5 or 0 for A; missing where either is invalid); `asked` (whether the judge was); and where the tables
+        have them `a_tokens`, `b_tokens`, `a_score`, `b_score`, `a_gold`, `b_gold`, `a_has_eos`.
+    """
+    file = Path(output)
+    tables = [read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b))]
+    joined = _join(tables[0], tables[1], a, b, only_shared)
+    contents = fingerprints.of_texts([joined.to_csv(index=False)])
+    settings = {"tables": contents, "a": a.label, "b": b.label, "judge": judge.settings()}
+    if claim(file, settings):
+        print(f"{file} is finished, with these settings; it is kept.")
+        _show(read_notes(file)["summary"])
+        return read_table(file, "output")
+    judge.prepare(Path(answers) if answers else file.with_name(f"{file.name}.answers.jsonl"))
+    table = _judged(joined, a, b, judge)
+    if table["outcome"].isna().all():
+        raise UserError(f"judge: not one of {len(table)} pairs has a valid answer in both orders; nothing is written.")
+    summary = summarise(table) | {"usage": judge.usage()}
+    write_notes(file, {"settings": settings, "summary": summary})
+    write_table(table, file)
+    _show(summary)
+    print(f"{len(table)} pairs: {file}")
+    return table
+
+
+def _join(ours: pd.DataFrame, theirs: pd.DataFrame, a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
+    """Columns `id`, `query`, texts and numbers of both candidates, in the order of the first table."""
+    import pandas as pd
+
+    shared = int(ours["query"].isin(theirs["query"]).sum())
+    alone = len(ours) - shared, len(theirs) - shared
+    counts = (
+        f"{a.table} and {b.table} share {shared} queries; {alone[0]} stand in the first only, {alone[1]} in the other"
+    )
+    if not shared:
+        raise UserError(f"a.table, b.table: {counts}. They must be of the same split, cut to the same length.")
+    if any(alone) and not only_shared:
+        raise UserError(f"a.table, b.table: {counts}. To judge the shared ones, set only_shared to true.")
+    if any(alone):
+        print(f"{counts}; the shared ones are judged.")
+    sides = []
+    for side, table, candidate in (("a", ours, a), ("b", theirs, b)):
+        columns = {"query": table["query"], side: table[candidate.column].fillna("").astype(str)}
+        columns |= {
+            f"{side}_{name}": table[source[candidate.column]]
+            for name, source in _NUMBERS.items()
+            if source.get(candidate.column) in table
+        }
+        sides.append(pd.DataFrame(columns))
+    left = sides[0].assign(
+        id=ours["id"].astype(str) if "id" in ours else [str(number) for number in range(len(ours))],
+        record=ours.get("record", "{}"),
+    )
+    return left.merge(sides[1].drop(columns="b_has_eos", errors="ignore"), on="query")
+
+
+def _judged(pairs: pd.DataFrame, a: Candidate, b: Candidate, judge: Judge) -> pd.DataFrame:
+    """The judged table of joined pairs."""
+    import numpy as np
+
+    ruled = [_by_rule(*texts) for texts in zip(pairs["a"], pairs["b"], strict=True)]
+    columns = (pairs[name] for name in ("query", "a", "b", "record"))
+    texts = [Pair(q, x, y, json.loads(r)) for q, x, y, r in zip(*columns, strict=True)]
+    told = iter(judge.prefer([pair for pair, rule in zip(texts, ruled, strict=True) if rule is None]))
+    found = [next(told) if rule is None else rule for rule in ruled]
+    if next(told, None) is not None:
+        raise UserError(f"judge: {judge.name} gave more answers than there were pairs.")
+    points = [[_POINTS.get(winner, np.nan) for winner in answers] for answers in found]
+    table = pairs.drop(columns="record").assign(
+        a_name=a.label,
+        b_name=b.label,
+        judge=judge.name,
+        a_first=[answers.a_first for answers in found],
+        b_first=[answers.b_first for answers in found],
+        outcome=np.mean(points, axis=1),
+        asked=[rule is None for rule in ruled],
+    )
+    first = ["id", "query", "a", "b", "a_name", "b_name", "judge", "a_first", "b_first", "outcome", "asked"]
+    return table[first + [name for name in table if name not in first]]
+
+
+def _by_rule(a: str, b: str) -> Answers | None:
+    """The answer where nobody need be asked: an empty text loses, equal ones are a tie."""
+    a, b = a.strip(), b.strip()
+    if a == b:
+        return Answers("tie", "tie")
+    if a and b:
+        return None
+    return Answers("a", "a") if a else Answers("b", "b")
+
+
+def summarise(table: pd.DataFrame) -> dict[str, Any]:
+    """What a judged table says in all.
+
+    Returns:
+        `rows`; `win_rate` of A with ties counted half, over the rows that are valid in both orders, with its 95%
+        interval `low`, `high` (Student's t); `ties`, the valid rows where each order or the two orders together
+        are even; `invalid` rows; `empty_a`, `empty_b` texts; `by_rule`, rows that nobody was asked about. Of the
+        answers that a judge gave: `position_bias`, P(the first one is chosen) - P(the second one is), over those that
+        are no ties and valid, and `order_agreement`, the share of rows whose two valid answers agree.
+    """
+    from scipy.stats import sem, t
+
+    outcomes = table["outcome"].dropna()
+    rate = float(outcomes.mean())
+    half = float(t.ppf(0.975, len(outcomes) - 1) * sem(outcomes)) if len(outcomes) > 1 else 1.0
+    asked = table[table["asked"]]
+    first = int((asked["a_first"] == "a").sum() + (asked["b_first"] == "b").sum())
+    second = int((asked["a_first"] == "b").sum() + (asked["b_first"] == "a").sum())
+    valid = asked[asked["outcome"].notna()]
+    return {
+        **{name: str(table[name].iloc[0]) for name in ("a_name", "b_name", "judge")},
+        "rows": len(table),
+        "win_rate": rate,
+        "low": max(0.0, rate - half),
+        "high": min(1.0, rate + half),
+        "ties": int((outcomes == _POINTS["tie"]).sum()),
+        "invalid": int(table["outcome"].isna().sum()),
+        "empty_a": int((table["a"].str.strip() == "").sum()),
+        "empty_b": int((table["b"].str.strip() == "").sum()),
+        "by_rule": len(table) - len(asked),
+        "position_bias": (first - second) / (first + second) if first + second else None,
+        "order_agreement": float((valid["a_first"] == valid["b_first"]).mean()) if len(valid) else None,
+    }
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{summary['a_name']} against {summary['b_name']}, judged by {summary['judge']}"
+    shown = Table(title=title, show_header=False)
+    rate = f"{summary['win_rate']:.3f} ({summary['low']:.3f} to {summary['high']:.3f})"
+    shown.add_row("win rate (95% interval)", rate)
+    for name in ("rows", "ties", "invalid", "empty_a", "empty_b", "by_rule", "position_bias", "order_agreement"):
+        shown.add_row(name.replace("_", " "), _cell(summary[name]))
+    for name, value in summary["usage"].items():
+        shown.add_row(name.replace("_", " "), _cell(value))
+    Console().print(shown)
+    if summary["invalid"] > summary["rows"] / 2:
+        counts = f"{summary['invalid']} of {summary['rows']} rows are invalid"
+        print(f"WARNING: {counts}; the win rate stands on the others only.", file=sys.stderr)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,83 @@
+"""What every judge is: something that says of pairs of responses which one is better."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Winner = Literal["a", "b", "tie", "invalid"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to a query.
+
+    Attributes:
+        query: the text that both answer.
+        a, b: the responses of the two candidates; they differ, and neither is empty.
+        record: the record of the query; empty where the tables have none.
+    """
+
+    query: str
+    a: str
+    b: str
+    record: Mapping[str, Any]
+
+
+class Answers(NamedTuple):
+    """Which candidate a judge prefers when A stands first, and when B does."""
+
+    a_first: Winner
+    b_first: Winner
+
+
+class Judge(ABC):
+    """Says of pairs of responses which one is better, asked in both orders.
+
+    To write your own, subclass this (or `ScoringJudge`) and override `prefer`; the config names the class by its import
+    path. Public attributes are its settings: a judged table is made anew only where they changed.
+    """
+
+    @property
+    def name(self) -> str:
+        """How tables and reports name this judge."""
+        return type(self).__name__
+
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on, as JSON values."""
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
+
+    def prepare(self, answers: Path) -> None:  # noqa: B027  (most judges have nothing to prepare)
+        """Called once, before the first pair. Refuse here what could only fail later.
+
+        Args:
+            answers: file for answers that are dear, to find them again when the run is started again.
+        """
+
+    @abstractmethod
+    def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
+        """The answers to pairs, in their order."""
+
+    def usage(self) -> dict[str, float]:
+        """What the answers cost, for the summary: name -> number."""
+        return {}
+
+
+class ScoringJudge(Judge):
+    """A judge that gives each text a number, so that the order does not matter; the higher one wins."""
+
+    @abstractmethod
+    def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
+        """A number for each response to its query."""
+
+    def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
+        """Compare the numbers; equal ones are a tie."""
+        queries, records = [pair.query for pair in pairs], [pair.record for pair in pairs]
+        ours = self.scores(queries, [pair.a for pair in pairs], records)
+        theirs = self.scores(queries, [pair.b for pair in pairs], records)
+        winners: list[Winner] = ["a" if x > y else "b" if x < y else "tie" for x, y in zip(ours, theirs, strict=True)]
+        return [Answers(winner, winner) for winner in winners]

@@ -1,0 +1,160 @@
+"""Win rate at equal length: bins of the length ratio, and a logistic fit on the rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from rlhf.evaluation.statistics import KEYS, NOTHING, Estimate, proportion, proportion_difference
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Unit = Literal["tokens", "characters"]
+WIDTH = 0.25
+ENOUGH = 20
+GROUP = ["size", "parameters", "policy"]
+
+
+def with_lengths(rows: pd.DataFrame, unit: Unit) -> pd.DataFrame:
+    """Judged rows with `length`, `reference_length` and `log_ratio` = log(length / reference length).
+
+    `log_ratio` is NaN where a text is empty. Characters are counted without blanks at the ends.
+    """
+    if unit == "tokens":
+        lengths = {"length": rows["a_tokens"], "reference_length": rows["b_tokens"]}
+    else:
+        lengths = {"length": rows["a"].str.strip().str.len(), "reference_length": rows["b"].str.strip().str.len()}
+    table = rows.assign(**lengths).astype(dict.fromkeys(lengths, float))
+    ratio = (table["length"] / table["reference_length"]).where((table["length"] > 0) & (table["reference_length"] > 0))
+    return table.assign(log_ratio=np.log(ratio))
+
+
+def mean_lengths(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean length of policy and reference beside the win rate, over the valid rows: a row per size, seed and policy.
+
+    Args:
+        rows: as of `with_lengths`.
+    """
+    valid = rows[rows["outcome"].notna()]
+    names = {"length": "length", "reference_length": "reference_length", "win_rate": "outcome"}
+    groups = valid.groupby(KEYS, sort=False)
+    return groups.agg(**{name: (column, "mean") for name, column in names.items()}).reset_index()
+
+
+def length_bins(rows: pd.DataFrame) -> pd.DataFrame:
+    """Win rate per bin of `log_ratio`, over the seeds together.
+
+    Bins are 0.25 wide and centred on multiples of 0.25, so that the one at 0 holds responses about as long as their
+    reference. The seeds of a size answer the same queries, so intervals are Wilson's with the number of different
+    queries in the place of rows: never too narrow.
+
+    Args:
+        rows: as of `with_lengths`; invalid rows and those without `log_ratio` are left out.
+
+    Returns:
+        A row per size, policy and bin that has rows: `bin` (its centre), `rows`, `queries`, `win_rate`, `low`, `high`.
+    """
+    import pandas as pd
+
+    known = rows.dropna(subset=["log_ratio", "outcome"])
+    known = known.assign(bin=np.floor(known["log_ratio"] / WIDTH + 0.5) * WIDTH)
+    table = []
+    for key, part in known.sort_values("bin", kind="stable").groupby([*GROUP, "bin"], sort=False):
+        queries = part["query"].nunique()
+        table.append((*key, len(part), queries, *proportion(part["outcome"].mean(), queries)))
+    bins = pd.DataFrame(table, columns=[*GROUP, "bin", "rows", "queries", "win_rate", "low", "high"])
+    order = known[GROUP].drop_duplicates()
+    return order.merge(bins, on=GROUP, how="left")
+
+
+def bin_differences(bins: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
+    """Win rate of a policy minus that of a baseline in every bin in which both have at least 20 queries.
+
+    The two hold different queries of a bin, so the interval is Newcombe's of independent proportions.
+
+    Returns:
+        `size`, `parameters`, `bin`, `difference`, `low`, `high`.
+    """
+    import pandas as pd
+
+    chosen = bins[bins["queries"] >= ENOUGH]
+    both = chosen[chosen["policy"] == policy].merge(
+        chosen[chosen["policy"] == baseline], on=["size", "parameters", "bin"], suffixes=("", "_baseline")
+    )
+    table = [
+        (row.size, row.parameters, row.bin,
+         *proportion_difference(row.win_rate, row.queries, row.win_rate_baseline, row.queries_baseline))
+        for row in both.itertuples(index=False)
+    ]  # fmt: skip
+    return pd.DataFrame(table, columns=["size", "parameters", "bin", "difference", "low", "high"])
+
+
+def length_fits(rows: pd.DataFrame) -> pd.DataFrame:
+    """Logistic fit of the outcome on `log_ratio` per size and policy, for every seed and for all together ("all").
+
+    Args:
+        rows: as of `with_lengths`.
+
+    Returns:
+        `size`, `parameters`, `seed`, `policy`, `rows`, `raw` (the win rate of these rows), `adjusted` (that of the fit
+        at ratio 1), its `low` and `high`, `slope` (log-odds per unit of `log_ratio`), `slope_low`, `slope_high`. NaN
+        where no fit exists, see `fit`.
+    """
+    import pandas as pd
+
+    known = rows.dropna(subset=["log_ratio", "outcome"])
+    table = []
+    for (size, parameters, policy), part in known.groupby(GROUP, sort=False):
+        seeds: list[Hashable] = list(part["seed"].unique())
+        for seed in [*seeds, "all"] if len(seeds) > 1 else seeds:
+            own = part if seed == "all" else part[part["seed"] == seed]
+            adjusted, slope = fit(own)
+            table.append((size, parameters, seed, policy, len(own), own["outcome"].mean(), *adjusted, *slope))
+    names = ["rows", "raw", "adjusted", "low", "high", "slope", "slope_low", "slope_high"]
+    return pd.DataFrame(table, columns=[*KEYS, *names])
+
+
+def fit(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:
+    """Win rate at ratio 1, and slope, of P(win) = sigmoid(intercept + slope · log_ratio).
+
+    Quasi-maximum likelihood for fractional outcomes (Papke and Wooldridge 1996), with a covariance that is robust to
+    rows of the same query. The interval of the win rate is the sigmoid of that of the intercept.
+
+    Returns:
+        Both NaN where no fit exists: one length ratio only, or outcomes that a ratio separates without an exception.
+    """
+    import statsmodels.api as sm
+    from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationError, PerfectSeparationWarning
+
+    x = rows["log_ratio"].to_numpy()
+    queries = rows["query"].factorize()[0]
+    if len(np.unique(x)) < 2 or len(np.unique(queries)) < 3 or rows["outcome"].nunique() < 2:
+        return NOTHING, NOTHING
+    model = sm.GLM(rows["outcome"].to_numpy(), sm.add_constant(x), family=sm.families.Binomial())
+    try:
+        with warnings.catch_warnings():
+            for kind in (ConvergenceWarning, PerfectSeparationWarning):
+                warnings.simplefilter("error", kind)
+            result = model.fit(cov_type="cluster", cov_kwds={"groups": queries})
+    except (ConvergenceWarning, PerfectSeparationError, PerfectSeparationWarning, np.linalg.LinAlgError):
+        return NOTHING, NOTHING
+    at_one = result.get_prediction(np.array([[1.0, 0.0]])).summary_frame(alpha=0.05).iloc[0]
+    slope_low, slope_high = result.conf_int(alpha=0.05)[1]
+    adjusted = Estimate(float(at_one["mean"]), float(at_one["mean_ci_lower"]), float(at_one["mean_ci_upper"]))
+    return adjusted, Estimate(float(result.params[1]), float(slope_low), float(slope_high))
+
+
+def fitted_curve(fitted: pd.Series, log_ratio: np.ndarray) -> np.ndarray:
+    """The fit's win rate at each `log_ratio`.
+
+    Args:
+        fitted: a row of `length_fits`.
+        log_ratio: where.
+    """
+    from scipy.special import expit, logit
+
+    return expit(logit(fitted["adjusted"]) + fitted["slope"] * log_ratio)

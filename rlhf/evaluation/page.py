@@ -1,0 +1,84 @@
+"""A page of Markdown with its tables as CSV and its figures as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.evaluation.tables import write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Page:
+    """Collects a page; its tables and figures are written as they come, the page itself at the end.
+
+    Args:
+        folder: to write to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._blocks: list[str] = []
+
+    def add(self, *blocks: str) -> None:
+        """Add headings or paragraphs; empty ones are left out."""
+        self._blocks += [block for block in blocks if block]
+
+    def numbers(self, name: str, table: pd.DataFrame, title: str = "Numbers") -> None:
+        """Write a table as `<name>.csv`, all columns with all digits, and link to it."""
+        write_table(table, self.folder / f"{name}.csv")
+        self.add(f"{title}: [{name}.csv]({name}.csv)")
+
+    def table(self, name: str, table: pd.DataFrame, columns: Sequence[str] | None = None) -> None:
+        """Write a table as `<name>.csv` and show it.
+
+        Args:
+            name: of the file.
+            table: its numbers.
+            columns: those that are shown; by default all but `parameters`.
+        """
+        self.add(markdown(table[list(columns)] if columns else table.drop(columns="parameters", errors="ignore")))
+        self.numbers(name, table)
+
+    def figure(self, name: str, draw: Callable[..., bool], *data: Any, **settings: Any) -> None:
+        """Have a figure drawn to `<name>.png`, and show it if there was anything to draw."""
+        file = self.folder / f"{name}.png"
+        if draw(*data, file=file, **settings):
+            self.add(f"![{name}]({file.name})")
+
+    def write(self, name: str = "report.md") -> Path:
+        """Write the page whole, or not at all."""
+        file = self.folder / name
+        partial = file.with_name(f".{name}.partial")
+        partial.write_text("\n\n".join(self._blocks) + "\n")
+        partial.replace(file)
+        return file
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, as of `presented`."""
+    heads, rows = presented(table)
+    lines = [heads, ["---"] * len(heads), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def presented(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table as texts. Columns `low` and `high` become one, "95% interval"."""
+    if {"low", "high"} <= set(table.columns):
+        intervals = [
+            "" if low != low else f"{cell(low)} to {cell(high)}"
+            for low, high in zip(table["low"], table["high"], strict=True)
+        ]
+        table = table.assign(low=intervals).drop(columns="high").rename(columns={"low": "95% interval"})
+    heads = [str(name).replace("_", " ") for name in table.columns]
+    return heads, [[cell(value) for value in row] for row in table.itertuples(index=False)]
+
+
+def cell(value: Any) -> str:
+    """A value as text: three digits after the point (of tiny ones two in all), nothing for a missing number."""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
+    return "" if value is None else str(value)

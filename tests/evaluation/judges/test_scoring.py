@@ -1,0 +1,50 @@
+"""Judges that look at each text alone: a reward model, and the gold score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.data.domains import REDDIT
+from rlhf.data.gold import gold_score
+from rlhf.data.synthetic import demonstrations
+from rlhf.errors import UserError
+from rlhf.evaluation.judges import Answers, GoldJudge, Pair, RewardJudge
+from rlhf.evaluation.scoring import RewardScorer
+
+PAIRS = [Pair(f"query {n}", f" one {n}", f" another text {n * n}", {}) for n in range(9)]
+
+
+def test_the_higher_reward_wins(reward_path: str, tmp_path: Path) -> None:
+    judge = RewardJudge(reward_path, batch_size=4)
+    judge.prepare(tmp_path / "none")
+    answers = judge.prefer(PAIRS)
+    scorer = RewardScorer(reward_path)
+    for pair, answer in zip(PAIRS, answers, strict=True):
+        ours, theirs = scorer([pair.query] * 2, [pair.a, pair.b])
+        assert answer == Answers(*("ab"[theirs > ours] * 2))
+    assert {answer.a_first for answer in answers} == {"a", "b"}
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_higher_gold_score_wins() -> None:
+    records = list(demonstrations(3, 1, "v"))
+    empty = "nothing at all"
+    pairs = [Pair("q", record["summary"], empty, record) for record in records]
+    pairs += [Pair("q", empty, record["summary"], record) for record in records]
+    pairs += [Pair("q", "one thing", "another", record) for record in records]
+    assert all(gold_score(r["summary"], r["facts"], REDDIT.slots).score > 0 for r in records)
+    assert GoldJudge().prefer(pairs) == [Answers(*[who] * 2) for who in ("a", "b", "tie") for _ in range(3)]
+
+
+def test_gold_needs_facts() -> None:
+    with pytest.raises(UserError, match="9 of 9 records have no hidden facts"):
+        GoldJudge().prefer(PAIRS)
+
+
+def test_settings_are_the_contents_of_the_model(reward_path: str, model_path: str) -> None:
+    assert RewardJudge(reward_path, 4).settings() == RewardJudge(reward_path + "/", 8).settings()
+    assert GoldJudge().settings() == {"class": "rlhf.evaluation.judges.gold.GoldJudge"}
+    with pytest.raises(UserError, match="not a reward model"):
+        RewardJudge(model_path).prepare(Path("none"))

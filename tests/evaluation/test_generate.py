@@ -1,0 +1,198 @@
+"""Responses as a table: the same whatever the batch, the ranks, or when it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import rlhf.evaluation.generate as module
+from rlhf.cli import main
+from rlhf.data.domains import REDDIT
+from rlhf.data.gold import gold_score
+from rlhf.data.records import Source
+from rlhf.data.synthetic import demonstrations
+from rlhf.evaluation.generate import responses
+from rlhf.evaluation.tables import read_table
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = [
+    "id", "query", "response", "reference", "tokens", "reference_tokens", "has_eos", "score", "reference_score",
+    "gold", "gold_reference", "record",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data_path(write_jsonl: Callable[..., str]) -> str:
+    return write_jsonl("validation.jsonl", demonstrations(11, 1, "validation"))
+
+
+@pytest.fixture
+def words(model_path: str, reward_path: str, data_path: str) -> list[str]:
+    return ["generate", f"--model={model_path}", f"--data.path={data_path}", "--response_length=6", "--batch_size=3",
+            "--temperature=1.0", f"--reward={reward_path}"]  # fmt: skip
+
+
+def test_a_row_per_query(model_path: str, reward_path: str, words: list[str], data_path: str, tmp_path: Path) -> None:
+    main([*words, f"--output={tmp_path}/out/t.parquet"])
+    table = read_table(tmp_path / "out" / "t.parquet", "x", ("query", "response"))
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["t.parquet", "t.parquet.json"]
+    assert list(table) == COLUMNS
+    assert table["id"].tolist() == [f"validation-1-{n}" for n in range(11)]
+    tokenizer = AutoTokenizer.from_pretrained(reward_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    for row, record in zip(table.itertuples(), demonstrations(11, 1, "validation"), strict=True):
+        assert json.loads(row.record) == record
+        assert row.reference == " " + record["summary"]
+        assert row.gold_reference == gold_score(row.reference, record["facts"], REDDIT.slots).score
+        assert row.reference_tokens == min(53, len(tokenizer(row.query + row.reference)["input_ids"])
+                                           - len(tokenizer(row.query)["input_ids"]) + 1)  # fmt: skip
+        ids = torch.tensor([[*tokenizer(row.query + row.response)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            reward = plain(ids).logits.item() - plain.config.reward_shift
+        assert row.score == pytest.approx(reward, abs=1e-5)
+    same = responses(
+        model_path, Source(data_path), response_length=6, batch_size=3, temperature=1.0, reward=reward_path
+    )
+    pd.testing.assert_frame_equal(same, table)
+
+
+def test_greedy_responses_do_not_depend_on_the_batch(model_path: str, data_path: str) -> None:
+    tables = [
+        responses(model_path, Source(data_path), response_length=6, temperature=1e-5, batch_size=n) for n in (2, 11)
+    ]
+    pd.testing.assert_frame_equal(*tables)
+    assert "score" not in tables[0]
+
+
+def test_a_tokenizer_that_pads_with_eos(model_path: str, data_path: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_path, tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    tables = [responses(path, Source(data_path), response_length=6) for path in (model_path, str(folder))]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_seed_and_temperature_matter(model_path: str, data_path: str) -> None:
+    def texts(**settings: Any) -> list[str]:
+        return responses(model_path, Source(data_path), response_length=6, **settings)["response"].tolist()
+
+    assert texts(temperature=1.0, seed=1) == texts(temperature=1.0, seed=1)
+    assert texts(temperature=1.0, seed=1) != texts(temperature=1.0, seed=2)
+    assert texts() == texts(seed=1)
+
+
+def test_two_processes_give_the_table_of_one(words: list[str], tmp_path: Path) -> None:
+    main([*words, f"--output={tmp_path}/one.csv"])
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "train.py"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launch, *words, f"--output={tmp_path}/two.csv"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("11 responses") == 1
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert not (tmp_path / "two.csv.parts").exists()
+
+
+@pytest.mark.parametrize("step", ["responses", "scores"])
+def test_killed_and_started_again(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    main([*words, f"--output={tmp_path}/whole.parquet"])
+    sampled, written = [], []
+    write = module.Parts.make.__globals__["write_table"]
+
+    def dies(table: pd.DataFrame, path: Path) -> None:
+        written.append(path.name)
+        write(table, path)
+        if written.count(f"{step}-00001.parquet"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(module.Parts.make.__globals__, "write_table", dies)
+    output = [f"--output={tmp_path}/killed.parquet"]
+    with pytest.raises(SystemExit):
+        main([*words, *output])
+    monkeypatch.setitem(module.Parts.make.__globals__, "write_table", write)
+    (tmp_path / "killed.parquet.parts" / ".responses-00002.parquet.partial").write_bytes(b"torn")
+    sample = module.sample
+    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: sampled.append(1) or sample(*args, **kwargs))
+    with pytest.raises(SystemExit):
+        main([*words, *output, "--temperature=0.5"])
+    said = capsys.readouterr().err
+    assert "holds parts of a table made with other settings (temperature: 1.0 before, 0.5 now)" in said
+    main([*words, *output])
+    assert len(sampled) == (2 if step == "responses" else 0)  # two of four parts were there, or all
+    assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_finished_table_is_kept(
+    words: list[str], tmp_path: Path, model_path: str, data_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = f"--output={tmp_path}/t.csv"
+    main([*words, output])
+    before = (tmp_path / "t.csv").stat().st_mtime_ns
+    moved = shutil.copytree(model_path, tmp_path / "copy")
+    main([*words, output, f"--model={moved}"])  # the same model in another place
+    assert "is finished, with these settings; it is kept" in capsys.readouterr().out
+    weights = next(moved.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for change, name in ((f"--model={moved}", "model"), ("--data.limit=5", "data"), ("--seed=2", "seed")):
+        with pytest.raises(SystemExit):
+            main([*words, output, change])
+        assert f"made with other settings ({name}: " in capsys.readouterr().err
+    assert (tmp_path / "t.csv").stat().st_mtime_ns == before
+
+
+def test_records_of_ones_own(
+    model_path: str, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": "How are you?", "id": 7}, {"prompt": "And you?"}, {"prompt": "How are you?"}]
+    table = responses(model_path, Source(write_jsonl("own.jsonl", records)), response_length=4)
+    assert table["id"].tolist() == ["7", "1"]
+    assert table["reference"].tolist() == ["", ""]
+    assert "gold" not in table
+    assert "1 records whose query an earlier one has; left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--temperature=0"], "temperature is 0"),
+        (["--batch_size=0"], "batch_size is 0"),
+        (["--response_length=0"], "response_length is 0"),
+        (["--response_length=500"], "more than the 512 positions"),
+        (["--model=nowhere"], "model: there is no model folder nowhere"),
+        (["--model={reward}"], "holds a reward model, not a causal language model"),
+        (["--reward={model}"], "not a reward model with one label"),
+        (["--data.path=nowhere.jsonl"], "data: there is no file nowhere.jsonl"),
+        (["--output=t.json"], "output: t.json must end in .parquet or .csv"),
+    ],
+)
+def test_bad_input(
+    words: list[str], sentence: str, model_path: str, reward_path: str, data_path: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base = ["generate", f"--output={tmp_path}/t.csv", f"--model={model_path}", f"--data.path={data_path}"]
+    with pytest.raises(SystemExit):
+        main([*base, *(word.format(model=model_path, reward=reward_path) for word in words)])
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Margins of comparisons as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rlhf.cli import main
+from rlhf.data.domains import NEWS
+from rlhf.data.records import Source
+from rlhf.data.synthetic import comparisons
+from rlhf.evaluation.margins import comparison_margins
+from rlhf.evaluation.scoring import RewardScorer
+from rlhf.evaluation.tables import read_table
+
+
+def test_margins_and_clean_labels_of_both_domains(
+    reward_path: str, write_jsonl: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [*comparisons(40, 1, "v", 0), *comparisons(4, 1, "v", 0, NEWS, "cnndm")]
+    source = Source(write_jsonl("c.jsonl", records))
+    words = ["margins", f"--reward={reward_path}", f"--data.path={source.path}", "--batch_size=2"]  # two parts
+    main([*words, f"--output={tmp_path}/m.parquet"])
+    table = read_table(tmp_path / "m.parquet", "x")
+    assert list(table) == ["split", "batch", "confidence", "chosen_policy", "rejected_policy", "margin", "gold_margin"]
+    assert table["split"].tolist() == ["posts"] * 40 + ["news"] * 4
+    assert (table["gold_margin"] > 0).all()  # labels without noise agree with the gold score
+    assert table["margin"].abs().max() > 0
+    pd.testing.assert_frame_equal(comparison_margins(reward_path, source, batch_size=2), table)
+    monkeypatch.setattr(RewardScorer, "__call__", None)  # a finished table is kept
+    main([*words, f"--output={tmp_path}/m.parquet"])
+
+
+def test_margin_is_the_difference_of_two_rewards(reward_path: str, write_jsonl: Callable[..., str]) -> None:
+    record = {"prompt": "a b", "chosen": " d", "rejected": " e f g"}
+    table = comparison_margins(reward_path, Source(write_jsonl("c.jsonl", [record])))
+    scorer = RewardScorer(reward_path)
+    better, worse = scorer(["a b"], [" d"])[0], scorer(["a b"], [" e f g"])[0]
+    assert table["margin"].tolist() == pytest.approx([better - worse], abs=1e-6)
+    assert table["confidence"].isna().all()
+    assert "gold_margin" not in table
+
+
+def test_a_language_model_is_refused(
+    model_path: str, comparison_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["margins", f"--reward={model_path}", f"--data.path={comparison_file}", f"--output={tmp_path}/m.csv"])
+    assert "not a reward model with one label" in capsys.readouterr().err

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from rlhf.evaluation.page import Page, markdown
+
+
+def test_a_table_in_markdown() -> None:
+    table = pd.DataFrame({
+        "size": ["1b", None], "rows": [3, 4], "win_rate": [0.51234, float("nan")], "low": [0.4, float("nan")],
+        "high": [0.6, float("nan")], "note": ["a|b", ""], "tiny": [1.23e-5, 0.0],
+    })  # fmt: skip
+    assert markdown(table).splitlines() == [
+        "| size | rows | win rate | 95% interval | note | tiny |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 1b | 3 | 0.512 | 0.400 to 0.600 | a\\|b | 1.2e-05 |",
+        "|  | 4 |  |  |  | 0.000 |",
+    ]
+
+
+def test_a_page_is_written_with_its_numbers(tmp_path: Path) -> None:
+    page = Page(tmp_path)
+    page.add("# Title", "")
+    table = pd.DataFrame({"x": [1 / 3], "parameters": [7]})
+    page.table("numbers", table)
+    page.figure("nothing", lambda file: False)
+    page.figure("something", lambda file: True)
+    assert page.write() == tmp_path / "report.md"
+    assert (tmp_path / "report.md").read_text() == (
+        "# Title\n\n| x |\n| --- |\n| 0.333 |\n\nNumbers: [numbers.csv](numbers.csv)\n\n![something](something.png)\n"
+    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "numbers.csv"), table)
