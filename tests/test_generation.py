@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.generation import choose, sample, uniforms
+from rlhf.generation import sample, uniforms
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 

@@ -21,8 +21,8 @@ from rlhf.generation import sample, uniforms
 from rlhf.memory import Phase, Workload, estimate, networks
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.loading import checkpoint_activations
-from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.output_layer import logprobs_at
+from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import model_inputs
 
 ROOT = Path(__file__).parents[1]

@@ -69,14 +69,16 @@ def test_every_row_once_per_epoch_over_all_ranks(rows: int, world: int, micro: i
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(row for batch in batches if batch["real"] for row in batch["taken"]) == list(range(rows))
     assert sorted(row for batch in batches for row in batch["rows"]) == list(range(rows))
-    assert all(0 < len(batch["taken"]) and (batch["real"] or len(batch["taken"]) == 1) for batch in batches)
+    assert all(len(batch["taken"]) > 0 and (batch["real"] or len(batch["taken"]) == 1) for batch in batches)
     for step in range(0, count, accumulate):
         part = [batch for rank in ranks for batch in rank[step : step + accumulate]]
         own = [row for batch in part if batch["real"] for row in batch["taken"]]
         assert len(own) == size or step == count - accumulate
         if len(own) == size:
             assert all(batch["real"] for batch in part)
-        costs = [sum(LENGTHS[r % 11] for r in rank[i]["rows"]) for rank in ranks for i in range(step, step + accumulate)]
+        costs = [
+            sum(LENGTHS[r % 11] for r in rank[i]["rows"]) for rank in ranks for i in range(step, step + accumulate)
+        ]
         assert max(costs) <= micro * max(LENGTHS)
         assert [batch["share"] for batch in part] == [sum(10 + r for r in own) / (accumulate * world)] * len(part)
 

@@ -354,7 +354,10 @@ def test_advantages_are_whitened_over_all_ranks_or_each(
 
 
 def test_rewards_are_whitened_over_all_ranks(two_ranks: Make) -> None:
-    raw, whitened = (torch.cat([r.rewards[r.value_mask] for r in two_ranks(whiten_rewards=on, missing_eos_score=-3.0)]) for on in (False, True))
+    raw, whitened = (
+        torch.cat([r.rewards[r.value_mask] for r in two_ranks(whiten_rewards=on, missing_eos_score=-3.0)])
+        for on in (False, True)
+    )
     expected = (raw - raw.mean()) / raw.std(correction=0) + raw.mean()
     torch.testing.assert_close(whitened, expected, atol=1e-4, rtol=1e-4)
     assert abs(raw.std().item() - 1) > 0.1
