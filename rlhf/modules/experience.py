@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.generation import sample, uniforms
+from rlhf.graph_sampling import sample_in_graph
 from rlhf.micro_batches import by_length, split
 from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
@@ -243,8 +244,9 @@ class ExperienceModule(StageModule):
                 seed from them.
         """
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        draw = sample_in_graph if self.ppo.cuda_graphs else sample
         policy = self.actor_critic.policy
-        return sample(policy, queries, query_mask, uniforms, temperature=temperature, eos_id=eos, pad_id=pad)
+        return draw(policy, queries, query_mask, uniforms, temperature=temperature, eos_id=eos, pad_id=pad)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         """The reward of every episode, `(N,)`: reward model, reward function, or their sum. Override for your own.

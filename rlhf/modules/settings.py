@@ -64,6 +64,8 @@ class PPOSettings:
         critic_warmup: updates at the beginning in which the critic learns alone (the policy's gradients are 0). The
             paper has none; with a large learning rate the policy would follow the first, wrong values.
         evaluation_temperature: of the samples in validation (D37).
+        cuda_graphs: sample with a cache of fixed size and, on a GPU, replay one captured step instead of launching its
+            kernels anew. The same responses up to rounding. Not yet run on a GPU, so it is off.
     """
 
     response_length: int = 53
@@ -87,6 +89,7 @@ class PPOSettings:
     entropy_coefficient: float = 0.0
     critic_warmup: int = 0
     evaluation_temperature: float = 0.01
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("response_length", "ppo_epochs", "minibatches", "kl_horizon"):
