@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.backbone import hidden_states
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import right_padded
@@ -76,8 +77,9 @@ class ActorCritic(nn.Module):
         """
         logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
         ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
-        hidden = self.critic.hidden_states(ids, mask)
-        columns = query_mask.sum(1, keepdim=True) - 1 + torch.arange(responses.shape[1], device=ids.device)
+        before = query_mask.sum(1, keepdim=True) - 1
+        hidden = hidden_states(self.critic.model, ids, mask, int(before.min()))
+        columns = before + torch.arange(responses.shape[1], device=ids.device)
         rows = torch.arange(len(ids), device=ids.device).unsqueeze(1)
         values = self.critic.read(hidden[rows, columns.clamp(max=ids.shape[1] - 1)])
         return Evaluation(logprobs, entropy, values)

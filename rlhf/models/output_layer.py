@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.backbone import hidden_states
 from rlhf.ops.logprobs import linear_logprobs
 from rlhf.ops.sequences import causal_inputs, token_logprobs
 
@@ -35,13 +36,14 @@ def logprobs_at(
     Returns:
         `logprobs (n,)` and `entropy (n,)`.
     """
-    inputs, (rows, columns) = causal_inputs(input_ids, attention_mask), places
+    rows, columns = places
+    first, last = (int(x) for x in columns.aminmax()) if len(columns) else (0, 0)
     weight = output_weight(model)
     if weight is not None:
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden_states(model, input_ids, attention_mask, first)
         return linear_logprobs(hidden[rows, columns], weight, tokens, temperature)
-    first, last = (int(x) for x in columns.aminmax()) if len(columns) else (0, 0)
     keep = torch.arange(first, last + 1, device=columns.device)
+    inputs = causal_inputs(input_ids, attention_mask)
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     return token_logprobs(logits[rows, columns - first], tokens, temperature)
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.models.backbone import hidden_states
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config, save_pretrained
-from rlhf.ops.sequences import causal_inputs, last_real_token, model_inputs, move_padding, right_padded
+from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,14 +64,8 @@ class ScalarModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One number per token in float32, `(B, T) -> (B, T)`. Padding may be anywhere; its numbers mean nothing."""
-        return self.read(self._hidden(model_inputs(input_ids, attention_mask)))
-
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Of the backbone, for sequences whose padding is on the right, `(B, T) -> (B, T, H)`."""
-        return self._hidden(causal_inputs(input_ids, attention_mask))
-
-    def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        inputs = model_inputs(input_ids, attention_mask)
+        return self.read(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
 
     def read(self, hidden: Tensor) -> Tensor:
         """The head on some hidden states, in float32, `(..., H) -> (...)`."""
@@ -81,7 +76,8 @@ class ScalarModel(nn.Module):
         """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
         ids, mask = right_padded(input_ids, attention_mask)
         rows = torch.arange(len(ids), device=ids.device)
-        return self.read(self.hidden_states(ids, mask)[rows, last_real_token(mask)])
+        last = last_real_token(mask)
+        return self.read(hidden_states(self.model, ids, mask, int(last.min()))[rows, last])
 
     @torch.no_grad()
     def padding_side_difference(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
