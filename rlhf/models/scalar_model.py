@@ -75,8 +75,9 @@ class ScalarModel(nn.Module):
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
         ids, mask = right_padded(input_ids, attention_mask)
-        rows = torch.arange(len(ids), device=ids.device)
-        last = last_real_token(mask)
+        rows, last = torch.arange(len(ids), device=ids.device), last_real_token(mask)
+        if hasattr(self.head_weight, "ds_id"):  # ZeRO-3 gathers the head for a forward of the whole
+            return self(ids, mask)[rows, last]  # type: ignore[no-any-return]
         return self.read(hidden_states(self.model, ids, mask, int(last.min()))[rows, last])
 
     @torch.no_grad()
