@@ -22,14 +22,17 @@ ALLOWED = {
     "run_folder": {"errors"},
     "pipeline": {"errors", "run_folder"},
     "generation": {"ops"},
-    "rollout": {"ops", "seeding"},
+    "micro_batches": set(),
+    "graph_sampling": {"ops", "generation"},
+    "rollout": {"ops", "seeding", "micro_batches"},
     "strategies": {"errors"},
     "models": {"ops", "errors"},
-    "memory": {"errors", "models"},
-    "data": {"ops", "errors", "checks", "seeding", "rollout", "models"},
+    "memory": {"ops", "errors", "models"},
+    "workload": {"errors", "memory", "strategies"},
+    "data": {"ops", "errors", "checks", "seeding", "rollout", "models", "micro_batches", "workload"},
     "callbacks": {"ops", "errors", "rollout", "run_folder", "strategies"},
     "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
-    | {"callbacks", "strategies"},
+    | {"callbacks", "strategies", "micro_batches", "graph_sampling"},
     "evaluation": {"ops", "errors", "checks", "seeding", "rouge", "generation", "models", "data", "callbacks"}
     | {"run_folder", "pipeline"},
 }

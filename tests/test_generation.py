@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.generation import sample, uniforms
+from rlhf.generation import choose, sample, uniforms
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 
@@ -117,3 +117,58 @@ def test_a_low_temperature_is_greedy(model: Any) -> None:
         for _ in range(8):
             tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
         assert responses[row].tolist() == tokens[len(query) :]
+
+
+def test_a_response_depends_on_its_own_row_alone(small_vocabulary: Any) -> None:
+    """Not on the rows beside it, and not on when ended rows leave the batch."""
+    queries, eos_id = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [2, 2]], 7
+    numbers = uniforms(5, 30, torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"temperature": 1.5, "eos_id": eos_id, "pad_id": PAD}
+    together = sample(small_vocabulary, *pad_sequences(queries, PAD, "left"), numbers, **settings)
+    lengths = (together != PAD).sum(1)
+    assert len(set(lengths.tolist())) > 2
+    for row, query in enumerate(queries):
+        alone = sample(
+            small_vocabulary,
+            torch.tensor([query]),
+            torch.ones(1, len(query)).long(),
+            numbers[row : row + 1],
+            **settings,
+        )
+        assert torch.equal(alone[0], together[row, : lengths[row]])
+
+
+@pytest.mark.parametrize("leaving", [1e-9, 0.5, 1.0])
+def test_leaving_earlier_or_later_changes_nothing(
+    small_vocabulary: Any, leaving: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [[1, 2, 3], [4], [5, 6]] * 6
+    expected = draw(small_vocabulary, queries, eos_id=7, max_new_tokens=25)
+    widths: list[int] = []
+    handle = small_vocabulary.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("rlhf.generation.LEAVING", leaving)
+    assert torch.equal(draw(small_vocabulary, queries, eos_id=7, max_new_tokens=25), expected)
+    handle.remove()
+    assert (len(set(widths)) == 1) == (leaving == 1.0)
+
+
+@pytest.mark.parametrize("size", [5, 256, 257, 1000])
+def test_choose_follows_the_distribution_whatever_the_size_of_the_vocabulary(size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(size, generator=generator)
+    tokens = choose(logits.expand(40_000, -1), torch.rand(40_000, generator=generator, dtype=torch.float64))
+    assert tokens.min() >= 0
+    assert tokens.max() < size
+    degrees = size - 1
+    statistic = chi_square(torch.bincount(tokens, minlength=size), logits.double().softmax(-1))
+    assert abs(statistic - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_choose_inverts_the_cumulative_distribution() -> None:
+    """At the ends too; a token without probability is never drawn."""
+    logits = torch.full((1, 600), -torch.inf)
+    logits[0, [3, 300, 555]] = torch.tensor([0.2, 0.5, 0.3]).log()
+    for number, token in ((0.0, 3), (0.19, 3), (0.21, 300), (0.69, 300), (0.71, 555), (1 - 2**-53, 555)):
+        assert choose(logits, torch.tensor([number], dtype=torch.float64)).item() == token

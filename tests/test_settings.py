@@ -39,6 +39,7 @@ DATA: Settings = {
     "micro_batch_size": [3],
     "eval_batch_size": [5],
     "text": [TextFormat],
+    "max_tokens_per_micro_batch": [4096, "auto", None],
 }
 # Values as they stand in YAML; a class stands for its own settings. Round n takes the n-th value of each setting,
 # over and over. The first one is never the default.
@@ -73,6 +74,7 @@ SETTINGS: dict[type, Settings] = {
         "entropy_coefficient": [0.01],
         "critic_warmup": [2],
         "evaluation_temperature": [0.5],
+        "cuda_graphs": [True, False],
     },
     TextFormat: {
         "query": ["{post}\n\nTL;DR:"],

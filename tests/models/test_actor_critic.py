@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf.models.actor_critic import ActorCritic, join, response_logprobs
+from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.ops.sequences import pad_sequences
+from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 
 PAD = 10_000
 QUERIES = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
@@ -110,3 +110,43 @@ def test_the_gradient_of_a_token_reaches_earlier_tokens_only(networks: ActorCrit
 def test_bfloat16_networks_give_float32_statistics(networks: ActorCritic, batch: Batch) -> None:
     now = networks.bfloat16()(*batch, 0.7)
     assert {x.dtype for x in now} == {torch.float32}
+
+
+def plainly(networks: ActorCritic, batch: Batch, temperature: float) -> Evaluation:
+    """With left padding, an attention mask, and the logits of all positions."""
+    queries, _, responses, response_mask = batch
+    ids, mask = join(*batch)
+    logits = networks.policy(**model_inputs(ids, mask), use_cache=False).logits
+    start, end = queries.shape[1] - 1, ids.shape[1] - 1
+    logprobs, entropy = token_logprobs(logits[:, start:end], responses * response_mask, temperature)
+    return Evaluation(logprobs, entropy, networks.critic(ids, mask)[:, start:end])
+
+
+def read(now: Evaluation) -> Tensor:
+    """Log-probabilities and entropies of the real tokens, and the values of their states."""
+    return torch.stack([torch.cat(real(x)) for x in now])
+
+
+def test_the_fast_path_is_the_plain_one(networks: ActorCritic, batch: Batch) -> None:
+    """In values, and in the gradient of every parameter."""
+    found = {}
+    for name, evaluate in (("fast", networks), ("plain", lambda *b: plainly(networks, b[:4], b[4]))):
+        numbers = read(evaluate(*batch, 0.7))
+        networks.zero_grad()
+        (numbers * torch.linspace(-1, 1, numbers.numel()).view_as(numbers)).sum().backward()
+        found[name] = numbers, {n: p.grad.clone() for n, p in networks.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found["fast"][0], found["plain"][0], atol=1e-4, rtol=1e-5)
+    assert found["fast"][1].keys() == found["plain"][1].keys()
+    for name, expected in found["plain"][1].items():
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(found["fast"][1][name] / scale, expected / scale, atol=1e-4, rtol=0, msg=name)
+
+
+@torch.no_grad()
+def test_under_autocast_the_fast_path_is_the_plain_one_up_to_rounding(networks: ActorCritic, batch: Batch) -> None:
+    exact = read(networks(*batch, 0.7))
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, plain = read(networks(*batch, 0.7)), read(plainly(networks, batch, 0.7))
+    rounding = (plain - exact).abs().max()
+    assert rounding > 0
+    assert (fast - exact).abs().max() < 3 * rounding

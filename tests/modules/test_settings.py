@@ -105,6 +105,7 @@ EFFECTS: list[tuple[dict[str, Any], set[str]]] = [
     ({"ppo_epochs": 3}, {"policy", "critic"}),
     ({"minibatches": 2}, LEARNT),
     ({"evaluation_temperature": 2.0}, set()),
+    ({"cuda_graphs": True}, set()),  # how the sampler works; the responses are fixed here
 ]
 FIELDS = (
     "responses", "logprobs", "ref_logprobs", "value_mask", "values", "scores", "kl", "rewards", "returns", "advantages",
