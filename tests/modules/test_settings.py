@@ -292,6 +292,7 @@ class TwoRanks(PPOModule):
 
     here = threading.local()
     barrier = threading.Barrier(2, timeout=60)
+    one_at_a_time = threading.Lock()  # the networks are shared, which those of processes are not
 
     @property
     def global_rank(self) -> int:
@@ -305,6 +306,22 @@ class TwoRanks(PPOModule):
         total = self.brought[0] + self.brought[1]
         self.barrier.wait()
         return total
+
+    def _sample_groups(self, *args: Any) -> Tensor:
+        with self.one_at_a_time:
+            return super()._sample_groups(*args)
+
+    def _evaluate(self, part: Rollout) -> Any:
+        with self.one_at_a_time:
+            return super()._evaluate(part)
+
+    def _reference_logprobs(self, *args: Any) -> Tensor:
+        with self.one_at_a_time:
+            return super()._reference_logprobs(*args)
+
+    def _score(self, *args: Any) -> Tensor:
+        with self.one_at_a_time:
+            return super()._score(*args)
 
     def rollouts(self, batch: dict[str, Any]) -> list[Rollout]:
         """The rollout of each rank."""
