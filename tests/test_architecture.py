@@ -21,14 +21,16 @@ ALLOWED = {
     "seeding": set(),
     "run_folder": {"errors"},
     "pipeline": {"errors", "run_folder"},
+    "micro_batches": set(),
     "generation": {"ops"},
-    "rollout": {"ops", "seeding"},
+    "rollout": {"ops", "seeding", "micro_batches"},
     "strategies": {"errors"},
     "models": {"ops", "errors"},
-    "memory": {"errors", "models"},
-    "data": {"ops", "errors", "checks", "seeding", "rollout", "models"},
+    "memory": {"ops", "errors", "models"},
+    "workload": {"errors", "memory", "strategies"},
+    "data": {"ops", "errors", "checks", "seeding", "micro_batches", "rollout", "models", "workload"},
     "callbacks": {"ops", "errors", "rollout", "run_folder", "strategies"},
-    "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
+    "modules": {"ops", "errors", "checks", "rouge", "seeding", "micro_batches", "generation", "rollout", "models"}
     | {"callbacks", "strategies"},
     "evaluation": {"ops", "errors", "checks", "seeding", "rouge", "generation", "models", "data", "callbacks"}
     | {"run_folder", "pipeline"},

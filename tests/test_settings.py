@@ -6,7 +6,8 @@ import inspect
 import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -39,6 +40,7 @@ DATA: Settings = {
     "micro_batch_size": [3],
     "eval_batch_size": [5],
     "text": [TextFormat],
+    "max_tokens_per_micro_batch": [900, "auto", None],
 }
 # Values as they stand in YAML; a class stands for its own settings. Round n takes the n-th value of each setting,
 # over and over. The first one is never the default.
@@ -126,10 +128,11 @@ def parameters(kind: type) -> dict[str, tuple[Any, Any]]:
 
 def choices(hint: Any) -> list[Any]:
     """What a type lets one choose from: the words of a Literal, true and false, null."""
-    if hint is bool:
-        return [True, False]
-    arguments = get_args(hint)
-    return list(arguments) if get_origin(hint) is Literal else [None] * (type(None) in arguments)
+    if hint in (bool, type(None)):
+        return [True, False] if hint is bool else [None]
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [c for part in get_args(hint) for c in choices(part)] if get_origin(hint) in (Union, UnionType) else []
 
 
 def in_round(kind: type, number: int) -> dict[str, Any]:
