@@ -34,8 +34,8 @@ def auto_tokens(trainer: Any, module: Any, data: Any) -> int:
     rows = bisect_right(range(1, share + 1), room, key=needed)
     if rows < 1:
         raise UserError(
-            f"data.max_tokens_per_micro_batch auto: by the estimate {needed(1) / 2**30:.1f} GiB are needed for the longest "
-            f"example alone, but only {room / 2**30:.1f} GiB may be used; docs/memory.md tells what needs less."
+            f"data.max_tokens_per_micro_batch auto: by the estimate {needed(1) / 2**30:.1f} GiB are needed for the "
+            f"longest example alone, but only {room / 2**30:.1f} GiB may be used; docs/memory.md tells what needs less."
         )
     return rows * rows_per_example(module) * int(data.longest())
 
