@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
@@ -25,17 +26,18 @@ def auto_tokens(trainer: Any, module: Any, data: Any) -> int:
     memory = torch.tensor(-ROOM * device_memory(device, trainer.num_devices), device=device)
     room = -module.reduce_max(memory).item()
     run = workload(trainer, module, data)
-    one, two = (
-        estimate(module.model_config, replace(run, micro_batch=rows)).phases["training"].total for rows in (1, 2)
-    )
-    rows = int((room - one) // (two - one)) + 1  # the estimate is linear in the rows
+
+    def needed(rows: int) -> int:
+        return estimate(module.model_config, replace(run, micro_batch=rows)).phases["training"].total
+
+    share = data.batch_size // (trainer.world_size * data.minibatches)
+    rows = bisect_right(range(1, share + 1), room, key=needed)
     if rows < 1:
         raise UserError(
-            f"data.max_tokens_per_micro_batch auto: by the estimate {one / 2**30:.1f} GiB are needed for the longest "
-            f"example alone, but only {room / 2**30:.1f} GiB may be used; docs/memory.md tells what needs less."
+            f"data.max_tokens_per_micro_batch auto: by the estimate {needed(1) / 2**30:.1f} GiB are needed for the "
+            f"longest example alone, but only {room / 2**30:.1f} GiB may be used; docs/memory.md tells what needs less."
         )
-    share = data.batch_size // (trainer.world_size * data.minibatches)
-    return min(rows, share) * rows_per_example(module) * int(data.longest())
+    return rows * rows_per_example(module) * int(data.longest())
 
 
 def device_memory(device: torch.device, processes: int) -> int:

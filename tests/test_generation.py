@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf.generation import choose, sample, uniforms
+from rlhf import generation
+from rlhf.generation import BLOCK, choose, sample, uniforms
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 
@@ -108,6 +110,133 @@ def test_left_padding_changes_nothing(model: Any) -> None:
     assert torch.equal(tight, padded)
 
 
+MANY = [[n % 12, (5 * n) % 12, (7 * n + 1) % 12][: 1 + n % 3] for n in range(24)]
+
+
+def one_by_one(model: Any, queries: list[list[int]], numbers: Tensor, **settings: Any) -> Tensor:
+    """Each row in a batch of its own."""
+    width = numbers.shape[1]
+    responses = torch.full((len(queries), width), PAD)
+    for row, query in enumerate(queries):
+        alone = sample(model, *pad_sequences([query], PAD), numbers[row : row + 1], **settings)
+        responses[row, : alone.shape[1]] = alone
+    return responses
+
+
+@pytest.mark.parametrize("leaving", [0.0, 0.25, 0.9, 1.0])
+def test_a_response_depends_on_its_own_row_alone(
+    small_vocabulary: Any, leaving: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the rows beside it, nor on when those that have ended leave the batch: at once, late, or never."""
+    monkeypatch.setattr(generation, "LEAVING", leaving)
+    numbers = uniforms(len(MANY), 16, torch.Generator().manual_seed(5))
+    settings: dict[str, Any] = {"temperature": 1.0, "eos_id": 7, "pad_id": PAD}
+    alone = one_by_one(small_vocabulary, MANY, numbers, **settings)
+    lengths = (alone != PAD).sum(1)
+    assert lengths.unique().numel() > 5
+    together = sample(small_vocabulary, *pad_sequences(MANY, PAD, "left"), numbers, **settings)
+    assert torch.equal(together, alone[:, : together.shape[1]])
+    assert together.shape[1] == lengths.max()
+
+
+def test_rows_that_have_ended_leave_the_batch(small_vocabulary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    chosen = generation.choose
+    monkeypatch.setattr(generation, "choose", lambda logits, u: rows.append(len(logits)) or chosen(logits, u))
+    responses = draw(small_vocabulary, MANY, max_new_tokens=40, temperature=1.0, eos_id=7)
+    lengths = (responses != PAD).sum(1)
+    assert rows == sorted(rows, reverse=True)
+    assert len(rows) == lengths.max()
+    alive = [int((lengths > step).sum()) for step in range(len(rows))]
+    assert all(kept >= left > 0.75 * kept for kept, left in zip(rows, alive, strict=True))
+    assert len(set(rows)) > 4
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("mistral", 1.0), ("gemma2", 3.0)])
+def test_a_sliding_window_sees_what_it_sees_without_a_cache(kind: str, temperature: float) -> None:
+    """Windows of 4 tokens under queries of up to 9, rows that leave; against one row at a time without cache."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(
+        kind, vocab_size=12, sliding_window=4, head_dim=8, intermediate_size=32, initializer_range=0.4,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0, **shape,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    queries = [[(3 * n + k) % 12 for k in range(1 + (4 * n) % 9)] for n in range(12)]
+    numbers = uniforms(len(queries), 14, torch.Generator().manual_seed(2))
+    together = sample(
+        model, *pad_sequences(queries, PAD, "left"), numbers, temperature=temperature, eos_id=7, pad_id=PAD
+    )  # fmt: skip
+    lengths = (together != PAD).sum(1)
+    assert lengths.unique().numel() > 3
+    for row, query in enumerate(queries):
+        tokens = list(query)
+        for step in range(int(lengths[row])):
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[:, -1]
+            tokens.append(int(choose(logits / temperature, numbers[row : row + 1, step])))
+        assert together[row, : lengths[row]].tolist() == tokens[len(query) :]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3, 3 * BLOCK])
+def test_a_draw_follows_the_distribution_over_several_blocks(vocabulary: int) -> None:
+    """Chi-square over groups of tokens that expect 50 draws or more; its mean is the number of groups."""
+    random = torch.Generator().manual_seed(vocabulary)
+    logits = 2 * torch.randn(vocabulary, generator=random)
+    rows = 40_000
+    tokens = choose(logits.expand(rows, -1), uniforms(rows, 1, random).squeeze(1))
+    assert tokens.shape == (rows,)
+    expected = rows * torch.softmax(logits.double(), -1)
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    order = expected.argsort()
+    groups = (expected[order].cumsum(0) / 50).long()
+    size = int(groups.max()) + 1
+    grouped, wanted = (torch.zeros(size).double().index_add(0, groups, x[order]) for x in (counts, expected))
+    grouped, wanted = grouped[wanted > 10], wanted[wanted > 10]
+    degrees = len(wanted) - 1
+    assert ((grouped - wanted) ** 2 / wanted).sum() <= degrees + 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("vocabulary", [5, BLOCK, 2 * BLOCK + 9, 4 * BLOCK])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_draw_inverts_the_cumulative_distribution(vocabulary: int, seed: int) -> None:
+    """Against numpy in float64; a token whose border lies within rounding of the number may be its neighbour."""
+    rng = np.random.default_rng(seed)
+    logits, numbers = 3 * rng.normal(size=(200, vocabulary)).astype(np.float32), rng.random(200)
+    tokens = choose(torch.from_numpy(logits), torch.from_numpy(numbers)).numpy()
+    weights = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
+    ends = weights.cumsum(1) / weights.sum(1, keepdims=True)
+    rows = np.arange(200)
+    assert (ends[rows, tokens] > numbers - 1e-6).all()
+    assert (np.where(tokens > 0, ends[rows, tokens - 1], 0) <= numbers + 1e-6).all()
+
+
+@pytest.mark.parametrize("vocabulary", [7, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
+@pytest.mark.parametrize("number", [0.0, 2.0**-53, 0.5, 1 - 2.0**-40, 1 - 2.0**-53])
+def test_tokens_of_probability_zero_are_never_drawn(vocabulary: int, number: float) -> None:
+    """At the beginning, in the middle, at the end, and whole blocks of them; one token, or many, have all of it."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        possible = rng.random(vocabulary) < rng.choice([0.001, 0.02, 0.5])
+        possible[rng.integers(vocabulary)] = True
+        logits = torch.from_numpy(np.where(possible, rng.normal(size=vocabulary) * 5, -np.inf)).float()
+        token = int(choose(logits.unsqueeze(0), torch.tensor([number], dtype=torch.float64)))
+        assert possible[token], (seed, token)
+        if number == 0:
+            assert token == possible.argmax()
+
+
+@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 4])
+def test_a_certain_token_is_always_drawn(place: int) -> None:
+    logits = torch.full((1, 2 * BLOCK + 5), -1e30)
+    logits[0, place] = 1e30
+    for number in (0.0, 0.3, 1 - 2.0**-53):
+        assert choose(logits, torch.tensor([number], dtype=torch.float64)).item() == place
+
+
 @torch.no_grad()
 def test_a_low_temperature_is_greedy(model: Any) -> None:
     """Against one row at a time, without cache or padding."""
@@ -117,58 +246,3 @@ def test_a_low_temperature_is_greedy(model: Any) -> None:
         for _ in range(8):
             tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
         assert responses[row].tolist() == tokens[len(query) :]
-
-
-def test_a_response_depends_on_its_own_row_alone(small_vocabulary: Any) -> None:
-    """Not on the rows beside it, and not on when ended rows leave the batch."""
-    queries, eos_id = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [2, 2]], 7
-    numbers = uniforms(5, 30, torch.Generator().manual_seed(0))
-    settings: dict[str, Any] = {"temperature": 1.5, "eos_id": eos_id, "pad_id": PAD}
-    together = sample(small_vocabulary, *pad_sequences(queries, PAD, "left"), numbers, **settings)
-    lengths = (together != PAD).sum(1)
-    assert len(set(lengths.tolist())) > 2
-    for row, query in enumerate(queries):
-        alone = sample(
-            small_vocabulary,
-            torch.tensor([query]),
-            torch.ones(1, len(query)).long(),
-            numbers[row : row + 1],
-            **settings,
-        )
-        assert torch.equal(alone[0], together[row, : lengths[row]])
-
-
-@pytest.mark.parametrize("leaving", [1e-9, 0.5, 1.0])
-def test_leaving_earlier_or_later_changes_nothing(
-    small_vocabulary: Any, leaving: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queries = [[1, 2, 3], [4], [5, 6]] * 6
-    expected = draw(small_vocabulary, queries, eos_id=7, max_new_tokens=25)
-    widths: list[int] = []
-    handle = small_vocabulary.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    monkeypatch.setattr("rlhf.generation.LEAVING", leaving)
-    assert torch.equal(draw(small_vocabulary, queries, eos_id=7, max_new_tokens=25), expected)
-    handle.remove()
-    assert (len(set(widths)) == 1) == (leaving == 1.0)
-
-
-@pytest.mark.parametrize("size", [5, 256, 257, 1000])
-def test_choose_follows_the_distribution_whatever_the_size_of_the_vocabulary(size: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    logits = 2 * torch.randn(size, generator=generator)
-    tokens = choose(logits.expand(40_000, -1), torch.rand(40_000, generator=generator, dtype=torch.float64))
-    assert tokens.min() >= 0
-    assert tokens.max() < size
-    degrees = size - 1
-    statistic = chi_square(torch.bincount(tokens, minlength=size), logits.double().softmax(-1))
-    assert abs(statistic - degrees) < 5 * (2 * degrees) ** 0.5
-
-
-def test_choose_inverts_the_cumulative_distribution() -> None:
-    """At the ends too; a token without probability is never drawn."""
-    logits = torch.full((1, 600), -torch.inf)
-    logits[0, [3, 300, 555]] = torch.tensor([0.2, 0.5, 0.3]).log()
-    for number, token in ((0.0, 3), (0.19, 3), (0.21, 300), (0.69, 300), (0.71, 555), (1 - 2**-53, 555)):
-        assert choose(logits, torch.tensor([number], dtype=torch.float64)).item() == token

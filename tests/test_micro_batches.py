@@ -1,71 +1,128 @@
-"""Groups of similar length: nothing lost, within the budget, and no split is cheaper."""
+"""Groups of rows, against all groups that there are."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from itertools import combinations, pairwise
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from rlhf.micro_batches import SHORTEST, by_length, parts_needed, split
-
-LENGTHS = [random.Random(n).choices(range(1, 40), k=n) for n in range(1, 9)]
+from rlhf.micro_batches import by_length, parts_needed, split
 
 
-def cost(lengths: list[int], group: list[int]) -> int:
+def draw(seed: int, rows: int, low: int, high: int) -> list[int]:
+    """Lengths."""
+    return random.Random(seed).choices(range(low, high + 1), k=rows)
+
+
+SMALL = [draw(10 * rows + n, rows, 1, 12) for rows in range(1, 7) for n in range(4)]
+LARGE = [draw(seed, rows, 20, 560) for seed, rows in enumerate((1, 7, 64, 129))]
+
+
+def partitions(rows: Sequence[int]) -> Iterator[list[list[int]]]:
+    """All ways to put rows into groups."""
+    if not rows:
+        yield []
+        return
+    first, *rest = rows
+    for groups in partitions(rest):
+        yield [[first], *groups]
+        for n in range(len(groups)):
+            yield [*groups[:n], [first, *groups[n]], *groups[n + 1 :]]
+
+
+def cost(lengths: Sequence[int], group: Sequence[int]) -> int:
+    """Tokens with padding."""
     return len(group) * max((lengths[row] for row in group), default=0)
 
 
-def cheapest(lengths: list[int], parts: int) -> int:
-    """By trying every split of the sorted rows into stretches; any other split costs at least as much."""
-    ordered = sorted(lengths)
-    n = len(ordered)
-    ends = [(0, *cut, n) for cut in combinations(range(1, n), min(parts, n) - 1)]
-    return min(max((b - a) * ordered[b - 1] for a, b in pairwise(end)) for end in ends)
+def is_partition(groups: list[list[int]], rows: int) -> bool:
+    return sorted(itertools.chain.from_iterable(groups)) == list(range(rows))
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 11])
-def test_a_split_loses_nothing_and_none_is_cheaper(lengths: list[int], parts: int) -> None:
+@pytest.mark.parametrize("lengths", SMALL, ids=str)
+def test_a_split_is_the_best_there_is(lengths: list[int]) -> None:
+    """No way to make as many groups has a cheaper costliest one."""
+    for parts in range(1, len(lengths) + 2):
+        best = min(
+            max(cost(lengths, group) for group in groups)
+            for groups in partitions(range(len(lengths)))
+            if len(groups) <= parts
+        )
+        assert max(cost(lengths, group) for group in split(lengths, parts)) == best
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 64, 200])
+@pytest.mark.parametrize("lengths", LARGE, ids=len)
+def test_a_split_has_every_row_once_in_as_many_parts_as_asked_for(lengths: list[int], parts: int) -> None:
     groups = split(lengths, parts)
+    assert is_partition(groups, len(lengths))
     assert len(groups) == parts
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    assert sum(bool(group) for group in groups) == min(parts, len(lengths))
-    assert max(cost(lengths, group) for group in groups) == cheapest(lengths, parts)
+    sizes = [len(group) for group in groups]
+    assert all(sizes[: len(lengths)])  # a group is empty only where there are not enough rows
+    assert sizes[len(lengths) :] == [0] * (parts - len(lengths))
+    assert all(group == sorted(group) for group in groups)
 
 
-def test_no_rows_give_empty_groups() -> None:
-    assert split([], 2) == [[], []]
-    assert by_length([], 10) == []
+@pytest.mark.parametrize("lengths", LARGE, ids=len)
+def test_groups_of_a_split_are_similar(lengths: list[int]) -> None:
+    """Sorted by length, each group is a stretch."""
+    groups = split(lengths, 5)
+    ends = [(min(lengths[r] for r in group), max(lengths[r] for r in group)) for group in groups if group]
+    assert all(shortest >= longest for (shortest, _), (_, longest) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8])
+def test_rows_of_one_length_are_split_evenly(micro: int) -> None:
+    assert [len(group) for group in split([30] * 8 * micro, 8)] == [micro] * 8
+
+
+def test_nothing_is_split_into_empty_parts() -> None:
+    assert split([], 3) == [[], [], []]
     assert parts_needed([], 10) == 0
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("tokens", [40, 64, 100, 1000])
-def test_as_many_parts_as_the_budget_needs(lengths: list[int], tokens: int) -> None:
-    parts = parts_needed(lengths, tokens)
-    assert cheapest(lengths, parts) <= tokens
-    assert parts == 1 or cheapest(lengths, parts - 1) > tokens
-    assert max(cost(lengths, group) for group in split(lengths, parts)) <= tokens
+@pytest.mark.parametrize("lengths", SMALL, ids=str)
+def test_no_fewer_parts_than_needed(lengths: list[int]) -> None:
+    for tokens in range(max(lengths), sum(lengths) + max(lengths)):
+        fewest = min(
+            len(groups)
+            for groups in partitions(range(len(lengths)))
+            if max(cost(lengths, group) for group in groups) <= tokens
+        )
+        assert parts_needed(lengths, tokens) == fewest
+        assert max(cost(lengths, group) for group in split(lengths, fewest)) <= tokens
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("tokens", [20, 64, 1000])
-@pytest.mark.parametrize("shortest", [0.0, SHORTEST, 1.0])
-def test_free_groups_are_of_similar_length_and_within_the_budget(
-    lengths: list[int], tokens: int, shortest: float
-) -> None:
+@pytest.mark.parametrize("tokens", [560, 1000, 4000, 10**6])
+@pytest.mark.parametrize("shortest", [0, 0.5, 0.8, 1])
+@pytest.mark.parametrize("lengths", LARGE, ids=len)
+def test_groups_by_length_keep_their_budget_and_are_similar(lengths: list[int], tokens: int, shortest: float) -> None:
     groups = by_length(lengths, tokens, shortest)
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    for group in groups:
-        own = [lengths[row] for row in group]
-        assert len(group) == 1 or cost(lengths, group) <= tokens
-        assert min(own) >= shortest * max(own)
-    if shortest == 0 and max(lengths) <= tokens:
+    assert is_partition(groups, len(lengths))
+    assert all(cost(lengths, group) <= tokens for group in groups)
+    assert all(min(lengths[r] for r in group) >= shortest * max(lengths[r] for r in group) for group in groups)
+    firsts = [max(lengths[r] for r in group) for group in groups]
+    assert firsts == sorted(firsts, reverse=True)
+    if shortest == 0:
         assert len(groups) == parts_needed(lengths, tokens)
 
 
-def test_eight_micro_batches_leave_little_padding() -> None:
-    lengths = [40 + round(500 * (n / 63) ** 1.5) for n in range(64)]
-    padded = sum(cost(lengths, group) for group in split(lengths, 8))
-    assert padded < 1.15 * sum(lengths) < 0.75 * 64 * max(lengths)
+def test_a_group_ends_only_where_it_must() -> None:
+    lengths = LARGE[-1]
+    groups = by_length(lengths, 3000)
+    for group, following in itertools.pairwise(groups):
+        longest, next_row = max(lengths[r] for r in group), max(lengths[r] for r in following)
+        assert (len(group) + 1) * longest > 3000 or next_row < 0.8 * longest
+
+
+def test_a_row_beyond_the_budget_is_alone() -> None:
+    assert by_length([5, 90, 6, 95], 20) == [[3], [1], [0, 2]]
+
+
+@pytest.mark.parametrize("tokens", [3000, 30_000])
+def test_padding_is_a_tenth(tokens: int) -> None:
+    lengths = draw(3, 500, 100, 560)
+    padded = sum(cost(lengths, group) for group in by_length(lengths, tokens))
+    assert padded < 1.15 * sum(lengths)

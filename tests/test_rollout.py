@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from rlhf.rollout import Rollout, RolloutLoader, response_masks
+from rlhf.rollout import Rollout, RolloutLoader, in_groups, response_masks
 
 N, P, R = 12, 7, 6
 QUERY_LENGTHS = torch.tensor([3, 7, 2, 5, 1, 4, 3, 6, 2, 2, 5, 3])
@@ -61,6 +62,32 @@ def test_each_epoch_covers_each_row_once(rollout: Rollout, ppo_epochs: int, mini
     assert all(len(s) for s in slices)
     for epoch in range(ppo_epochs):
         assert sorted(order(slices[epoch * per_epoch : (epoch + 1) * per_epoch])) == list(range(N))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 6])
+def test_micro_batches_are_of_similar_length(rollout: Rollout, accumulate: int) -> None:
+    """No row of one is longer than a row of the one before it."""
+    minibatch = list(loader(rollout, accumulate=accumulate))[:accumulate]
+    totals = [QUERY_LENGTHS[order([m])] + LENGTHS[order([m])] for m in minibatch]
+    assert all(one.min() >= other.max() for one, other in pairwise(totals))
+    assert rollout.total_lengths() == (QUERY_LENGTHS + LENGTHS).tolist()
+
+
+@pytest.mark.parametrize(
+    "groups", [[list(range(N))], [[11, 3], [0, 1, 2, 4], [10, 9, 8, 7, 6, 5]], [[n] for n in range(N)]]
+)
+def test_results_of_groups_come_back_in_the_order_of_rows(rollout: Rollout, groups: list[list[int]]) -> None:
+    """Matrices are padded with 0 to the width of the rollout."""
+    seen: list[list[int]] = []
+
+    def evaluate(part: Rollout) -> tuple[Tensor, ...]:
+        seen.append(part.rows)
+        return part.scores, torch.where(part.mask, part.logprobs, 0.0)
+
+    scores, logprobs = in_groups(rollout, groups, evaluate)
+    assert seen == groups
+    assert scores.tolist() == list(range(N))
+    assert torch.equal(logprobs, torch.where(rollout.mask, rollout.logprobs, 0.0))
 
 
 def test_the_permutation_is_fresh_in_every_epoch_update_and_rank(rollout: Rollout) -> None:

@@ -15,7 +15,7 @@ from rlhf.ops.sequences import causal_inputs, token_logprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def logprobs_at(
@@ -55,17 +55,29 @@ def output_weight(model: PreTrainedModel) -> Tensor | None:
     and for one whose weights are shared out by ZeRO-3: these must be asked for logits.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear) or hasattr(layer.weight, "ds_id"):
+    if not isinstance(layer, nn.Linear) or layer.bias is not None or hasattr(layer.weight, "ds_id"):
         return None
-    if model not in _linear:
-        _linear[model] = _logits_are_linear(model, layer)
-    return layer.weight if _linear[model] else None
+    if model not in _plain:
+        _plain[model] = _is_plain(model, layer)
+    return layer.weight if _plain[model] else None
 
 
 @torch.no_grad()
-def _logits_are_linear(model: PreTrainedModel, layer: nn.Linear) -> bool:
+def _is_plain(model: PreTrainedModel, layer: nn.Linear) -> bool:
+    """Whether the layer gets the last hidden states as they are, and the logits are what it gives, large ones too."""
     ids = torch.tensor([[0, 1]], device=layer.weight.device)
-    with torch.autocast(ids.device.type, enabled=False):
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.allclose(logits, nn.functional.linear(hidden, layer.weight), rtol=1e-3, atol=1e-3)
+    large = torch.linspace(-1e3, 1e3, len(layer.weight), dtype=layer.weight.dtype, device=ids.device)
+    received: list[Tensor] = []
+
+    def give_large(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        received.append(inputs[0])
+        return large.expand_as(logits)
+
+    hook = layer.register_forward_hook(give_large)
+    try:
+        with torch.autocast(ids.device.type, enabled=False):
+            logits = model(input_ids=ids, use_cache=False).logits
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        hook.remove()
+    return torch.equal(logits.float(), large.float().expand_as(logits)) and torch.allclose(received[0], hidden)

@@ -38,6 +38,12 @@ def _stretches(rows: int, weight: Tensor) -> range:
     return range(0, len(weight), min(step, len(weight)))
 
 
+def _columns(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which tokens are in a stretch of the vocabulary, `(n,)`, and where, `(n, 1)`; for the others any column."""
+    columns = tokens - start
+    return (columns >= 0) & (columns < width), columns.clamp(0, width - 1).unsqueeze(1)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -48,10 +54,8 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in stretches:
             part = weight[start : start + stretches.step]
             z = (hidden @ part.T).float() / temperature
-            column = tokens - start
-            here = (column >= 0) & (column < len(part))
-            own = z.gather(1, column.clamp(0, len(part) - 1).unsqueeze(1)).squeeze(1)
-            chosen = torch.where(here, own, chosen)
+            here, column = _columns(tokens, start, len(part))
+            chosen = torch.where(here, z.gather(1, column).squeeze(1), chosen)
             before, largest = largest, torch.maximum(largest, z.amax(1))
             shrink = torch.exp(before - largest)
             exponentials = torch.exp(z - largest.unsqueeze(1))
@@ -83,10 +87,9 @@ class _LinearLogprobs(torch.autograd.Function):
             else:
                 p, of_p = logp.exp(), (of_entropy / ctx.temperature).unsqueeze(1)
                 of_z = logp.add_(entropy.unsqueeze(1)).mul_(-of_p).sub_(scale.unsqueeze(1)).mul_(p)
-            of_z = of_z.to(weight.dtype)
+            here, column = _columns(tokens, start, len(part))
+            own = of_z.gather(1, column) + torch.where(here, scale, 0.0).unsqueeze(1)
+            of_z = of_z.scatter_(1, column, own).to(weight.dtype)
             of_hidden += of_z @ part
             torch.mm(of_z.T, hidden, out=of_weight[start : start + stretches.step])
-        own = scale.unsqueeze(1)
-        of_hidden += weight[tokens] * own
-        of_weight.index_add_(0, tokens, (hidden * own).to(weight.dtype))
         return of_hidden.to(hidden.dtype), of_weight, None, None

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, GPTN
 from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm, save_pretrained
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.ops.sequences import pad_sequences
+from rlhf.ops.sequences import last_real_token, pad_sequences
 
 PAD = 10_000
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], [14, 15, 16]]
@@ -63,6 +63,36 @@ def test_score_does_not_depend_on_padding(model: ScalarModel, side: str) -> None
     alone = [model.score(torch.tensor([s]), torch.ones(1, len(s), dtype=torch.long)).item() for s in SEQUENCES]
     assert model.score(ids, mask).tolist() == pytest.approx(alone, abs=2e-4)
     assert max(alone) - min(alone) > 0.1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_score_equals_the_plain_pass_with_its_gradients(model: ScalarModel, side: str) -> None:
+    """Which leaves the padding where it is, behind an attention mask, and reads every token."""
+    ids, mask = pad_sequences(SEQUENCES, PAD, side)
+    found = []
+    for scores in (model.score(ids, mask), model(ids, mask)[torch.arange(4), last_real_token(mask)]):
+        model.zero_grad()
+        (scores * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum().backward()
+        found.append((scores, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    (ours, our_slopes), (theirs, their_slopes) = found
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert our_slopes.keys() == their_slopes.keys() == {name for name, _ in model.named_parameters()}
+    for name, slope in our_slopes.items():
+        torch.testing.assert_close(slope, their_slopes[name], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_difference_between_the_sides_is_measured(model: ScalarModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in a sound model; a model that does not look at the attention mask is found out."""
+    ids, mask = pad_sequences(SEQUENCES, PAD)
+    assert model.padding_side_difference(ids, mask) < 1e-4
+    forward = model.model.base_model.forward
+
+    def blind(attention_mask: Any = None, **inputs: Any) -> Any:
+        return forward(attention_mask=None if attention_mask is None else torch.ones_like(attention_mask), **inputs)
+
+    monkeypatch.setattr(model.model.base_model, "forward", blind)
+    assert model.padding_side_difference(ids, mask) > 0.01
 
 
 @torch.no_grad()

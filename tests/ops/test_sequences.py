@@ -8,12 +8,14 @@ import torch
 
 from rlhf.ops.masking import masked_sum
 from rlhf.ops.sequences import (
+    causal_inputs,
     last_real_token,
     length_mask,
     model_inputs,
     pad_sequences,
     position_ids,
     response_lengths,
+    right_padded,
     token_logprobs,
     truncate_after_eos,
 )
@@ -75,6 +77,47 @@ def test_padding_is_fed_as_id_zero() -> None:
     assert inputs["input_ids"].tolist() == [[0, 5, 6], [7, 8, 0]]
     assert inputs["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 0]]
     assert inputs["position_ids"].tolist() == [[0, 0, 1], [0, 1, 0]]
+
+
+def test_padding_on_the_right_is_fed_as_id_zero_without_a_mask() -> None:
+    inputs = causal_inputs(torch.tensor([[5, 6, 7], [8, PAD, PAD]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    assert set(inputs) == {"input_ids", "position_ids"}
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([[0, 0, 1, 1], [1, 1, 0, 0]], [[2, 3], [4, 5]]),
+        ([[0, 1, 1, 0], [0, 0, 0, 1]], [[1, 2], [7, None]]),
+        ([[1, 0, 1, 1], [0, 1, 0, 1]], [[0, 2, 3], [5, 7, None]]),
+        ([[1, 1, 1, 1], [0, 0, 0, 1]], [[0, 1, 2, 3], [7, None, None, None]]),
+        ([[0, 0, 0, 1]], [[3]]),
+    ],
+)
+def test_padding_moves_to_the_right_and_the_rest_stays_in_order(
+    mask: list[list[int]], expected: list[list[int | None]], dtype: torch.dtype
+) -> None:
+    """Whatever side it was on, and no wider than the longest row; a column's token is its number."""
+    attention_mask = torch.tensor(mask, dtype=dtype)
+    ids, moved = right_padded(torch.arange(attention_mask.numel()).view(attention_mask.shape), attention_mask)
+    assert moved.dtype == dtype
+    assert moved.long().tolist() == [[int(token is not None) for token in row] for row in expected]
+    real = [[token for token in row if token is not None] for row in expected]
+    assert [row[keep.bool()].tolist() for row, keep in zip(ids, moved, strict=True)] == real
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moving_padding_keeps_random_rows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(rng.integers(0, 2, (30, 9)))
+    ids = torch.from_numpy(rng.integers(0, 50, (30, 9)))
+    moved, moved_mask = right_padded(ids, mask)
+    assert moved.shape[1] == mask.sum(1).max()
+    assert torch.equal(moved_mask.bool(), length_mask(mask.sum(1), moved.shape[1]))
+    assert torch.equal(moved[moved_mask.bool()], ids[mask.bool()])
 
 
 RESPONSES = pytest.mark.parametrize(
