@@ -20,8 +20,13 @@ def is_main_process() -> bool:
     return rank == os.environ.get("NODE_RANK", "0") == "0"
 
 
-def claim(run_dir: str, resuming: bool) -> Path:
+def claim(run_dir: str, resuming: bool, setting: str = "run_dir") -> Path:
     """Make the folder of a new run, or find that of a run that goes on.
+
+    Args:
+        run_dir: the folder.
+        resuming: it may hold a run.
+        setting: how the user names it, for messages.
 
     Raises:
         UserError: it can't be written, or it holds another run.
@@ -30,12 +35,12 @@ def claim(run_dir: str, resuming: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir: the folder {folder} can't be made: {error.strerror}.") from error
+        raise UserError(f"{setting}: the folder {folder} can't be made: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"run_dir: the folder {folder} can't be written.")
+        raise UserError(f"{setting}: the folder {folder} can't be written.")
     if (folder / CONFIG).exists() and not resuming:
         raise UserError(
-            f"run_dir: {folder} already holds a run; choose another folder with --run_dir, or go on with that run "
+            f"{setting}: {folder} already holds a run; choose another folder with --{setting}, or go on with that run "
             "with --ckpt_path last."
         )
     return folder

@@ -54,18 +54,45 @@ def seed_agreement(rows: pd.DataFrame) -> pd.DataFrame:
         over pairs of seeds), `unanimous` (share of queries on which all are equal), `cohen` (mean over pairs of
         seeds), `fleiss`, its bootstrap interval `low`, `high`. A kappa is NaN where chance alone would agree always.
     """
+    return _agreement(rows, "policy", "queries")
+
+
+def reward_seed_agreement(margins: pd.DataFrame) -> pd.DataFrame:
+    """Whether the reward models of the seeds of a size prefer the same response of the same comparison.
+
+    Args:
+        margins: as of `runs.margin_rows`. Seeds whose tables list other comparisons can't be compared: a split with
+            such ones has no row.
+
+    Returns:
+        As of `seed_agreement`, with `split` in the place of `policy` and `pairs` in that of `queries`.
+    """
+    import pandas as pd
+
+    what = [name for name in ("batch", "confidence", "chosen_policy", "rejected_policy") if name in margins]
+    same = []
+    for _, part in margins.groupby(["size", "split"], sort=False):
+        tables = [own[what].reset_index(drop=True) for _, own in part.groupby("seed", sort=False)]
+        if all(table.equals(tables[0]) for table in tables):
+            number = part.groupby("seed", sort=False).cumcount()
+            same.append(part.assign(query=number, outcome=(np.sign(part["margin"]) + 1) / 2))
+    return _agreement(pd.concat(same), "split", "pairs") if same else pd.DataFrame()
+
+
+def _agreement(rows: pd.DataFrame, group: str, counted: str) -> pd.DataFrame:
+    """As of `seed_agreement`, per size and `group`."""
     import pandas as pd
 
     table = []
-    for key, part in rows.groupby(["size", "parameters", "policy"], sort=False):
+    for key, part in rows.groupby(["size", "parameters", group], sort=False):
         outcomes = ratings(part)
         if outcomes.shape[1] < 2 or outcomes.empty:
             continue
         pairs = list(combinations(outcomes.columns, 2))
         table.append({
-            **dict(zip(["size", "parameters", "policy"], key, strict=True)),
+            **dict(zip(["size", "parameters", group], key, strict=True)),
             "seeds": outcomes.shape[1],
-            "queries": len(outcomes),
+            counted: len(outcomes),
             "pairwise": float(np.mean([(outcomes[x] == outcomes[y]).mean() for x, y in pairs])),
             "unanimous": float((outcomes.nunique(axis=1) == 1).mean()),
             "cohen": float(np.mean([cohen_kappa(outcomes[x], outcomes[y]) for x, y in pairs])),

@@ -64,6 +64,7 @@ class Analysis:
     bin_differences: pd.DataFrame  # lengths.bin_differences
     agreement: pd.DataFrame  # agreement.reward_agreement
     seeds: pd.DataFrame  # agreement.seed_agreement
+    reward_seeds: pd.DataFrame  # agreement.reward_seed_agreement
     accuracy: pd.DataFrame  # calibration.accuracy_rows
     calibration: pd.DataFrame  # calibration.calibration_bins
     errors: pd.DataFrame  # calibration.calibration_errors
@@ -134,6 +135,7 @@ def analyse(evidence: Evidence, unit: at_length.Unit = "tokens") -> Analysis:
         bin_differences=ahead,
         agreement=agreement.reward_agreement(rows),
         seeds=seeds,
+        reward_seeds=agreement.reward_seed_agreement(margins) if len(margins) else nothing,
         accuracy=accuracy,
         calibration=calibration.calibration_bins(margins) if len(margins) else nothing,
         errors=calibration.calibration_errors(margins) if len(margins) else nothing,

@@ -147,7 +147,11 @@ def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
 
 
 def shown(found: Estimate, sign: str = "") -> str:
-    """An estimate as text, with its interval."""
+    """An estimate as text, with its interval, where there are any."""
+    if found.value != found.value:
+        return "unknown"
+    if found.low != found.low:
+        return f"{found.value:{sign}.3f} (no interval)"
     return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
 
 

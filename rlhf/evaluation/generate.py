@@ -16,7 +16,7 @@ from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.evaluation import fingerprints
-from rlhf.evaluation.parts import Parts, Ranks, ranks, slice_of
+from rlhf.evaluation.parts import Parts, Ranks, count_of, ranks, slice_of
 from rlhf.evaluation.scoring import RewardScorer, best_device, gold_columns
 from rlhf.evaluation.tables import claim, read_table
 from rlhf.generation import sample, uniforms
@@ -50,8 +50,9 @@ def generate(
 ) -> pd.DataFrame:
     """Write the responses of a policy to every query of a split to one table.
 
-    A killed run goes on from its last whole batch, and several processes share the batches when `torchrun` starts them;
-    the table does not depend on either. A finished table is kept.
+    A killed run goes on from its last whole batch, and several processes share the batches when `torchrun` starts them.
+    The table depends on neither, and on `batch_size` by rounding only: a response has random numbers of its own. A
+    finished table is kept.
 
     Args:
         output: file of the table, ends in .parquet or .csv.
@@ -60,7 +61,7 @@ def generate(
         text: formats and maximum lengths.
         response_length: longest response in tokens.
         temperature: of the sampling.
-        batch_size: rows that go through a model at a time. It is part of what the samples depend on.
+        batch_size: rows that go through a model at a time.
         seed: of the sampling.
         reward: export of a reward model, for the columns `score` and `reference_score`.
 
@@ -78,7 +79,7 @@ def generate(
             if processes.rank == 0:
                 print(f"{file} is finished, with these settings; it is kept.")
             return read_table(file, "output")
-        parts = Parts(file, policy.parts, processes)
+        parts = Parts(file, len(policy.rows), batch_size, processes)
         parts.make("responses", f"Generating with {model}", policy.load)
         steps = ["responses"]
         if reward is not None:
@@ -107,7 +108,7 @@ def responses(
     _check(model, response_length, temperature, batch_size, reward)
     policy = _Policy(model, data, text, response_length, temperature, batch_size, seed, Ranks())
     make = policy.load()
-    numbers = track(range(policy.parts), f"Generating with {model}", transient=True)
+    numbers = track(range(count_of(len(policy.rows), batch_size)), f"Generating with {model}", transient=True)
     table = pd.concat([make(number) for number in numbers], ignore_index=True)
     if reward is not None:
         table = table.assign(**_scores(RewardScorer(reward, "reward", batch_size), table))
@@ -125,7 +126,7 @@ def _check(model: str, response_length: int, temperature: float, batch_size: int
 
 
 class _Policy:
-    """A policy and the queries that it answers, a batch per part."""
+    """A policy and the queries that it answers, in parts of a batch."""
 
     def __init__(
         self,
@@ -145,7 +146,6 @@ class _Policy:
             rows = load_demonstrations(data, "data", self.tokenizer, text, need_response=False).to_list()
         self.rows = _one_per_query(rows, data, processes.rank == 0)
         self._check_context()
-        self.parts = -(-len(self.rows) // batch_size)
 
     def settings(self) -> dict[str, Any]:
         """All that the responses depend on."""
@@ -156,7 +156,6 @@ class _Policy:
             "text": asdict(self.text),
             "response_length": self.response_length,
             "temperature": self.temperature,
-            "batch_size": self.batch_size,
             "seed": self.seed,
         }
 
@@ -169,17 +168,15 @@ class _Policy:
     def _part(self, model: Any, device: torch.device, number: int) -> pd.DataFrame:
         import pandas as pd
 
-        rows, tokenizer = slice_of(self.rows, number, self.batch_size), self.tokenizer
+        rows, tokenizer, first = slice_of(self.rows, number, self.batch_size), self.tokenizer, number * self.batch_size
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-        random = torch.Generator(device).manual_seed(derive_seed(self.seed, number))
-        numbers = uniforms(len(rows), self.response_length, random)
         tokens = sample(
-            model, ids.to(device), mask.to(device), numbers, temperature=self.temperature,
-            eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+            model, ids.to(device), mask.to(device), self._random(first, len(rows)).to(device),
+            temperature=self.temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
         )  # fmt: skip
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({
-            "id": [_id_of(row, number * self.batch_size + index) for index, row in enumerate(rows)],
+            "id": [_id_of(row, index) for index, row in enumerate(rows, first)],
             "query": [row["query"] for row in rows],
             "response": tokenizer.batch_decode(tokens, skip_special_tokens=True),
             "reference": [row["reference"] for row in rows],
@@ -188,6 +185,11 @@ class _Policy:
             "has_eos": has_eos.tolist(),
             "record": [row["record"] for row in rows],
         })  # fmt: skip
+
+    def _random(self, first: int, count: int) -> torch.Tensor:
+        """Random numbers of rows, for each from (seed, number of the row), made on the CPU, `(count, R)`."""
+        generators = (torch.Generator().manual_seed(derive_seed(self.seed, first + n)) for n in range(count))
+        return torch.cat([uniforms(1, self.response_length, generator) for generator in generators])
 
     def _check_context(self) -> None:
         """Refuse queries that leave no room for a response."""

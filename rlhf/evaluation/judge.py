@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf.errors import UserError
 from rlhf.evaluation import fingerprints
 from rlhf.evaluation.judges import Answers, Judge, Pair
+from rlhf.evaluation.statistics import win_rates
 from rlhf.evaluation.tables import claim, read_notes, read_table, write_notes, write_table
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _judged(pairs: pd.DataFrame, a: Candidate, b: Candidate, judge: Judge) -> pd
 
     ruled = [_by_rule(*texts) for texts in zip(pairs["a"], pairs["b"], strict=True)]
     columns = (pairs[name] for name in ("query", "a", "b", "record"))
-    texts = [Pair(q, x, y, json.loads(r)) for q, x, y, r in zip(*columns, strict=True)]
+    texts = [Pair(q, x, y, _record(r)) for q, x, y, r in zip(*columns, strict=True)]
     told = iter(judge.prefer([pair for pair, rule in zip(texts, ruled, strict=True) if rule is None]))
     found = [next(told) if rule is None else rule for rule in ruled]
     if next(told, None) is not None:
@@ -154,6 +155,16 @@ def _judged(pairs: pd.DataFrame, a: Candidate, b: Candidate, judge: Judge) -> pd
     return table[first + [name for name in table if name not in first]]
 
 
+def _record(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (TypeError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"a.table: the column record must hold JSON objects; one row has {str(text)[:60]!r}.")
+    return record
+
+
 def _by_rule(a: str, b: str) -> Answers | None:
     """The answer where nobody need be asked: an empty text loses, equal ones are a tie."""
     a, b = a.strip(), b.strip()
@@ -168,35 +179,29 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
     """What a judged table says in all.
 
     Returns:
-        `rows`; `win_rate` of A with ties counted half, over the rows that are valid in both orders, with its 95%
-        interval `low`, `high` (Student's t); `ties`, the valid rows where each order or the two orders together
-        are even; `invalid` rows; `empty_a`, `empty_b` texts; `by_rule`, rows that nobody was asked about. Of the
-        answers that a judge gave: `position_bias`, P(the first one is chosen) - P(the second one is), over those that
-        are no ties and valid, and `order_agreement`, the share of rows whose two valid answers agree.
+        `rows`; `win_rate` of A with ties counted half, over the rows that are valid in both orders, with its interval
+        `low`, `high`; `ties`, the valid rows where each order or the two orders together are even; `invalid` rows;
+        `position_bias` of the judge; all as of `statistics.win_rates`. Then `empty_a`, `empty_b` texts; `by_rule`, rows
+        that nobody was asked about; `order_agreement`, the share of the rows with two valid answers of a judge where
+        these agree. What can't be said is None.
     """
-    from scipy.stats import sem, t
-
-    outcomes = table["outcome"].dropna()
-    rate = float(outcomes.mean())
-    half = float(t.ppf(0.975, len(outcomes) - 1) * sem(outcomes)) if len(outcomes) > 1 else 1.0
+    rates = win_rates(table, ["judge"]).iloc[0]
     asked = table[table["asked"]]
-    first = int((asked["a_first"] == "a").sum() + (asked["b_first"] == "b").sum())
-    second = int((asked["a_first"] == "b").sum() + (asked["b_first"] == "a").sum())
     valid = asked[asked["outcome"].notna()]
     return {
         **{name: str(table[name].iloc[0]) for name in ("a_name", "b_name", "judge")},
-        "rows": len(table),
-        "win_rate": rate,
-        "low": max(0.0, rate - half),
-        "high": min(1.0, rate + half),
-        "ties": int((outcomes == _POINTS["tie"]).sum()),
-        "invalid": int(table["outcome"].isna().sum()),
+        **{name: int(rates[name]) for name in ("rows", "ties", "invalid")},
+        **{name: _known(rates[name]) for name in ("win_rate", "low", "high", "position_bias")},
         "empty_a": int((table["a"].str.strip() == "").sum()),
         "empty_b": int((table["b"].str.strip() == "").sum()),
         "by_rule": len(table) - len(asked),
-        "position_bias": (first - second) / (first + second) if first + second else None,
-        "order_agreement": float((valid["a_first"] == valid["b_first"]).mean()) if len(valid) else None,
+        "order_agreement": _known((valid["a_first"] == valid["b_first"]).mean()),
     }
+
+
+def _known(number: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if number != number else float(number)
 
 
 def _show(summary: Mapping[str, Any]) -> None:

@@ -58,13 +58,12 @@ def margins(
             "reward": fingerprints.of_model(reward, "reward"),
             "data": fingerprints.of_texts(contents),
             "text": asdict(text),
-            "batch_size": batch_size,
         }
         if claim(file, settings, write=processes.rank == 0):
             if processes.rank == 0:
                 print(f"{file} is finished, with these settings; it is kept.")
             return read_table(file, "output")
-        parts = Parts(file, -(-len(rows) // size), processes)
+        parts = Parts(file, len(rows), size, processes)
         parts.make("margins", f"Scoring with {reward}", lambda: _maker(reward, rows, size, batch_size))
         table = parts.merge("margins")
         if processes.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+LINK = re.compile(r"^(?:!\[\w+\]|[A-Z][\w ,]*: \[\w+\.csv\])\((\w+\.(?:csv|png))\)$", re.MULTILINE)
+
+
 class Page:
     """Collects a page; its tables and figures are written as they come, the page itself at the end.
+
+    It takes the place of an earlier page in the same folder: files to which only that one links are deleted.
 
     Args:
         folder: to write to.
@@ -50,11 +56,14 @@ class Page:
             self.add(f"![{name}]({file.name})")
 
     def write(self, name: str = "report.md") -> Path:
-        """Write the page whole, or not at all."""
-        file = self.folder / name
+        """Write the page whole, or not at all; then delete what belonged to the earlier one alone."""
+        file, text = self.folder / name, "\n\n".join(self._blocks) + "\n"
+        before = file.read_text() if file.is_file() else ""
         partial = file.with_name(f".{name}.partial")
-        partial.write_text("\n\n".join(self._blocks) + "\n")
+        partial.write_text(text)
         partial.replace(file)
+        for left in set(LINK.findall(before)) - set(LINK.findall(text)):
+            (self.folder / left).unlink(missing_ok=True)
         return file
 
 

@@ -72,22 +72,25 @@ def ranks() -> Iterator[Ranks]:
 
 
 class Parts:
-    """The parts of an unfinished table.
+    """The parts of an unfinished table, so many rows each; the last one may have fewer.
 
-    Part n is made by process n modulo their number. What a part holds must depend on n alone.
+    Part n is made by process n modulo their number. What a part holds must depend on its rows alone. Parts of another
+    size, of an earlier run, are not used; they are deleted at the end.
 
     Args:
         output: file of the table.
-        count: how many parts there are.
+        rows: of the whole table.
+        size: rows of a part.
         processes: among which they are shared.
     """
 
-    def __init__(self, output: Path, count: int, processes: Ranks) -> None:
-        self.output, self.count, self.processes = output, count, processes
+    def __init__(self, output: Path, rows: int, size: int, processes: Ranks) -> None:
+        self.output, self.size, self.processes = output, size, processes
+        self.count = count_of(rows, size)
 
     def file(self, step: str, number: int) -> Path:
         """Where a part lies."""
-        return parts_of(self.output) / f"{step}-{number:05d}.parquet"
+        return parts_of(self.output) / f"{step}-by-{self.size}-{number:05d}.parquet"
 
     def make(self, step: str, title: str, prepare: Callable[[], Callable[[int], pd.DataFrame]]) -> None:
         """Make the parts of this process that are missing, then wait for the other processes.
@@ -127,6 +130,11 @@ class Parts:
             shutil.rmtree(parts_of(self.output))
         self.processes.wait()
         return read_table(self.output, "output")
+
+
+def count_of(rows: int, size: int) -> int:
+    """How many parts so many rows have."""
+    return -(-rows // size)
 
 
 def slice_of(rows: list[Any], number: int, size: int) -> list[Any]:

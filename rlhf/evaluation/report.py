@@ -26,6 +26,8 @@ def report(
 ) -> Analysis:
     """Write report.md, PNG figures and the CSV tables behind them, from judged tables; no model is loaded.
 
+    A report in the same folder is replaced: its tables and figures that the new one does not have are deleted.
+
     Args:
         output: the folder to write to.
         runs: what to report on, one run for each size and seed.
@@ -47,7 +49,7 @@ def report(
         at_least(f"baselines: win_rate of {star.name}", star.win_rate, 0)
         at_most(f"baselines: win_rate of {star.name}", star.win_rate, 1)
     evidence = gather(runs)
-    out = run_folder.claim(output, resuming=True)
+    out = run_folder.claim(output, resuming=True, setting="output")
     found = analyse(evidence, lengths)
     page = Page(out)
     page.add("# Report")

@@ -209,6 +209,9 @@ def add_seeds(page: Page, found: Analysis) -> None:
             "`fleiss` are kappas, 0 by chance and 1 at best; the interval is that of Fleiss' kappa."
         )
         page.table("seed_agreement", found.seeds)
+    if not found.reward_seeds.empty:
+        page.add("The same of the reward models: whether they prefer the same response of a comparison.")
+        page.table("reward_seed_agreement", found.reward_seeds)
     page.add("### Collapse alarm", *alarms(found.collapse))
     page.numbers("collapse", found.collapse)
 

@@ -41,7 +41,7 @@ def proportion(mean: float, n: float) -> Estimate:
     if n == 0:
         return NOTHING
     low, high = proportion_confint(mean * n, n, alpha=1 - LEVEL, method="wilson")
-    return Estimate(mean, low, high)
+    return Estimate(mean, max(0.0, round(low, 12)), min(1.0, round(high, 12)))  # no 1e-17 in the place of 0
 
 
 def proportion_difference(x: float, n: float, y: float, m: float) -> Estimate:

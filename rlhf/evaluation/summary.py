@@ -77,7 +77,12 @@ def samples(rows: pd.DataFrame, count: int) -> str:
         for row in part.itertuples():
             name = f"{row.policy} {row.size}" if several else row.policy
             score = "" if row.a_score != row.a_score else f" ({row.a_score:.2f})"
-            lines.append(f"- **{name}**{score}: {row.a.strip()}")
-        quoted = "> " + query.strip().replace("\n", "\n> ")
-        blocks.append("\n".join([quoted, "", *lines, f"- **{REFERENCE}**: {part['b'].iloc[0].strip()}"]))
+            lines.append(f"- **{name}**{score}: {_item(row.a)}")
+        quoted = "> " + "\n> ".join(query.strip().splitlines())
+        blocks.append("\n".join([quoted, "", *lines, f"- **{REFERENCE}**: {_item(part['b'].iloc[0])}"]))
     return "\n\n".join(blocks)
+
+
+def _item(text: str) -> str:
+    """With the lines after the first one indented, so that they stay in the item of a list."""
+    return "\n  ".join(text.strip().splitlines())

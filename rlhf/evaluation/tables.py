@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -85,7 +86,7 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
     if file.suffix == ".parquet":
         table.to_parquet(partial, index=False)
     else:
-        table.to_csv(partial, index=False)
+        table.to_csv(partial, index=False, quoting=csv.QUOTE_NONNUMERIC)  # else a lone carriage return ends a row
     partial.replace(file)
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf.evaluation.agreement import cohen_kappa, fleiss_kappa, ratings, reward_agreement, seed_agreement
+from rlhf.evaluation.agreement import (
+    cohen_kappa,
+    fleiss_kappa,
+    ratings,
+    reward_agreement,
+    reward_seed_agreement,
+    seed_agreement,
+)
 from rlhf.evaluation.statistics import proportion
 
 NAN = float("nan")
@@ -84,3 +91,17 @@ def test_ratings_need_every_seed() -> None:
     assert table.loc["q1"].tolist() == [1, 0]
     assert list(table.index) == ["q0", "q1", "q2"]
     assert seed_agreement(rows_of({1: [1, 0]})).empty
+
+
+def test_reward_models_of_seeds_are_paired_by_their_place() -> None:
+    def margins(seed: int, values: list[float], policies: str = "wxyz") -> pd.DataFrame:
+        table = pd.DataFrame({"split": "posts", "batch": "b", "confidence": pd.NA, "margin": values})
+        return table.assign(chosen_policy=list(policies), size="s", parameters=1, seed=seed)
+
+    one = margins(1, [1, 2, -1, -3])
+    found = reward_seed_agreement(pd.concat([one, margins(2, [3, -1, -1, -2])])).iloc[0]
+    assert found[["split", "seeds", "pairs", "pairwise", "unanimous"]].tolist() == ["posts", 2, 4, 0.75, 0.75]
+    # by chance 0.5 * 0.25 + 0.5 * 0.75 = 0.5; of both together 3/8 and 5/8, 34/64
+    assert found[["cohen", "fleiss"]].tolist() == pytest.approx([0.5, (0.75 - 34 / 64) / (1 - 34 / 64)])
+    assert reward_seed_agreement(pd.concat([one, margins(2, [3, -1, -1, -2], "wxzy")])).empty
+    assert reward_seed_agreement(one).empty

@@ -67,12 +67,29 @@ def test_a_row_per_query(model_path: str, reward_path: str, words: list[str], da
     pd.testing.assert_frame_equal(same, table)
 
 
-def test_greedy_responses_do_not_depend_on_the_batch(model_path: str, data_path: str) -> None:
+@pytest.mark.parametrize("temperature", [1e-5, 1.0])
+def test_responses_do_not_depend_on_the_batch(model_path: str, data_path: str, temperature: float) -> None:
     tables = [
-        responses(model_path, Source(data_path), response_length=6, temperature=1e-5, batch_size=n) for n in (2, 11)
+        responses(model_path, Source(data_path), response_length=6, temperature=temperature, batch_size=n)
+        for n in (2, 11)
     ]
     pd.testing.assert_frame_equal(*tables)
     assert "score" not in tables[0]
+
+
+def test_each_row_has_random_numbers_of_its_own(
+    model_path: str, data_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, sample = [], module.sample
+
+    def listens(model: Any, ids: torch.Tensor, mask: torch.Tensor, numbers: torch.Tensor, **settings: Any) -> Any:
+        given.append(numbers)
+        return sample(model, ids, mask, numbers, **settings)
+
+    monkeypatch.setattr(module, "sample", listens)
+    for seed in (1, 2):
+        responses(model_path, Source(data_path), response_length=6, batch_size=4, seed=seed)
+    assert len(torch.cat(given).unique()) == 2 * 11 * 6
 
 
 def test_a_tokenizer_that_pads_with_eos(model_path: str, data_path: str, tmp_path: Path) -> None:
@@ -123,7 +140,7 @@ def test_killed_and_started_again(
     def dies(table: pd.DataFrame, path: Path) -> None:
         written.append(path.name)
         write(table, path)
-        if written.count(f"{step}-00001.parquet"):
+        if written.count(f"{step}-by-3-00001.parquet"):
             raise KeyboardInterrupt
 
     monkeypatch.setitem(module.Parts.make.__globals__, "write_table", dies)
@@ -131,7 +148,7 @@ def test_killed_and_started_again(
     with pytest.raises(SystemExit):
         main([*words, *output])
     monkeypatch.setitem(module.Parts.make.__globals__, "write_table", write)
-    (tmp_path / "killed.parquet.parts" / ".responses-00002.parquet.partial").write_bytes(b"torn")
+    (tmp_path / "killed.parquet.parts" / ".responses-by-3-00002.parquet.partial").write_bytes(b"torn")
     sample = module.sample
     monkeypatch.setattr(module, "sample", lambda *args, **kwargs: sampled.append(1) or sample(*args, **kwargs))
     with pytest.raises(SystemExit):
@@ -141,6 +158,30 @@ def test_killed_and_started_again(
     main([*words, *output])
     assert len(sampled) == (2 if step == "responses" else 0)  # two of four parts were there, or all
     assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_run_that_had_no_memory_goes_on_with_smaller_batches(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main([*words, f"--output={tmp_path}/whole.csv"])
+    output = [f"--output={tmp_path}/t.csv"]
+    parts = tmp_path / "t.csv.parts"
+    make = module.Parts.make
+
+    def dies(self: module.Parts, step: str, *args: Any) -> None:
+        make(self, step, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Parts, "make", dies)
+        with pytest.raises(SystemExit):
+            main([*words, *output])
+    assert len(list(parts.iterdir())) == 4
+    main([*words, *output, "--batch_size=2"])
+    tables = [read_table(tmp_path / name, "x") for name in ("t.csv", "whole.csv")]
+    pd.testing.assert_frame_equal(*tables, check_exact=False, atol=1e-5)
+    assert not parts.exists()
+    main([*words, *output])  # finished, whatever the batch
 
 
 def test_a_finished_table_is_kept(

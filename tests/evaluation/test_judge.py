@@ -46,8 +46,9 @@ def test_the_numbers_of_a_summary(tmp_path: Path) -> None:
     np.testing.assert_array_equal(table["outcome"], outcomes)
     said = summarise(table)
     assert said["win_rate"] == pytest.approx(3.25 / 6)
-    # by hand: t(0.975, 5) = 2.5706, variance of the six outcomes 0.110417
-    assert said["high"] - said["win_rate"] == pytest.approx(2.5706 * np.sqrt(0.110417 / 6), rel=1e-3)
+    # Wilson: the two roots of (p - 3.25/6)^2 = z^2 p (1 - p) / 6 with z = 1.959964
+    a, b, c = 1 + 1.959964**2 / 6, -2 * 3.25 / 6 - 1.959964**2 / 6, (3.25 / 6) ** 2
+    assert [said["high"], said["low"]] == pytest.approx(list(np.roots([a, b, c])), rel=1e-5)
     assert (said["rows"], said["ties"], said["invalid"], said["by_rule"]) == (7, 3, 1, 0)
     # the first one was chosen by a_first=a (3) and b_first=b (3), the second by a_first=b (1) and b_first=a (3)
     assert said["position_bias"] == pytest.approx((6 - 4) / 10)
@@ -175,6 +176,15 @@ def test_bad_input_gets_one_sentence(
     assert sentence in error
     assert "Traceback" not in error
     assert not Path("j.csv").exists()
+
+
+@pytest.mark.parametrize("record", ["", "no JSON", "[1]"])
+def test_a_record_that_is_none(tmp_path: Path, record: str) -> None:
+    table = pd.DataFrame({"query": ["q"], "response": ["x"], "reference": ["y"], "record": [record]})
+    write_table(table, tmp_path / "t.parquet")
+    path = str(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"a\.table: the column record must hold JSON objects"):
+        judge(str(tmp_path / "j.csv"), Candidate(path), Candidate(path, "reference"), Scripted())
 
 
 def test_a_table_without_one_valid_answer_is_not_written(tmp_path: Path) -> None:

@@ -32,3 +32,18 @@ def test_a_page_is_written_with_its_numbers(tmp_path: Path) -> None:
         "# Title\n\n| x |\n| --- |\n| 0.333 |\n\nNumbers: [numbers.csv](numbers.csv)\n\n![something](something.png)\n"
     )
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "numbers.csv"), table)
+
+
+def test_a_page_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    table = pd.DataFrame({"x": [1]})
+    (tmp_path / "mine.csv").write_text("x")
+    first = Page(tmp_path)
+    first.table("kept", table)
+    first.numbers("gone", table, "Everything, of every run")
+    first.figure("drawn", lambda file: bool(file.write_text("x")))
+    first.add("> Numbers: [mine.csv](mine.csv)")  # in a sample
+    first.write()
+    second = Page(tmp_path)
+    second.table("kept", table)
+    second.write()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kept.csv", "mine.csv", "report.md"]

@@ -51,6 +51,11 @@ def test_wilson_solves_its_equation() -> None:
         assert abs(0.3 - p) / np.sqrt(p * (1 - p) / 57) == pytest.approx(1.959964, abs=1e-5)
 
 
+def test_wilson_ends_at_0_and_1_exactly() -> None:
+    for n in range(1, 400):
+        assert (proportion(0.0, n).low, proportion(1.0, n).high) == (0, 1)
+
+
 def test_difference_as_printed_by_newcombe() -> None:
     """Newcombe 1998, Interval estimation for the difference between proportions, table II (a), method 10."""
     found = proportion_difference(56 / 70, 70, 48 / 80, 80)

@@ -10,15 +10,26 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.evaluation.tables import claim, notes_of, parts_of, read_table, write_notes, write_table
 
-AWKWARD = ["", "NA", "null", " leading", 'quoted "text", with\nlines', "a\r\nb", "caf\u00e9 \u2603", "1.50", "True"]
+AWKWARD = [
+    "",
+    "NA",
+    "null",
+    " leading",
+    'quoted "text", with\nlines',
+    "a\r\nb",
+    "a\rb",
+    "caf\u00e9 \u2603",
+    "1.50",
+    "True",
+]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
     table = pd.DataFrame({
         "id": [f"0{n}" for n in range(len(AWKWARD))], "query": [f"q{n}" for n in range(len(AWKWARD))],
-        "response": AWKWARD, "tokens": range(len(AWKWARD)), "has_eos": [True, False] * 4 + [True],
-        "score": [0.1 + 0.2, float("nan"), 1e-300, *[1 / 3] * 6],
+        "response": AWKWARD, "tokens": range(len(AWKWARD)), "has_eos": [True, False] * 5,
+        "score": [0.1 + 0.2, float("nan"), 1e-300, *[1 / 3] * 7],
     })  # fmt: skip
     write_table(table, tmp_path / "folder" / f"t{suffix}")
     pd.testing.assert_frame_equal(read_table(tmp_path / "folder" / f"t{suffix}", "a.table"), table, check_exact=True)
