@@ -77,7 +77,7 @@ class ScalarModel(nn.Module):
         ids, mask = right_padded(input_ids, attention_mask)
         rows, last = torch.arange(len(ids), device=ids.device), last_real_token(mask)
         if hasattr(self.head_weight, "ds_id"):  # ZeRO-3 gathers the head for a forward of the whole
-            return self(ids, mask)[rows, last]  # type: ignore[no-any-return]
+            return self(ids, mask)[rows, last]
         return self.read(hidden_states(self.model, ids, mask, int(last.min()))[rows, last])
 
     @torch.no_grad()
