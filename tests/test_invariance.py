@@ -92,6 +92,18 @@ def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int
     torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets of so many of the longest rows; the micro-batches are others than without one, and within it."""
+    expected, without = step(stage), step.sizes()
+    longest = step.longest()
+    found = step(stage, max_tokens_per_micro_batch=rows * longest)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert max(step.sizes()) <= rows * longest
+    assert step.sizes() != without
+
+
 def test_the_amount_of_left_padding_does_not_matter(step: Make) -> None:
     torch.testing.assert_close(step("ppo", rollout=MorePadding), step("ppo"), atol=1e-5, rtol=0)
 

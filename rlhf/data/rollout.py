@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 
 from rlhf.checks import at_least
 from rlhf.data.base import StageDataModule, TokenBudget
@@ -63,6 +64,11 @@ class RolloutDataModule(StageDataModule):
                 rows = load_demonstrations(source, f"data.{name}", self.tokenizer, self.text, need_response=False)
                 self.splits[name] = rows
 
+    @cached_property
+    def query_lengths(self) -> list[int]:
+        """Tokens of every training prompt."""
+        return lengths(self.splits["train"], "query_ids")
+
     @property
     def minibatches(self) -> int:
         """Those of PPO."""
@@ -70,7 +76,7 @@ class RolloutDataModule(StageDataModule):
 
     def step_lengths(self, epochs: int) -> Iterator[list[int]]:
         """Of the queries with the longest responses that there may be."""
-        ppo, lengths_of = self._trainer.lightning_module.ppo, lengths(self.splits["train"], "query_ids")
+        ppo, lengths_of = self._trainer.lightning_module.ppo, self.query_lengths
         for update in range(epochs):
             for rank in range(self.world_size):
                 rows = [lengths_of[row] + ppo.response_length for row in self.prompts_of(update, rank)]
@@ -151,15 +157,14 @@ class RolloutDataModule(StageDataModule):
 
         Long and short prompts are shared out alike, so that all ranks have about the same number of tokens.
         """
-        lengths_of = lengths(self.splits["train"], "query_ids")
-        total = len(lengths_of)
+        total = len(self.query_lengths)
         rows = []
         for position in range(update * self.batch_size, (update + 1) * self.batch_size):
             number, offset = divmod(position, total)
             if number not in self._orders:
                 self._orders[number] = permutation(total, number)
             rows.append(self._orders[number][offset])
-        return rank_rows(rows, lengths_of, self.rank if rank is None else rank, self.world_size)
+        return rank_rows(rows, self.query_lengths, self.rank if rank is None else rank, self.world_size)
 
     def collate(self, split: str, numbers: list[int], real: bool) -> Batch:
         """`queries (B, P)` padded on the left, `query_mask (B, P)`, and `texts`: `query`, `reference`, `record`."""

@@ -300,7 +300,8 @@ class ExperienceModule(StageModule):
         groups = by_length(lengths, tokens)
         if "zero3" not in self.placements:
             return groups
-        return split(lengths, int(self.reduce_max(torch.tensor(len(groups), device=self.device))))
+        most, fewest_rows = self.reduce_max(torch.tensor([len(groups), -len(lengths)], device=self.device)).tolist()
+        return split(lengths, min(most, -fewest_rows))
 
     def _widen(self, responses: Tensor, lengths: Tensor) -> Tensor:
         """One more column where the longest response leaves room for it, for the score after EOS (D29)."""

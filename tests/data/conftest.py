@@ -54,7 +54,13 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
     """Gives a DataModule a Trainer and sets it up; further keywords become attributes of the module."""
 
     def attach(
-        datamodule: Any, stage: str = "fit", rank: int = 0, world_size: int = 1, accumulate: int = 1, **module: Any
+        datamodule: Any,
+        stage: str = "fit",
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        max_epochs: int | None = 1,
+        **module: Any,
     ) -> Any:
         datamodule.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
@@ -66,6 +72,7 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
             world_size=world_size,
             accumulate_grad_batches=accumulate,
             current_epoch=0,
+            max_epochs=max_epochs,
             fit_loop=SimpleNamespace(
                 epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=0)))
             ),

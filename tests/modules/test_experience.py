@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.modules import Optimization, PPOModule, PPOSettings
+from rlhf.rollout import Rollout
 
 Make = Callable[..., Any]
 SETTINGS = PPOSettings(response_length=8, ppo_epochs=1)
@@ -75,3 +76,94 @@ def test_rollout_and_training_have_the_same_precision(
     t = trainer(limit_val_batches=0, precision="bf16-mixed")
     t.fit(module, rollout_data(micro_batch_size=8, rollout_batch_size=8))
     assert t.callback_metrics["val/ratio_max_deviation"] < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------ groups
+
+
+class EndsEarly(PPOModule):
+    """One token in five is taken for EOS."""
+
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, numbers: Tensor) -> Tensor:
+        tokens = super().sample_responses(queries, query_mask, temperature, numbers)
+        return torch.where(tokens % 5 == 0, self.tokenizer.eos_token_id, tokens)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+def test_a_rollout_does_not_depend_on_its_groups(fitted: Make, chunk: int) -> None:
+    """Responses token by token, everything else to rounding."""
+    module, batch = fitted(EndsEarly)
+    data: Any = module.trainer.datamodule
+    batch = data.collate("train", list(range(16)), True)
+    alike, other = (module.rollout({**batch, "chunk": c}, 0) for c in (chunk, 2))
+    assert alike.lengths.unique().numel() > 3
+    for name in Rollout.__annotations__:
+        torch.testing.assert_close(getattr(alike, name), getattr(other, name), atol=1e-5, rtol=1e-5)
+    assert alike.texts == other.texts
+
+
+def test_rows_of_a_rollout_have_random_numbers_of_their_own(fitted: Make) -> None:
+    module, batch = fitted(PPOModule)
+    same = {name: batch[name][:1].expand(4, -1) for name in ("queries", "query_mask")}
+    rollout = module.rollout({**batch, **same}, 0)
+    assert len({tuple(row) for row in rollout.responses.tolist()}) == 4
+
+
+class Spy(PPOModule):
+    """Keeps the shapes that go through a model, and the random numbers."""
+
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, numbers: Tensor) -> Tensor:
+        assert query_mask.any(0).all()  # no column without a token
+        assert numbers.shape == (len(queries), self.ppo.response_length)
+        self.sampled.append(queries.numel() + len(queries) * self.ppo.response_length)
+        return super().sample_responses(queries, query_mask, temperature, numbers)
+
+    def score_responses(self, episodes: Rollout) -> Tensor:
+        self.scored.append(len(episodes) * max(episodes.total_lengths()))
+        return super().score_responses(episodes)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(fitted: Make, chunk: int) -> None:
+    module, _ = fitted(PPOModule)
+    module.__class__ = Spy
+    module.sampled, module.scored = [], []
+    batch = module.trainer.datamodule.collate("train", list(range(16)), True)
+    module.rollout({**batch, "chunk": chunk}, 0)
+    limit = chunk * (batch["queries"].shape[1] + SETTINGS.response_length)
+    assert max(module.sampled) <= limit
+    assert max(module.scored) <= limit
+    assert len(module.sampled) >= 16 * 8 / limit
+    assert len(module.sampled) <= -(-16 // chunk)
+
+
+def episodes(lengths: list[int]) -> Rollout:
+    """Episodes of these total lengths, one token of which is the response."""
+    columns = torch.arange(max(lengths) - 1)
+    mask = (columns >= max(lengths) - torch.tensor(lengths).unsqueeze(1)).long()
+    return Rollout(query_mask=mask, lengths=torch.ones(len(lengths), dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "ranks", [([9, 9, 9, 2], [9, 8, 8, 8]), ([5, 2], [5]), ([3], [9, 2]), ([4] * 6, [9, 7, 5, 3, 2, 1]), ([4], [4])]
+)
+def test_under_zero3_all_ranks_have_as_many_groups(
+    model_path: str, reward_path: str, monkeypatch: pytest.MonkeyPatch, ranks: tuple[list[int], list[int]]
+) -> None:
+    """And none is empty, for in each there is a forward that gathers weights from all."""
+    module = PPOModule(model_path, reward_path, reference_placement="zero3")
+    calls: list[Tensor] = []
+
+    def groups(lengths: list[int]) -> list[list[int]]:
+        return module._groups(episodes(lengths), 18)
+
+    monkeypatch.setattr(module, "reduce_max", lambda x: calls.append(x) or x)
+    for lengths in ranks:
+        groups(lengths)
+    monkeypatch.setattr(module, "reduce_max", lambda x: torch.maximum(*calls))
+    found = [groups(lengths) for lengths in ranks]
+    assert len({len(each) for each in found}) == 1
+    for each, lengths in zip(found, ranks, strict=True):
+        assert sorted(row for group in each for row in group) == list(range(len(lengths)))
+        assert all(each)
+        assert all(len(group) * max(lengths[r] for r in group) <= 18 for group in each)
