@@ -42,8 +42,12 @@ def _one_size(table: pd.DataFrame) -> bool:
     return table["size"].nunique() == 1
 
 
-def _seeds_sentence(table: pd.DataFrame) -> str:
-    return "One seed only: no deviation over seeds can be given." if (table["seeds"] == 1).all() else ""
+def _add_over_seeds(page: Page, name: str, table: pd.DataFrame, value: str) -> None:
+    means = over_seeds(table, [value], ["size", "parameters", "policy"])
+    if (means["seeds"] == 1).all():
+        page.add("One seed only: no deviation over seeds can be given.")
+    else:
+        page.table(name, means)
 
 
 def add_summary(page: Page, evidence: Evidence, found: Analysis) -> None:
@@ -78,10 +82,7 @@ def add_win_rates(page: Page, found: Analysis, baselines: Sequence[Baseline]) ->
     """Win rates with counts, paired differences, and the main figure."""
     page.add("## Win rate against the reference")
     page.table("win_rates", found.rates)
-    means = over_seeds(found.rates, ["win_rate"], ["size", "parameters", "policy"])
-    page.add(_seeds_sentence(means))
-    if (means["seeds"] > 1).any():
-        page.table("win_rates_over_seeds", means)
+    _add_over_seeds(page, "win_rates_over_seeds", found.rates, "win_rate")
     page.figure(
         "win_rate_by_size", plot_against_size, found.rates, {"win_rate": "Win rate against the reference"}, "policy",
         "win rate", baselines=baselines, level=0.5,
@@ -146,11 +147,8 @@ def add_reward(page: Page, found: Analysis) -> None:
         "left out (`undecided`)."
     )
     page.table("reward_agreement", found.agreement)
-    means = over_seeds(found.agreement, ["agreement"], ["size", "parameters", "policy"])
-    page.add(_seeds_sentence(means))
-    if (means["seeds"] > 1).any():
-        page.table("reward_agreement_over_seeds", means)
-    if not _one_size(means):
+    _add_over_seeds(page, "reward_agreement_over_seeds", found.agreement, "agreement")
+    if not _one_size(found.agreement):
         panels = {"agreement": "Agreement of the reward model with the judge"}
         page.figure("reward_agreement", plot_against_size, found.agreement, panels, "policy", "agreement", level=0.5)
 

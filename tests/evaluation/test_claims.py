@@ -9,6 +9,7 @@ from rlhf.evaluation.claims import (
     ppo_beats_sft,
     rouge_rises,
     seeds_agree,
+    shown,
     verdict,
 )
 from rlhf.evaluation.statistics import Estimate
@@ -44,6 +45,14 @@ def test_ppo_against_sft_over_all_seeds() -> None:
     [claim] = ppo_beats_sft(table[table["seed"] == 2])
     assert claim.verdict == "does not hold"
     assert "seeds" not in claim.evidence
+
+
+def test_an_unknown_difference_is_called_so() -> None:
+    row = ("s", 1, 1, "PPO", "SFT", 0, NAN, NAN, NAN)
+    names = ["size", "parameters", "seed", "policy", "baseline", "queries", "difference", "low", "high"]
+    (claim,) = ppo_beats_sft(pd.DataFrame([row], columns=names))
+    assert (claim.verdict, claim.evidence) == ("undecided", "win rate of PPO minus SFT unknown over 0 queries")
+    assert shown(Estimate(0.5, NAN, NAN), "+") == "+0.500 (no interval)"
 
 
 def test_every_length_names_the_bins_below() -> None:
