@@ -79,6 +79,30 @@ def test_a_sound_ppo_config(
     assert not (tmp_path / "run").exists()
 
 
+def memory_shown(shown: str) -> float:
+    found = re.search(r"estimated\D+([\d.]+)", shown)
+    assert found, shown
+    return float(found[1])
+
+
+def test_a_token_budget_is_shown_with_its_memory(
+    check: Check, ppo_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, small = check("ppo", *ppo_words, "--data.max_tokens_per_micro_batch=250")
+    assert "8 = 1 processes x " in small
+    assert "micro-batches of at most 250 tokens" in small
+    _, auto = check("ppo", *ppo_words, "--data.max_tokens_per_micro_batch=auto")
+    budget = re.search(r"8 = 1 processes x 1 micro-batches of at most (\d+) tokens", auto)
+    assert budget, auto
+    assert int(budget[1]) > 250
+    assert memory_shown(auto) > memory_shown(small)
+    monkeypatch.setattr("rlhf.workload.device_memory", lambda device, processes: 1000)
+    status, refused = check("ppo", *ppo_words, "--data.max_tokens_per_micro_batch=auto")
+    assert status == 1
+    assert "max_tokens_per_micro_batch auto: by the estimate" in refused
+
+
+
 @pytest.mark.parametrize(
     "callback",
     [

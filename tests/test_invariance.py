@@ -1,4 +1,5 @@
-"""What a step must not depend on: padding on the left, the order of records in a batch, micro-batch sizes.
+"""What a step must not depend on: padding on the left, the order of records in a batch, micro-batch sizes and
+token budgets.
 
 The number of processes is in test_ranks.py.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from rlhf.data.preference import PreferenceDataModule
@@ -18,6 +20,7 @@ from rlhf.data.rollout import RolloutDataModule
 from rlhf.data.sft import SFTDataModule
 from rlhf.data.synthetic import comparisons, demonstrations
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.rollout import Rollout
 
 Make = Callable[..., Any]
 STEP = Optimization(learning_rate=1e-3)
@@ -44,11 +47,25 @@ class MorePadding(RolloutDataModule):
         return {name: torch.nn.functional.pad(x, (7, 0), value=pad[name]) for name, x in batch.items()}
 
 
+class Sizes(Callback):
+    """Notes the tokens of every micro-batch, padding included."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.seen = seen
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        ppo = isinstance(batch, Rollout)
+        self.seen.append(len(batch) * max(batch.total_lengths()) if ppo else batch["input_ids"].numel())
+
+
 @pytest.fixture
 def step(
     model_path: str, reward_path: str, trainer: Make, write_jsonl: Callable[..., str], request: pytest.FixtureRequest
 ) -> Make:
-    """The weights after one optimizer step (PPO: one update) on eight records."""
+    """The weights after one optimizer step (PPO: one update) on eight records.
+
+    `seen` are the tokens of the micro-batches of the last one, `longest` those of the longest example, by stage.
+    """
 
     def step(stage: str, backwards: bool = False, rollout: type = RolloutDataModule, **sizes: int) -> Tensor:
         records = list((comparisons if stage == "reward" else demonstrations)(ROWS, 1, "train"))
@@ -65,9 +82,14 @@ def step(
             ppo = PPOSettings(response_length=6, ppo_epochs=1)
             module = FixedResponses(model_path, reward_path, ppo=ppo, optimization=STEP)
             data = rollout(Source(file), **({"rollout_batch_size": 4} | settings))
-        trainer().fit(module, data)
+        seen.clear()
+        trainer(callbacks=[Sizes(seen)]).fit(module, data)
+        longest[stage] = max(length for rows in data.step_lengths(1) for length in rows)
         return torch.cat([p.detach().flatten() for p in module.parameters()])
 
+    seen: list[int] = []
+    longest: dict[str, int] = {}
+    vars(step).update(seen=seen, longest=longest)
     return step
 
 
@@ -94,14 +116,14 @@ def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Budgets of so many of the longest rows; the micro-batches are others than without one, and within it."""
-    expected, without = step(stage), step.sizes()
-    longest = step.longest()
-    found = step(stage, max_tokens_per_micro_batch=rows * longest)
+def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int) -> None:
+    """Budgets of so many of the longest examples; the micro-batches are others than without one, and within it."""
+    expected, without = step(stage), list(step.seen)
+    budget = rows * step.longest[stage]
+    found = step(stage, max_tokens_per_micro_batch=budget)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-    assert max(step.sizes()) <= rows * longest
-    assert step.sizes() != without
+    assert max(step.seen) <= budget
+    assert step.seen != without
 
 
 def test_the_amount_of_left_padding_does_not_matter(step: Make) -> None:
