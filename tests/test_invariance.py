@@ -128,9 +128,3 @@ def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int) -> No
 
 def test_the_amount_of_left_padding_does_not_matter(step: Make) -> None:
     torch.testing.assert_close(step("ppo", rollout=MorePadding), step("ppo"), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("stage", "tokens"), [("sft", 600), ("sft", 300), ("reward", 700), ("ppo", 500)])
-def test_a_token_budget_does_not_matter(step: Make, stage: str, tokens: int) -> None:
-    limited = step(stage, max_tokens_per_micro_batch=tokens)
-    torch.testing.assert_close(limited, step(stage), atol=2e-5, rtol=0)
