@@ -29,7 +29,8 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 @contextmanager
 def _last_mlp_from(backbone: Any, first: int) -> Iterator[None]:
-    mlp = None if backbone.is_gradient_checkpointing else last_mlp(backbone)  # it runs again in the backward pass
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
+    mlp = None if checkpointed else last_mlp(backbone)  # checkpointed layers run again in the backward pass
     if mlp is None or not first:
         yield
         return
