@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from rlhf import pipeline
+from rlhf.cli import main
 from rlhf.data.domains import NEWS
 from rlhf.data.embedded import SmallModel, create_model, train_tokenizer
 from rlhf.data.preference import PreferenceDataModule
@@ -24,6 +27,7 @@ from rlhf.data.synthetic import comparisons, demonstrations
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.pipeline import Stage
 
 torch.set_num_threads(1)
 logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
@@ -155,3 +159,18 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**(defaults | settings))
 
     return make
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs the stages in this process, which saves their start, and keeps their commands."""
+    seen: list[list[str]] = []
+
+    def run(stage: Stage, words: list[str], log: Path | None = None) -> float:
+        seen.append(words)
+        start = time.monotonic()
+        main(words)
+        return time.monotonic() - start
+
+    monkeypatch.setattr(pipeline, "_run", run)
+    return seen

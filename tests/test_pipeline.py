@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +43,6 @@ def quickstart(tmp_path: Path) -> dict[str, Any]:
         "config_dir": str(configs),
         "arguments": [*QUICK, "--trainer.accelerator=cpu"],
     }
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs the stages in this process, which saves their start, and keeps their commands."""
-    seen: list[list[str]] = []
-
-    def run(stage: Stage, words: list[str]) -> float:
-        seen.append(words)
-        start = time.monotonic()
-        main(words)
-        return time.monotonic() - start
-
-    monkeypatch.setattr(rlhf.pipeline, "_run", run)
-    return seen
 
 
 def test_from_nothing_to_a_report(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,21 +53,6 @@ def study(tmp_path: Path) -> list[str]:
         "scaling", f"--config={STUDY}", f"--run_dir={tmp_path}/out", f"--config_dir={configs}",
         f"--sizes=[{', '.join(SHAPES)}]", f"--arguments={json.dumps(QUICK)}", "--processes=1",
     ]  # fmt: skip
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs the stages in this process, which saves their start, and keeps their commands."""
-    seen: list[list[str]] = []
-
-    def run(stage: Stage, words: list[str], log: Path) -> float:
-        seen.append(words)
-        start = time.monotonic()
-        main(words)
-        return time.monotonic() - start
-
-    monkeypatch.setattr(rlhf.pipeline, "_run", run)
-    return seen
 
 
 def product(words: list[str]) -> Path:
