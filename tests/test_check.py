@@ -102,7 +102,6 @@ def test_a_token_budget_is_shown_with_its_memory(
     assert "max_tokens_per_micro_batch auto: by the estimate" in refused
 
 
-
 @pytest.mark.parametrize(
     "callback",
     [
