@@ -61,9 +61,16 @@ class ScalarModel(nn.Module):
         """Weights of the head, `(1, d)`."""
         return self.model.get_parameter(HEAD)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One number per token in float32, `(B, T) -> (B, T)`. Padding may be anywhere; its numbers mean nothing."""
-        return self.read(self._hidden(model_inputs(input_ids, attention_mask)))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor | None = None) -> Tensor:
+        """One number per token in float32, `(B, T) -> (B, T)`. Padding may be anywhere; its numbers mean nothing.
+
+        Args:
+            columns: `(B,)`; only these are read, `-> (B,)`, and all padding must be on the right.
+        """
+        if columns is None:
+            return self.read(self._hidden(model_inputs(input_ids, attention_mask)))
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return self.read(self.hidden_states(input_ids, attention_mask)[rows, columns])
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Of the backbone, for sequences whose padding is on the right, `(B, T) -> (B, T, H)`."""
@@ -80,8 +87,7 @@ class ScalarModel(nn.Module):
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
         ids, mask = right_padded(input_ids, attention_mask)
-        rows = torch.arange(len(ids), device=ids.device)
-        return self.read(self.hidden_states(ids, mask)[rows, last_real_token(mask)])
+        return self(ids, mask, last_real_token(mask))  # a call of the module, by which ZeRO-3 gathers the head
 
     @torch.no_grad()
     def padding_side_difference(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
