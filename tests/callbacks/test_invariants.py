@@ -191,8 +191,9 @@ def test_dropout_that_returns_is_found(model_path: str, trainer: Make, sft_data:
 class Sided(ScalarModel):
     """Reads the column, not the position."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return super().forward(input_ids, attention_mask) + 0.01 * torch.arange(input_ids.shape[1])
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, columns: Tensor | None = None) -> Tensor:
+        where = torch.arange(input_ids.shape[1]) if columns is None else columns
+        return super().forward(input_ids, attention_mask, columns) + 0.01 * where
 
 
 @pytest.mark.parametrize("severity", ["error", "warn"])
