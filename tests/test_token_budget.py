@@ -137,7 +137,7 @@ def test_under_zero3_every_process_has_as_many_groups(
     rollout = data.last_rollout
     module = PPOModule(model_path, reward_path, reward_placement="zero3", ppo=PPOSettings(response_length=6))
     own = len(PPOModule(model_path, reward_path)._groups(rollout, 10_000))
-    monkeypatch.setattr(module, "reduce_max", lambda x: torch.maximum(x, torch.tensor(5)))
+    monkeypatch.setattr(module, "reduce_max", lambda x: torch.maximum(x, torch.tensor([5, -8])))
     groups = module._groups(rollout, 10_000)
     assert own < 5 == len(groups)
     assert sorted(row for group in groups for row in group) == list(range(8))
