@@ -19,6 +19,7 @@ ALLOWED = {
     "checks": {"errors"},
     "rouge": set(),
     "seeding": set(),
+    "heap": set(),
     "run_folder": {"errors"},
     "pipeline": {"errors", "run_folder"},
     "generation": {"ops"},
@@ -32,7 +33,7 @@ ALLOWED = {
     "data": {"ops", "errors", "checks", "seeding", "rollout", "models", "micro_batches", "workload"},
     "callbacks": {"ops", "errors", "rollout", "run_folder", "strategies"},
     "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
-    | {"callbacks", "strategies", "micro_batches", "graph_sampling"},
+    | {"callbacks", "strategies", "micro_batches", "graph_sampling", "heap"},
     "evaluation": {"ops", "errors", "checks", "seeding", "rouge", "generation", "models", "data", "callbacks"}
     | {"run_folder", "pipeline"},
 }

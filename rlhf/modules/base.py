@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
+from rlhf.heap import keep_freed_memory
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config, load_tokenizer
 from rlhf.modules.settings import Optimization
@@ -49,6 +50,8 @@ class StageModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse a strategy or precision that would make results wrong."""
         check_strategy(self.trainer)
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     # ------------------------------------------------------------------------------------- to be given by a stage
 

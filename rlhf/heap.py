@@ -1,0 +1,21 @@
+"""The memory allocator of a process whose device is a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+NEVER = -1
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next allocation instead of handing it back to the system.
+
+    Every micro-batch frees its activations and gradients and asks for as much again. Memory that comes anew from the
+    system is cleared page by page first, which took a tenth of a PPO update. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
