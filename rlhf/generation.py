@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models.packing import Packing, packed, packs
 from rlhf.ops.sequences import model_inputs
 
 if TYPE_CHECKING:
@@ -60,31 +61,45 @@ def sample(
         Token ids `(B, r)` with r at most R.
     """
     steps = uniforms.shape[1]
-    inputs: dict[str, Any] = model_inputs(queries, query_mask)
-    mask, position = inputs["attention_mask"], inputs["position_ids"][:, -1:]
-    mask = F.pad(mask, (0, steps), value=1)
+    mask, position = F.pad(query_mask.long(), (0, steps), value=1), query_mask.sum(1, keepdim=True) - 1
     cache = cache_with_room(model, steps)
     responses = torch.full((len(queries), steps), pad_id, device=queries.device)
     rows = torch.arange(len(queries), device=queries.device)  # which rows are in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)
     with evaluation_mode(model):
+        logits = read_queries(model, queries, query_mask, cache)
         for step in range(steps):
-            width = queries.shape[1] + step
-            inputs["attention_mask"] = mask[:, :width]
-            logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             tokens = choose(logits.float() / temperature, uniforms[rows, step])
             responses[rows, step] = torch.where(alive, tokens, pad_id)
             alive = alive & (tokens != eos_id)
             left = int(alive.sum())
-            if not left:
-                return responses[:, : step + 1]
+            if not left or step == steps - 1:
+                break
             if left <= (1 - LEAVING) * len(rows):
                 cache.batch_select_indices(alive)
                 rows, mask, position, tokens = (x[alive] for x in (rows, mask, position, tokens))
                 alive = alive[alive]
             position = position + 1
-            inputs = {"input_ids": tokens.unsqueeze(1), "position_ids": position}
-    return responses
+            width = queries.shape[1] + step + 1
+            inputs = {"input_ids": tokens.unsqueeze(1), "attention_mask": mask[:, :width], "position_ids": position}
+            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+    return responses[:, : step + 1]
+
+
+def read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, cache: Cache) -> Tensor:
+    """Logits of the first token of every response, `(B, V)`; the keys and values of the queries go into the cache."""
+    layers: list[Any] = cache.layers
+    if not packs(model) or not all(hasattr(layer, "unpack") for layer in layers):
+        inputs = model_inputs(queries, query_mask)
+        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    lengths = query_mask.sum(1)
+    inputs = packed(queries, query_mask)
+    packing = Packing(lengths.tolist(), (lengths - 1).tolist())
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": lengths.cumsum(0) - 1}
+    logits = model(**inputs, packing=packing, **options).logits[0]
+    for layer in layers:
+        layer.unpack(query_mask)
+    return logits
 
 
 def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -129,6 +144,15 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
                 buffer[:, :, start : start + width] = new
             self.keys, self.values = (buffer[:, :, : start + width] for buffer in self._buffers)
             return self.keys, self.values
+
+        def unpack(self, mask: Tensor) -> None:
+            """From rows behind one another, `(1, heads, N, d)`, to rows with the padding of a mask `(B, W)`."""
+            rows, width = mask.shape
+            before = [buffer[0, :, : self.get_seq_length()] for buffer in self._buffers]
+            self._buffers = [x.new_zeros(rows, len(x), width + steps, x.shape[2]) for x in before]
+            self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
+            for padded, states in zip((self.keys, self.values), before, strict=True):
+                padded.transpose(1, 2)[mask.bool()] = states.transpose(0, 1)
 
         def batch_select_indices(self, indices: Tensor) -> None:
             width = self.get_seq_length()

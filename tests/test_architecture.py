@@ -22,7 +22,7 @@ ALLOWED = {
     "heap": set(),
     "run_folder": {"errors"},
     "pipeline": {"errors", "run_folder"},
-    "generation": {"ops"},
+    "generation": {"ops", "models"},
     "micro_batches": set(),
     "graph_sampling": {"ops", "generation"},
     "rollout": {"ops", "seeding", "micro_batches"},

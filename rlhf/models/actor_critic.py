@@ -77,9 +77,7 @@ class ActorCritic(nn.Module):
         """
         logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
         ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
-        before = query_mask.sum(1, keepdim=True) - 1
-        hidden = hidden_states(self.critic.model, ids, mask, int(before.min()))
-        columns = before + torch.arange(responses.shape[1], device=ids.device)
-        rows = torch.arange(len(ids), device=ids.device).unsqueeze(1)
-        values = self.critic.read(hidden[rows, columns.clamp(max=ids.shape[1] - 1)])
+        rows, steps = (torch.arange(size, device=ids.device) for size in responses.shape)
+        columns = torch.minimum(query_mask.sum(1, keepdim=True) - 1 + steps, mask.sum(1, keepdim=True) - 1)
+        values = self.critic.read(hidden_states(self.critic.model, ids, mask, rows.unsqueeze(1), columns))
         return Evaluation(logprobs, entropy, values)

@@ -7,37 +7,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from rlhf.models.packing import Packing, packed, packs
 from rlhf.ops.sequences import causal_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, first: int) -> Tensor:
-    """Of sequences whose padding is on the right, `(B, T) -> (B, T, H)`; only those of columns from `first` on count.
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """The last hidden states of some tokens, `(..., H)`.
 
-    The others still serve as keys and values, so all layers need them but the MLP of the last one, which leaves them
-    out: a sixteenth of a model of 16 layers, of which the MLP is two thirds.
+    The tokens of a row before the first one that is read still serve as keys and values, so all layers need them but
+    the last, whose MLP leaves them out: a sixteenth of a model of 16 layers, of which the MLP is two thirds. Where the
+    model packs, its attention leaves them out as well, and there is no padding.
+
+    Args:
+        input_ids, attention_mask: `(B, T)`, padded on the right.
+        rows, columns: which tokens, real ones, in any shape `(...)` that both broadcast to.
     """
+    rows, columns = torch.broadcast_tensors(rows, columns)
+    lengths = attention_mask.sum(1)
+    first = (lengths - 1).scatter_reduce(0, rows.flatten(), columns.flatten(), "amin")
     backbone: Any = model.base_model
-    with _last_mlp_from(backbone, first):
-        return backbone(**causal_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
+    if not packs(model):
+        from_first = torch.arange(input_ids.shape[1], device=input_ids.device) >= first.min()
+        with _last_mlp_on(backbone, from_first.nonzero().squeeze(1)):
+            states = backbone(**causal_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
+        return states[rows, columns]
+    inputs = packed(input_ids, attention_mask)
+    read = inputs["position_ids"][0] >= first.repeat_interleave(lengths)
+    with _last_mlp_on(backbone, read.nonzero().squeeze(1)):
+        packing = Packing(lengths.tolist(), first.tolist())
+        states = backbone(**inputs, packing=packing, use_cache=False).last_hidden_state[0]
+    return states[(lengths.cumsum(0) - lengths)[rows] + columns]
 
 
 @contextmanager
-def _last_mlp_from(backbone: Any, first: int) -> Iterator[None]:
+def _last_mlp_on(backbone: Any, columns: Tensor) -> Iterator[None]:
+    """Within, the last layer's MLP computes some columns `(n,)` only and gives 0 for the others."""
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
     mlp = None if checkpointed else last_mlp(backbone)  # checkpointed layers run again in the backward pass
-    if mlp is None or not first:
+    if mlp is None:
         yield
         return
-    hooks = [
-        mlp.register_forward_pre_hook(lambda _, inputs: inputs[0][:, first:].contiguous()),
-        mlp.register_forward_hook(lambda _, inputs, output: F.pad(output, (0, 0, first, 0))),
-    ]
+
+    width = 0
+
+    def pick(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        nonlocal width
+        width = inputs[0].shape[1]
+        return inputs[0].index_select(1, columns)
+
+    def put_back(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.new_zeros(len(output), width, output.shape[2]).index_copy(1, columns, output)
+
+    hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
     try:
         yield
     finally:

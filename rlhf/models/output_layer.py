@@ -38,11 +38,11 @@ def logprobs_at(
         `logprobs (n,)` and `entropy (n,)`.
     """
     rows, columns = places
-    first, last = (int(x) for x in columns.aminmax()) if len(columns) else (0, 0)
     weight = output_weight(model)
     if weight is not None:
-        hidden = hidden_states(model, input_ids, attention_mask, first)
-        return linear_logprobs(hidden[rows, columns], weight, tokens, temperature)
+        hidden = hidden_states(model, input_ids, attention_mask, rows, columns)
+        return linear_logprobs(hidden, weight, tokens, temperature)
+    first, last = (int(x) for x in columns.aminmax()) if len(columns) else (0, 0)
     keep = torch.arange(first, last + 1, device=columns.device)
     inputs = causal_inputs(input_ids, attention_mask)
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits

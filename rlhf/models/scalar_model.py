@@ -78,7 +78,7 @@ class ScalarModel(nn.Module):
         rows, last = torch.arange(len(ids), device=ids.device), last_real_token(mask)
         if hasattr(self.head_weight, "ds_id"):  # ZeRO-3 gathers the head for a forward of the whole
             return self(ids, mask)[rows, last]
-        return self.read(hidden_states(self.model, ids, mask, int(last.min()))[rows, last])
+        return self.read(hidden_states(self.model, ids, mask, rows, last))
 
     @torch.no_grad()
     def padding_side_difference(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The last layer's MLP leaves out what nobody reads, and nothing else changes."""
+"""The states that are read are those of each row alone, packed or padded, and nothing is computed that nobody reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+)
 
+from rlhf.models import backbone
 from rlhf.models.backbone import hidden_states, last_mlp
 from rlhf.models.loading import checkpoint_activations
 from rlhf.ops.sequences import pad_sequences
@@ -16,42 +27,99 @@ WIDTHS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attent
 PLAIN = {
     "gpt_neox": GPTNeoXConfig(vocab_size=64, **WIDTHS),
     "gpt_neox, one after the other": GPTNeoXConfig(vocab_size=64, use_parallel_residual=False, **WIDTHS),
-    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2),
-    "llama": LlamaConfig(vocab_size=64, **WIDTHS),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "llama, two queries per key": LlamaConfig(vocab_size=64, num_key_value_heads=1, **WIDTHS),
+    "mistral, which sees four tokens": MistralConfig(vocab_size=64, num_key_value_heads=1, sliding_window=4, **WIDTHS),
 }
 OTHER = {
     "bloom, with a residual": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
     "mixtral, with experts": MixtralConfig(vocab_size=64, num_key_value_heads=1, num_local_experts=2, **WIDTHS),
+    "opt, without a part named mlp": OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        dropout=0,
+    ),
 }
-ROWS, FIRST = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 20, 21, 22], [15, 16, 17, 18, 19]], 3
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 20, 21, 22], [15, 16, 17, 18, 19]]
+READ = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([4, 3, 6, 5, 2])  # of rows from columns 3, 5 and 2 on
 
 
 def build(config: Any) -> Any:
+    """A model whose context matters."""
+    config.initializer_range = 0.2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def states_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    states.pow(3).sum().backward()
+    return [states, *(p.grad.clone() for p in model.base_model.parameters() if p.grad is not None)]
+
+
+def read(model: Any) -> Tensor:
+    return hidden_states(model, *pad_sequences(ROWS, 0), *READ)
+
+
+def alone(model: Any) -> Tensor:
+    """Every row by itself, all of it."""
+    rows = [model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in ROWS]
+    return torch.stack([rows[row][column] for row, column in zip(*(x.tolist() for x in READ), strict=True)])
+
+
+@pytest.fixture(params=["packed", "padded"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether rows are packed where they can be."""
+    if request.param == "padded":
+        monkeypatch.setattr(backbone, "packs", lambda _: False)
+    return request.param
+
+
+@pytest.mark.parametrize("name", PLAIN | OTHER)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_states_and_gradients_are_those_of_each_row_alone(name: str, checkpointed: bool, layout: str) -> None:
+    model = build((PLAIN | OTHER)[name])
+    theirs = states_and_gradients(model, alone(model))
+    if checkpointed:
+        checkpoint_activations(model)
+    ours = states_and_gradients(model, read(model))
+    assert len(ours) == len(theirs) > 10
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, other.abs().max().item()), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_is_read_is_the_same_and_so_are_its_gradients(name: str) -> None:
-    model, (ids, mask) = build(PLAIN[name]), pad_sequences(ROWS, 0)
-    seen: list[int] = []
-    handle = last_mlp(model.base_model).register_forward_hook(lambda _, x, y: seen.append(x[0].shape[1]))  # type: ignore[union-attr]
-    found = []
-    for first in (0, FIRST):
-        model.zero_grad()
-        hidden = hidden_states(model, ids, mask, first)[:, FIRST:]
-        (hidden * mask[:, FIRST:, None]).pow(2).sum().backward()
-        found.append([hidden, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    handle.remove()
-    assert seen == [ids.shape[1], ids.shape[1] - FIRST]
-    for whole, part in zip(*found, strict=True):
-        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+def test_the_last_mlp_leaves_out_what_comes_before_the_first_token_read(name: str, layout: str) -> None:
+    model, seen = build(PLAIN[name]), []
+    last_mlp(model.base_model).register_forward_hook(lambda _, x, y: seen.append(x[0].shape[:2]))  # type: ignore[union-attr]
+    read(model)
+    assert seen[-1] == {"packed": (1, 4 + 1 + 3), "padded": (3, 5)}[layout]
 
 
-def test_no_hook_stays(tmp_path: Any) -> None:
-    model, (ids, mask) = build(PLAIN["llama"]), pad_sequences(ROWS, 0)
-    hidden_states(model, ids, mask, FIRST)
+def test_places_of_any_shape(layout: str) -> None:
+    model, (ids, mask) = build(PLAIN["gpt_neox"]), pad_sequences(ROWS, 0)
+    columns = torch.tensor([[3, 4], [4, 5], [4, 4]])
+    states = hidden_states(model, ids, mask, torch.arange(3).unsqueeze(1), columns)
+    rows = torch.arange(3).repeat_interleave(2)
+    torch.testing.assert_close(states.flatten(0, 1), hidden_states(model, ids, mask, rows, columns.flatten()))
+
+
+def test_rows_of_which_nothing_is_read(layout: str) -> None:
+    model, (ids, mask) = build(PLAIN["gpt_neox"]), pad_sequences(ROWS, 0)
+    one = hidden_states(model, ids, mask, torch.tensor([1]), torch.tensor([5]))
+    torch.testing.assert_close(one, read(model)[3:4])
+    none = torch.zeros(0, dtype=torch.long)
+    assert hidden_states(model, ids, mask, none, none).shape == (0, 32)
+
+
+def test_no_hook_stays(layout: str) -> None:
+    model = build(PLAIN["gpt2"])
+    read(model)
     mlp = last_mlp(model.base_model)
     assert mlp is not None
     assert not mlp._forward_hooks
@@ -60,13 +128,4 @@ def test_no_hook_stays(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_an_mlp_that_is_no_function_of_each_token_alone_is_left_whole(name: str) -> None:
-    model, (ids, mask) = build(OTHER[name]), pad_sequences(ROWS, 0)
-    assert last_mlp(model.base_model) is None
-    assert hidden_states(model, ids, mask, FIRST).shape[:2] == ids.shape
-
-
-def test_with_activation_checkpointing_the_mlp_is_whole_as_it_runs_again() -> None:
-    model, (ids, mask) = build(PLAIN["gpt_neox"]), pad_sequences(ROWS, 0)
-    checkpoint_activations(model)
-    hidden_states(model, ids, mask, FIRST)[:, FIRST:].sum().backward()
-    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert last_mlp(build(OTHER[name]).base_model) is None

@@ -1,0 +1,134 @@
+"""Rows one behind the other in a single sequence without padding, in which no row sees another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "sdpa_packed"  # the name by which transformers knows `attention`
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Packing(NamedTuple):
+    """Which tokens of a packed sequence belong together, and which are read.
+
+    Attributes:
+        lengths: tokens of each row.
+        first: of each row the first token whose last hidden state is read; the last layer attends from there on only.
+    """
+
+    lengths: list[int]
+    first: list[int]
+
+
+def packed(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """What a model that packs is fed of rows `(B, T)` with padding anywhere: their N real tokens, `(1, N)`.
+
+    Positions start anew in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`.
+    """
+    real = attention_mask.bool()
+    ids, positions = (x[real].unsqueeze(0) for x in (input_ids, attention_mask.long().cumsum(1) - 1))
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`, row by row where a sequence is packed.
+
+    Args:
+        query, key, value: `(1, heads, N, d)`.
+        attention_mask: None, or `(1, 1, N, N)` where a window limits what a token sees.
+
+    Returns:
+        `(1, N, heads, d)`; zeros for the tokens of the last layer that are not read.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    config: Any = module.config
+    is_last = getattr(module, "layer_idx", None) == config.num_hidden_layers - 1
+    parts = []
+    start = 0
+    for length, first, q, k, v in zip(
+        packing.lengths, packing.first, *(x.split(packing.lengths, 2) for x in (query, key, value)), strict=True
+    ):
+        skip = first if is_last else 0
+        mask = _mask(attention_mask, start, length, skip, query.device)
+        part, _ = sdpa_attention_forward(module, q[:, :, skip:], k, v, mask, **kwargs)
+        parts.append(F.pad(part, (0, 0, 0, 0, skip, 0)))
+        start += length
+    return torch.cat(parts, 1), None
+
+
+def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: torch.device) -> Tensor | None:
+    """What the tokens of a row from `skip` on see, `(1, 1, length - skip, length)`; None: all that stands before."""
+    if windows is not None:
+        return windows[:, :, start + skip : start + length, start : start + length]
+    if not skip:
+        return None
+    return torch.ones(1, 1, length - skip, length, dtype=torch.bool, device=device).tril(skip)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether rows can be packed for this model: its attention is transformers' `sdpa`, and nothing else mixes tokens.
+
+    A forward of two short rows shows it, once per model. On a GPU a kernel per row would cost more than the padding.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or hasattr(weight, "ds_id"):
+        return False
+    if model not in _packs:
+        _packs[model] = _use_attention(model) and _keeps_rows_apart(model)
+    return _packs[model]
+
+
+def _use_attention(model: PreTrainedModel) -> bool:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    from rlhf.models.loading import quiet
+
+    if not set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
+        return False
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        with quiet():
+            model.set_attn_implementation(ATTENTION)
+    return model.config._attn_implementation == ATTENTION
+
+
+@torch.no_grad()
+def _keeps_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether a row's states are the same to the last bit behind two other rows, and nearly those that it has alone."""
+    ones, packing = torch.ones(2, 3, dtype=torch.long), Packing([3, 3], [0, 0])
+    backbone: Any = model.base_model
+
+    def states(*first: int) -> Tensor:
+        inputs = packed(torch.tensor([first, (0, 1, 0)]), ones)
+        return backbone(**inputs, packing=packing, use_cache=False).last_hidden_state[0, 3:].float()
+
+    with torch.autocast("cpu", enabled=False):
+        try:
+            behind, behind_another = states(0, 1, 1), states(1, 0, 1)
+        except TypeError:  # a model that takes no arguments for its attention
+            return False
+        alone = backbone(input_ids=torch.tensor([[0, 1, 0]]), use_cache=False).last_hidden_state[0].float()
+    near = (behind - alone).abs().max() <= 0.02 * alone.abs().max()
+    return torch.equal(behind, behind_another) and bool(near)
