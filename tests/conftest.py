@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rlhf import pipeline
+from rlhf import generation, pipeline
 from rlhf.cli import main
 from rlhf.data.domains import NEWS
 from rlhf.data.embedded import SmallModel, create_model, train_tokenizer
@@ -25,12 +25,22 @@ from rlhf.data.rollout import RolloutDataModule
 from rlhf.data.sft import SFTDataModule
 from rlhf.data.synthetic import comparisons, demonstrations
 from rlhf.data.texts import TextFormat, one_leading_space
+from rlhf.models import backbone
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.pipeline import Stage
 
 torch.set_num_threads(1)
 logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
+
+
+@pytest.fixture(params=["packed", "padded"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Models get packed rows, as they do on a CPU, or padded ones, as they do on a GPU."""
+    if request.param == "padded":
+        for user in (backbone, generation):
+            monkeypatch.setattr(user, "packs", lambda _: False)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

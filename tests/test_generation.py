@@ -17,7 +17,7 @@ QUERIES = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
 
 
 @pytest.fixture
-def model(sharp_path: str) -> Any:
+def model(sharp_path: str, layout: str) -> Any:
     return load_causal_lm(sharp_path)
 
 

@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture
-def networks(sharp_path: str) -> ActorCritic:
+def networks(sharp_path: str, layout: str) -> ActorCritic:
     return ActorCritic(load_causal_lm(sharp_path), ScalarModel.from_policy(sharp_path, seed=0))
 
 

@@ -18,7 +18,6 @@ from transformers import (
     OPTConfig,
 )
 
-from rlhf.models import backbone
 from rlhf.models.backbone import hidden_states, last_mlp
 from rlhf.models.loading import checkpoint_activations
 from rlhf.ops.sequences import pad_sequences
@@ -70,14 +69,6 @@ def alone(model: Any) -> Tensor:
     """Every row by itself, all of it."""
     rows = [model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in ROWS]
     return torch.stack([rows[row][column] for row, column in zip(*(x.tolist() for x in READ), strict=True)])
-
-
-@pytest.fixture(params=["packed", "padded"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether rows are packed where they can be."""
-    if request.param == "padded":
-        monkeypatch.setattr(backbone, "packs", lambda _: False)
-    return request.param
 
 
 @pytest.mark.parametrize("name", PLAIN | OTHER)

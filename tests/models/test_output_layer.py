@@ -59,7 +59,7 @@ def expected(model: Any, temperature: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", [*PLAIN, *OTHERS])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_every_kind_of_output_layer_gives_the_plain_numbers(kind: str, temperature: float) -> None:
+def test_every_kind_of_output_layer_gives_the_plain_numbers(kind: str, temperature: float, layout: str) -> None:
     """And their gradients, in every parameter."""
     model = build(kind)
     with torch.no_grad():

@@ -18,7 +18,7 @@ SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12], [13], [14, 15, 16]]
 
 
 @pytest.fixture
-def model(sharp_path: str) -> ScalarModel:
+def model(sharp_path: str, layout: str) -> ScalarModel:
     return ScalarModel.from_policy(sharp_path, seed=3)
 
 
