@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.pipeline import Stage
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
 
@@ -169,6 +173,29 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**(defaults | settings))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[Callable[[list[str], int, Path], list[int]]]:
+    """Runs a command of train.py as one or several processes that need not import anything; see driver.py.
+
+    Takes its words, the number of processes, and the file to which they append what they print; returns their exit
+    statuses.
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "driver.py")]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(words: list[str], processes: int, log: Path) -> list[int]:
+            order = {"words": words, "processes": processes, "log": str(log)}
+            print(json.dumps(order), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_two_nodes_make_one_run(
                 [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", *addresses],
                 {},
             )
-        clean = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+        clean = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | {"OMP_NUM_THREADS": "1"}
         nodes.append(
             subprocess.Popen(
                 [*start, *words], env=clean | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

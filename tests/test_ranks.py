@@ -1,4 +1,7 @@
-"""Several processes on this machine, started as a user starts them: DDP and ZeRO-2 give what one process gives."""
+"""Several processes on this machine: DDP and ZeRO-2 give what one process gives.
+
+SFT on two processes is started as a user starts it, all else by the driver, which need not import anything.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ CLIP = 1.0  # of a norm of 1.3: were the loss divided twice, nothing would be cl
 CLIPPED = ["--model=ranks_modules.SGDModule", f"--trainer.gradient_clip_val={CLIP}"]
 ONE_STEP = ["--model=ranks_modules.FixedResponsesPPO", "--model.ppo.ppo_epochs=1", "--trainer.max_epochs=1"]
 IN_BFLOAT16 = ["--trainer.precision=bf16-mixed", "--model.ppo.ppo_epochs=2", "--trainer.max_epochs=2"]
+AS_A_USER = ("sft-ddp", "sft-zero2")
+Driver = Callable[[list[str], int, Path], list[int]]
 Fit = Callable[..., Path]
 
 
@@ -41,7 +46,7 @@ def train_py(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: str) -> Fit:
+def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: str, driver: Driver) -> Fit:
     """Fits a stage of a pipeline on one global batch, once for all tests that ask for it; returns its run folder."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "ranks"
@@ -56,14 +61,22 @@ def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: st
         train = data["comparisons" if stage == "reward" else "demonstrations"]
         with FileLock(f"{run}.lock"):
             if not (run / "export").exists():
-                done = train_py(
+                command = [
                     "fit", f"--config={ROOT}/configs/quickstart/{stage}.yaml", f"--run_dir={run}",
                     f"--model.model_path={base}", f"--data.train.path={train}", f"--data.validation.path={train}",
                     "--data.validation.split=train", "--data.batch_size=8", "--data.micro_batch_size=2",
                     "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", *words,
-                )  # fmt: skip
-                assert done.returncode == 0, done.stderr[-3000:]
+                ]  # fmt: skip
+                start(name, command)
         return run
+
+    def start(name: str, command: list[str]) -> None:
+        if name in AS_A_USER:
+            done = train_py(*command)
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            number, log = 1 if "--trainer.devices=1" in command else 2, folder / f"{name}.log"
+            assert set(driver(command, number, log)) == {0}, log.read_text()[-3000:]
 
     def fit(kind: str, processes: str, *words: str, name: str | None = None) -> Path:
         name, words = name or f"{kind}-{processes}", (*PROCESSES[processes], *words)

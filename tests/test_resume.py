@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ PROCESSES = {
     "zero2": ["--trainer.devices=2", "--trainer.strategy=zero2"],
 }
 NOT_COMPARED = ("seconds", "memory", "eps", "tokens_per")
+Driver = Callable[[list[str], int, Path], list[int]]
 Fit = Callable[..., list[int]]
 
 
@@ -39,23 +40,6 @@ def happens(event: str, hook: str, number: int, rank: int | None = None) -> list
     at = "--trainer.callbacks"
     words = [f"{at}+=resume_callbacks.Happens", f"{at}.event={event}", f"{at}.hook={hook}", f"{at}.number={number}"]
     return words if rank is None else [*words, f"{at}.rank={rank}"]
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Callable[..., list[int]]]:
-    """Runs commands on several processes; see resume_driver.py."""
-    command = [sys.executable, str(ROOT / "tests" / "resume_driver.py")]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=ENVIRONMENT) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def run(words: list[str], processes: int, log: Path) -> list[int]:
-            order = {"words": words, "processes": processes, "log": str(log)}
-            print(json.dumps(order), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        yield run
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +66,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> dict[st
 
 
 @pytest.fixture
-def fit(driver: Callable[..., list[int]], inputs: dict[str, list[str]], model_path: str, tmp_path: Path) -> Fit:
+def fit(driver: Driver, inputs: dict[str, list[str]], model_path: str, tmp_path: Path) -> Fit:
     """Trains a stage in `tmp_path / name` with a checkpoint after every step; returns the exit statuses."""
 
     def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:

@@ -97,7 +97,7 @@ def place(words: list[str], root: Path) -> str:
 
 
 def test_two_sizes_and_two_seeds_from_nothing_to_a_report(
-    study: list[str], commands: list[list[str]], tmp_path: Path
+    study: list[str], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(study)
     out = tmp_path / "out"
@@ -114,9 +114,16 @@ def test_two_sizes_and_two_seeds_from_nothing_to_a_report(
         assert tables[0]["judge"].unique().tolist() == [tables[1]["judge"].iloc[0]]
         last = pd.read_parquet(out / size / "seed-1" / "judge_2.parquet")
         assert last["a"].tolist() == tables[0]["a"].tolist()  # the export after the last update is that of the end
+    again: list[tuple[str, int]] = []
+
+    def report(output: str, runs: list[Run], *settings: Any) -> None:
+        again.extend((run.size, run.seed) for run in runs)
+
+    monkeypatch.setattr(rlhf.evaluation.scaling, "report", report)
     commands.clear()
     main(study)
     assert commands == []
+    assert again == [(size, seed) for size in SHAPES for seed in (1, 2)]
 
 
 def test_the_order_the_seeds_and_the_folders(

@@ -5,6 +5,8 @@ Reads a line of JSON per command, {"words": [...], "processes": 2, "log": "file"
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -14,15 +16,24 @@ import time
 import traceback
 from typing import Any
 
+LONGEST = 300.0
 PATIENCE = 20.0
+BEFORE_IMPORTS = {"DS_ACCELERATOR": "cpu", "HF_UPDATE_DOWNLOAD_COUNTS": "False", "TOKENIZERS_PARALLELISM": "false"}
+IMPORTS = [
+    "deepspeed", "rlhf.cli", "rlhf.stage_cli",
+    # what a command imports only when it runs: data, the model, curves, and in DDP and DeepSpeed
+    "datasets", "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",
+    "torch.utils.tensorboard", "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer",
+    "torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook", "scipy.io", "setuptools",
+]  # fmt: skip
 
 
 def main() -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
-
-    import rlhf.stage_cli  # noqa: F401
-
+    os.environ |= BEFORE_IMPORTS
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else the collector of every fork writes to, and so copies, all these pages
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
@@ -33,7 +44,7 @@ def run(words: list[str], processes: int, log: str) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     left = {fork(words, rank, processes, port, log): rank for rank in range(processes)}
-    statuses, deadline = [0] * processes, float("inf")
+    statuses, deadline = [0] * processes, time.monotonic() + LONGEST
     while left:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
