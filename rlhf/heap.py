@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next allocation instead of handing it back to the system.
 
     Every micro-batch frees its activations and gradients and asks for as much again. Memory that comes anew from the
-    system is cleared page by page first, which took a tenth of a PPO update. Other C libraries are left as they are.
+    system is cleared first, page by page, tens of thousands in a micro-batch. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

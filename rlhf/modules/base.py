@@ -48,7 +48,7 @@ class StageModule(LightningModule):
         self.model_config = load_config(model_path, "model.model_path")
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy or precision that would make results wrong."""
+        """Refuse a strategy or precision that would make results wrong; on a CPU, keep freed memory from now on."""
         check_strategy(self.trainer)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
