@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.models.packing import Packing, packed, packs
+from rlhf.models.packing import packed, packs
 from rlhf.ops.sequences import model_inputs
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ def read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, ca
         inputs = model_inputs(queries, query_mask)
         return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     lengths = query_mask.sum(1)
-    inputs = packed(queries, query_mask)
-    packing = Packing(lengths.tolist(), (lengths - 1).tolist())
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": lengths.cumsum(0) - 1}
-    logits = model(**inputs, packing=packing, **options).logits[0]
+    inputs = packed(queries, query_mask, first=lengths - 1)
+    last = lengths.cumsum(0) - 1
+    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
     for layer in layers:
         layer.unpack(query_mask)
     return logits

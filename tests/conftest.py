@@ -38,6 +38,20 @@ torch.set_num_threads(1)
 logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
 
 
+@pytest.fixture(scope="session")
+def from_config() -> Callable[[Any], Any]:
+    """Builds a language model whose context matters: random weights of standard deviation 0.2."""
+    from transformers import AutoModelForCausalLM
+
+    def build(config: Any) -> Any:
+        config.initializer_range = 0.2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config).eval()
+
+    return build
+
+
 @pytest.fixture(params=["packed", "padded"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Models get packed rows, as they do on a CPU, or padded ones, as they do on a GPU."""

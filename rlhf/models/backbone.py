@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.packing import Packing, packed, packs
+from rlhf.models.packing import packed, packs
 from rlhf.ops.sequences import causal_inputs
 
 if TYPE_CHECKING:
@@ -35,36 +35,30 @@ def hidden_states(
     first = (lengths - 1).scatter_reduce(0, rows.flatten(), columns.flatten(), "amin")
     backbone: Any = model.base_model
     if not packs(model):
-        from_first = torch.arange(input_ids.shape[1], device=input_ids.device) >= first.min()
-        with _last_mlp_on(backbone, from_first.nonzero().squeeze(1)):
+        with _last_mlp_on(backbone, torch.arange(input_ids.shape[1], device=input_ids.device) >= first.min()):
             states = backbone(**causal_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
         return states[rows, columns]
-    inputs = packed(input_ids, attention_mask)
-    read = inputs["position_ids"][0] >= first.repeat_interleave(lengths)
-    with _last_mlp_on(backbone, read.nonzero().squeeze(1)):
-        packing = Packing(lengths.tolist(), first.tolist())
-        states = backbone(**inputs, packing=packing, use_cache=False).last_hidden_state[0]
+    inputs = packed(input_ids, attention_mask, first)
+    with _last_mlp_on(backbone, inputs["position_ids"][0] >= first.repeat_interleave(lengths)):
+        states = backbone(**inputs, use_cache=False).last_hidden_state[0]
     return states[(lengths.cumsum(0) - lengths)[rows] + columns]
 
 
 @contextmanager
-def _last_mlp_on(backbone: Any, columns: Tensor) -> Iterator[None]:
-    """Within, the last layer's MLP computes some columns `(n,)` only and gives 0 for the others."""
+def _last_mlp_on(backbone: Any, read: Tensor) -> Iterator[None]:
+    """Within, the last layer's MLP computes the columns that are read only, bool `(T,)`, and gives 0 for the others."""
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
     mlp = None if checkpointed else last_mlp(backbone)  # checkpointed layers run again in the backward pass
-    if mlp is None:
+    if mlp is None or read.all():
         yield
         return
-
-    width = 0
+    columns = read.nonzero().squeeze(1)
 
     def pick(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        nonlocal width
-        width = inputs[0].shape[1]
         return inputs[0].index_select(1, columns)
 
     def put_back(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output.new_zeros(len(output), width, output.shape[2]).index_copy(1, columns, output)
+        return output.new_zeros(len(output), len(read), output.shape[2]).index_copy(1, columns, output)
 
     hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(put_back)]
     try:

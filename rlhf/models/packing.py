@@ -29,14 +29,18 @@ class Packing(NamedTuple):
     first: list[int]
 
 
-def packed(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+def packed(input_ids: Tensor, attention_mask: Tensor, first: Tensor) -> dict[str, Any]:
     """What a model that packs is fed of rows `(B, T)` with padding anywhere: their N real tokens, `(1, N)`.
 
     Positions start anew in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`.
+
+    Args:
+        first: `(B,)`, see `Packing`.
     """
     real = attention_mask.bool()
     ids, positions = (x[real].unsqueeze(0) for x in (input_ids, attention_mask.long().cumsum(1) - 1))
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+    packing = Packing(attention_mask.sum(1).tolist(), first.tolist())
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids), "packing": packing}
 
 
 def attention(
@@ -88,7 +92,7 @@ def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: to
 def packs(model: PreTrainedModel) -> bool:
     """Whether rows can be packed for this model: its attention is transformers' `sdpa`, and nothing else mixes tokens.
 
-    A forward of two short rows shows it, once per model. On a GPU a kernel per row would cost more than the padding.
+    A forward of two short rows shows it, once per model. On a GPU, where a kernel per row has not been tried, never.
     """
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or hasattr(weight, "ds_id"):
@@ -117,12 +121,12 @@ def _use_attention(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     """Whether a row's states are the same to the last bit behind two other rows, and nearly those that it has alone."""
-    ones, packing = torch.ones(2, 3, dtype=torch.long), Packing([3, 3], [0, 0])
     backbone: Any = model.base_model
 
     def states(*first: int) -> Tensor:
-        inputs = packed(torch.tensor([first, (0, 1, 0)]), ones)
-        return backbone(**inputs, packing=packing, use_cache=False).last_hidden_state[0, 3:].float()
+        ids = torch.tensor([first, (0, 1, 0)])
+        inputs = packed(ids, torch.ones_like(ids), torch.zeros(2, dtype=torch.long))
+        return backbone(**inputs, use_cache=False).last_hidden_state[0, 3:].float()
 
     with torch.autocast("cpu", enabled=False):
         try:

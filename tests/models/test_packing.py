@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,22 +12,27 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
     MixtralConfig,
 )
 
 from rlhf.models import packing
 from rlhf.models.packing import ATTENTION, Packing, packed, packs
 from rlhf.ops.sequences import pad_sequences
-from tests.models.test_backbone import PLAIN, build
 
+Build = Callable[[Any], Any]
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
-TAKE = PLAIN | {
-    "mixtral": MixtralConfig(
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, intermediate_size=64, **SMALL
-    )
+WIDTHS: dict[str, Any] = SMALL | {"num_attention_heads": 2, "intermediate_size": 64}
+TAKE = {
+    "gpt_neox": GPTNeoXConfig(**WIDTHS),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2),
+    "llama, two queries per key": LlamaConfig(num_key_value_heads=1, **WIDTHS),
+    "mistral, which sees four tokens": MistralConfig(num_key_value_heads=1, sliding_window=4, **WIDTHS),
+    "mixtral, with experts": MixtralConfig(num_key_value_heads=1, num_local_experts=2, **WIDTHS),
 }
 REFUSE = {
     "bloom, whose attention is its own": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
@@ -37,12 +43,12 @@ ROWS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 
 
 @pytest.mark.parametrize("name", TAKE)
-def test_models_that_take_packed_rows(name: str) -> None:
-    assert packs(build(TAKE[name]))
+def test_models_that_take_packed_rows(name: str, from_config: Build) -> None:
+    assert packs(from_config(TAKE[name]))
 
 
 @pytest.mark.parametrize("name", REFUSE)
-def test_models_that_do_not_are_left_as_they_were(name: str) -> None:
+def test_models_that_do_not_are_left_as_they_were(name: str, from_config: Build) -> None:
     model = AutoModelForCausalLM.from_config(REFUSE[name]).eval()
     before = model(torch.tensor([[1, 2, 3]])).logits
     implementation = model.config._attn_implementation
@@ -51,33 +57,33 @@ def test_models_that_do_not_are_left_as_they_were(name: str) -> None:
     assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
 
 
-def test_a_model_whose_attention_is_not_sdpa_or_chunked_is_padded() -> None:
-    config = GPTNeoXConfig(num_attention_heads=2, intermediate_size=64, **SMALL)
+def test_a_model_whose_attention_is_not_sdpa_or_chunked_is_padded(from_config: Build) -> None:
+    config = GPTNeoXConfig(**WIDTHS)
     assert not packs(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    chunked = build(LlamaConfig(num_attention_heads=2, intermediate_size=64, **SMALL))
+    chunked = from_config(LlamaConfig(**WIDTHS))
     chunked.config.layer_types = ["chunked_attention", "full_attention"]
     assert not packs(chunked)
 
 
-def test_weights_shared_out_by_zero3_are_padded() -> None:
-    model = build(PLAIN["gpt_neox"])
+def test_weights_shared_out_by_zero3_are_padded(from_config: Build) -> None:
+    model = from_config(TAKE["gpt_neox"])
     model.get_input_embeddings().weight.ds_id = 3
     assert not packs(model)
 
 
-def test_the_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_probed_once(monkeypatch: pytest.MonkeyPatch, from_config: Build) -> None:
     probed: list[Any] = []
     probe = packing._keeps_rows_apart
     monkeypatch.setattr(packing, "_keeps_rows_apart", lambda model: probed.append(model) or probe(model))
-    model = build(PLAIN["gpt2"])
+    model = from_config(TAKE["gpt2"])
     assert [packs(model), packs(model), len(probed)] == [True, True, 1]
 
 
 @pytest.mark.parametrize("name", TAKE)
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_model_that_packs_gives_the_same_as_before_without(name: str, padded: bool) -> None:
+def test_a_model_that_packs_gives_the_same_as_before_without(name: str, padded: bool, from_config: Build) -> None:
     """With a cache as without one, with padding and without."""
-    model = build(TAKE[name])
+    model = from_config(TAKE[name])
     ids, mask = pad_sequences(ROWS if padded else [row[:2] for row in ROWS], 0, "left")
     before = model(input_ids=ids, attention_mask=mask).logits
     packs(model)
@@ -90,8 +96,8 @@ def test_a_model_that_packs_gives_the_same_as_before_without(name: str, padded: 
     torch.testing.assert_close(step, whole, atol=1e-4, rtol=1e-5)
 
 
-def test_an_export_says_nothing_of_it(tmp_path: Any) -> None:
-    model = build(PLAIN["gpt_neox"])
+def test_an_export_says_nothing_of_it(tmp_path: Any, from_config: Build) -> None:
+    model = from_config(TAKE["gpt_neox"])
     packs(model)
     model.save_pretrained(tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
@@ -100,17 +106,20 @@ def test_an_export_says_nothing_of_it(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_packed_inputs_hold_real_tokens_only(side: Any) -> None:
-    inputs = packed(*pad_sequences(ROWS, 99, side))
+    inputs = packed(*pad_sequences(ROWS, 99, side), torch.tensor([3, 0, 2]))
+    assert inputs["packing"] == Packing([5, 2, 3], [3, 0, 2])
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
     assert inputs["attention_mask"].tolist() == [[1] * 10]
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_the_last_layer_attends_from_the_first_token_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", TAKE)
+def test_the_last_layer_attends_from_the_first_token_read(
+    name: str, monkeypatch: pytest.MonkeyPatch, from_config: Build
+) -> None:
     from transformers.integrations import sdpa_attention
 
-    model, queries = build(PLAIN[name]), []
+    model, queries = from_config(TAKE[name]), []
     assert packs(model)
     plain = sdpa_attention.sdpa_attention_forward
 
@@ -119,5 +128,5 @@ def test_the_last_layer_attends_from_the_first_token_read(name: str, monkeypatch
         return plain(module, query, *args, **kwargs)
 
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", counted)
-    model.base_model(**packed(*pad_sequences(ROWS, 0)), packing=Packing([5, 2, 3], [3, 0, 2]), use_cache=False)
+    model.base_model(**packed(*pad_sequences(ROWS, 0), torch.tensor([3, 0, 2])), use_cache=False)
     assert queries == [5, 2, 3, 2, 2, 1]
