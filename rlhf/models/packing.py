@@ -75,7 +75,7 @@ def attention(
         skip = first if is_last else 0
         mask = _mask(attention_mask, start, length, skip, query.device)
         part, _ = sdpa_attention_forward(module, q[:, :, skip:], k, v, mask, **kwargs)
-        parts.append(F.pad(part, (0, 0, 0, 0, skip, 0)))
+        parts.append(F.pad(part, (0, 0, 0, 0, skip, 0)) if skip else part)
         start += length
     return torch.cat(parts, 1), None
 
