@@ -259,6 +259,18 @@ def check_rollout(rollout: Rollout, episodes: dict[int, dict[str, Any]]) -> None
         assert rollout.scores[n].item() == pytest.approx(e["scores"], abs=1e-5)
 
 
+def with_numbers_of(rollout: Rollout, episodes: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The episodes with the float32 numbers that the loss is computed from, which `check_rollout` has compared.
+
+    Where the terms of a minibatch nearly cancel, a rounding of the advantages is large beside their sum.
+    """
+    used = ("logprobs", "values", "advantages", "returns")
+    return {
+        n: e | {name: getattr(rollout, name)[n, : len(e[name])].double().numpy() for name in used}
+        for n, e in episodes.items()
+    }
+
+
 def check_step(step: Step, networks: Networks, groups: list[list[dict[str, Any]]], s: PPOSettings) -> None:
     """Loss, statistics and gradients; the loss is the mean over `groups` of episodes."""
     trained = networks.trained()
@@ -282,14 +294,14 @@ def check_step(step: Step, networks: Networks, groups: list[list[dict[str, Any]]
         for name in names:
             wanted = trained[name].grad
             actual = step.gradients[name].view_as(wanted)
-            np.testing.assert_allclose(actual, wanted, atol=2e-5 * largest, rtol=0, err_msg=name)
+            np.testing.assert_allclose(actual, wanted, atol=1e-5 * largest, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rollout_loss_and_gradients_are_those_of_the_formulas(
     variant: str, make_networks: Callable[[str], dict[str, str]], trainer: Make, rollout_data: Make
 ) -> None:
-    """One update: eight episodes, two passes, micro-batches of four; gradients within 2e-5 of the largest."""
+    """One update: eight episodes, two passes, micro-batches of four; gradients within 1e-5 of the largest."""
     s = replace(SETTINGS, **VARIANTS[variant])
     paths = make_networks("gpt2" if variant == "learned positions" else "gpt_neox")
     by_micro_batch = variant == "means of micro-batches"
@@ -303,6 +315,7 @@ def test_rollout_loss_and_gradients_are_those_of_the_formulas(
     rollout, networks = data.last_rollout, Networks(paths)
     episodes = expected(rollout, networks, s, module.filtering)
     check_rollout(rollout, episodes)
+    episodes = with_numbers_of(rollout, episodes)
     assert len(module.steps) == s.ppo_epochs * s.minibatches
     for step in module.steps:
         rows = [[rollout.texts.index(text) for text in batch.texts] for batch in step.batches]
