@@ -8,24 +8,21 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf import run_folder
 from rlhf.errors import UserError
+from rlhf.stage_process import stage_processes
 
 STATE = "pipeline.json"
-PRODUCT = {"fit": "export/rlhf.json", "synthesize": "model/config.json", "report": "report.md"}
+PRODUCT = {"fit": "export/rlhf.json", "synthesize": "synthesize.json", "report": "report.md"}
 TABLES = ("generate", "judge", "margins")  # the product of such a stage is one file
 TABLE_SUFFIX = ".parquet"
 DEFAULT_SEED = 44413  # of training stages, where neither config nor command line says another
@@ -41,7 +38,8 @@ class Stage:
         command: what to run, as on the command line.
         config: its YAML file in `config_dir`; of several, later ones win.
         takes: settings to override; `{run}` in a value stands for the run folder, so that
-            `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`; `{seed}` is the pipeline's.
+            `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`; `{configs}` is the folder of
+            the configs, and `{seed}` the pipeline's seed.
     """
 
     name: str
@@ -72,7 +70,7 @@ def pipeline(
     run = run_folder.claim(run_dir, resuming=True)
     runner = Runner(run, Path(config_dir), seed, arguments)
     started = time.monotonic()
-    with forwarded_signals():
+    with stage_processes.forwarded_signals():
         for number, stage in enumerate(stages, 1):
             runner.run_stage(stage, f"[{number}/{len(stages)}]")
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
@@ -178,7 +176,7 @@ class Runner:
     def _filled(self, text: str) -> str:
         seed = str(DEFAULT_SEED if self.seed is None else self.seed)
         text = text.replace('"{seed}"', seed).replace("{seed}", seed)  # a number in JSON, too
-        for name, folder in {"run": self.run, **self.others}.items():
+        for name, folder in {"run": self.run, "configs": self.config_dir, **self.others}.items():
             text = text.replace(f"{{{name}}}", str(folder))
         return text
 
@@ -229,7 +227,7 @@ def run_jobs(jobs: list[Job], processes: int) -> dict[str, str]:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     waiting, running = list(jobs), dict[Future[None], Job]()
     done, failed = set[str | None]([None]), dict[str, str]()
-    with forwarded_signals(), ThreadPoolExecutor(processes) as pool:
+    with stage_processes.forwarded_signals(), ThreadPoolExecutor(processes) as pool:
         try:
             while waiting or running:
                 failed |= {
@@ -253,69 +251,17 @@ def run_jobs(jobs: list[Job], processes: int) -> dict[str, str]:
     return failed
 
 
-class _Signals:
-    """Hands signals on to the stages that run, which save and stop."""
-
-    def __init__(self) -> None:
-        self.children: set[subprocess.Popen[bytes]] = set()
-        self.received = 0
-
-    def receive(self, number: int, frame: Any) -> None:
-        """As the handler of a signal."""
-        self.received = number
-        for child in list(self.children):
-            child.send_signal(number)
-
-    def call(self, command: list[str], **settings: Any) -> int:
-        """The exit status of a command."""
-        with subprocess.Popen(command, **settings) as child:
-            self.children.add(child)
-            try:
-                if self.received:
-                    child.send_signal(self.received)
-                return child.wait()
-            except BaseException:
-                child.kill()
-                raise
-            finally:
-                self.children.discard(child)
-
-    def check(self) -> None:
-        """End this process, if it was sent a signal."""
-        if self.received:
-            print(f"Stopped by {signal.Signals(self.received).name}; the same command goes on from there.", flush=True)
-            raise SystemExit(128 + self.received)
-
-
-_signals = _Signals()
-
-
-@contextmanager
-def forwarded_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGUSR1 go on to the stages that run. In the main thread only."""
-    _signals.received = 0
-    before = {number: signal.signal(number, _signals.receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _run(stage: Stage, words: list[str], log: Path | None = None) -> float:
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "rlhf", *words]
-    if log is None:
-        code = _signals.call(command, env=environment)
-    else:
+    if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as output:
-            code = _signals.call(command, env=environment, stdout=output, stderr=output)
-    _signals.check()
-    if code:
+    status = stage_processes.run(words, log)
+    stage_processes.check()
+    if status:
         seen = f", see {log}" if log is not None else ""
-        raise UserError(f"the stage {stage.name} ended with status {code}{seen}; the same command goes on from there.")
+        raise UserError(
+            f"the stage {stage.name} ended with status {status}{seen}; the same command goes on from there."
+        )
     return time.monotonic() - start
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import threading
@@ -54,7 +55,7 @@ class Happens(Callback):
             came.set()
 
         signal.signal(signal.SIGTERM, receive)
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(multiprocessing.parent_process().pid, signal.SIGTERM)
         came.wait()
 
     def kill_while_writing(self) -> None:

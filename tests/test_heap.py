@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process, and compiled primitives do not pile up in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 FAULTS = """
 import resource, sys
@@ -29,3 +30,32 @@ def test_memory_is_used_again() -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert faults("keep") < 0.5 * faults("hand back")
+
+
+GROWTH = """
+import sys
+import torch
+from rlhf.heap import bound_primitive_cache
+
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+
+if sys.argv[1] == "bound":
+    bound_primitive_cache()
+for rows in range(2000, 2800):
+    torch.nn.functional.gelu(torch.ones(rows, 8))
+    before = resident() if rows == 2000 else before
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not (sys.platform == "linux" and torch.backends.mkldnn.is_available()), reason="no oneDNN")
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    def growth(word: str) -> float:
+        command = [sys.executable, "-c", GROWTH, word]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert growth("bound") < 0.5 * growth("free")

@@ -21,10 +21,9 @@ from rlhf.pipeline import Job, Runner, Stage, pipeline, run_jobs
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "sizes": {
-        "pretraining": 64, "train": 160, "validation": 8, "comparisons": 64, "comparisons_validation": 12,
+        "pretraining": 0, "train": 160, "validation": 8, "comparisons": 64, "comparisons_validation": 12,
         "comparisons_news": 6,
-    },
-    "model": {"hidden_size": 32, "layers": 1, "heads": 2, "vocabulary": 500},
+    }
 }  # fmt: skip
 QUICK = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=4", "--trainer.check_val_every_n_epoch=1"]
 
@@ -51,7 +50,7 @@ def test_from_nothing_to_a_report(
     pipeline(**quickstart)
     run = tmp_path / "run"
     evaluated = ["generate", "generate", "judge", "judge", "margins", "report"]
-    assert [words[0] for words in commands] == ["synthesize", "fit", "fit", "fit", "fit", *evaluated]
+    assert [words[0] for words in commands] == ["synthesize", "fit", "fit", "fit", *evaluated]
     report = (run / "report.md").read_text()
     for heading in ("SFT, PPO and the reference", "Reward model", "PPO", "Samples"):
         assert f"## {heading}" in report
@@ -103,14 +102,14 @@ def test_a_stopped_pipeline_goes_on(
     pipeline(**few)
     assert len(commands) == 1
     assert commands[0][-2:] == ["--ckpt_path", "last"]
-    manifest = json.loads((tmp_path / "run" / "pretrain" / "export" / "rlhf.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "sft" / "export" / "rlhf.json").read_text())
     assert manifest["epochs"] == 2
 
 
 def test_other_settings_never_overwrite(quickstart: dict[str, Any], commands: list[list[str]]) -> None:
     few = quickstart | {"stages": quickstart["stages"][:2]}
     pipeline(**few)
-    with pytest.raises(UserError, match="pretrain' with other settings"):
+    with pytest.raises(UserError, match="sft' with other settings"):
         pipeline(**(few | {"arguments": [*quickstart["arguments"], "--trainer.max_epochs=3"]}))
     with pytest.raises(UserError, match="with other settings"):
         pipeline(**(few | {"seed": 5}))
@@ -128,7 +127,7 @@ def test_stages_run_in_processes_of_their_own(tmp_path: Path, capfd: pytest.Capt
         "pipeline", f"--run_dir={tmp_path}/run", f"--config_dir={tmp_path}",
         '--stages=[{"name": "data", "command": "synthesize", "config": "data.yaml"}]',
     ])  # fmt: skip
-    assert (tmp_path / "run" / "data" / "model" / "config.json").is_file()
+    assert (tmp_path / "run" / "data" / "demonstrations" / "train.jsonl").is_file()
     with pytest.raises(SystemExit):
         main(["pipeline", f"--run_dir={tmp_path}/other", '--stages=[{"name": "ppo", "command": "report"}]'])
     assert "the stage ppo ended with status 2" in capfd.readouterr().err

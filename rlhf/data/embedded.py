@@ -1,10 +1,11 @@
-"""Writes the embedded data and a small GPT-NeoX with a tokenizer of its own: a pipeline needs no download."""
+"""Writes the embedded data, and a small GPT-NeoX with a tokenizer of its own: a pipeline needs no download."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer, quiet
 
 EOS_TOKEN = "<|endoftext|>"
+MANIFEST = "synthesize.json"  # written last: the settings that all else in the folder was made with
+TOKENIZER_TEXTS = 4_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many records of each kind.
+    """How many records of each kind; of 0 records no file is written.
 
     Attributes:
-        pretraining: posts with TL;DRs of every honest quality, to teach a random model to read.
+        pretraining: posts with TL;DRs of every honest quality, to teach a random model to read, which is then written.
         train: demonstrations to learn from.
         validation: demonstrations to measure on.
         comparisons: pairs for the reward model.
@@ -65,9 +68,10 @@ def synthesize(
     model: SmallModel = SmallModel(),
     tokenizer: str | None = None,
 ) -> None:
-    """Write the embedded data (posts, demonstrations, comparisons) and a small untrained model with its tokenizer.
+    """Write the embedded data (posts, demonstrations, comparisons), or a small untrained model with its tokenizer.
 
-    The folder gets `pretraining`, `demonstrations` and `comparisons` with a JSONL file per split, and `model`.
+    The folder gets `pretraining`, `demonstrations` and `comparisons` with a JSONL file per split, `model` where there
+    are data to pretrain it on, and last `synthesize.json` with these settings.
 
     Args:
         output: the folder to write.
@@ -77,23 +81,28 @@ def synthesize(
         model: shape of the small GPT-NeoX.
         tokenizer: folder of a tokenizer; only a model for it is written, no data.
     """
-    folder = Path(output)
-    if tokenizer is not None:
-        create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
-        return
-    text = TextFormat()
+    folder, texts = Path(output), TextFormat()
     try:
-        corpus = list(pretraining(sizes.pretraining, seed, "pretraining"))
-        _write(folder / "pretraining" / "train.jsonl", corpus)
-        for split, n in (("train", sizes.train), ("validation", sizes.validation)):
-            _write(folder / "demonstrations" / f"{split}.jsonl", demonstrations(n, seed, split))
-        pairs = comparisons(sizes.comparisons, seed, "train", label_noise)
-        _write(folder / "comparisons" / "train.jsonl", pairs)
-        _write(folder / "comparisons" / "validation.jsonl", _validation_pairs(sizes, seed, label_noise))
+        if tokenizer is not None:
+            create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
+        else:
+            _write_data(folder, seed, label_noise, sizes)
+            if sizes.pretraining:
+                corpus = pretraining(min(sizes.pretraining, TOKENIZER_TEXTS), seed, "pretraining")
+                read = (texts.query.format(**r) + one_leading_space(r["summary"]) for r in corpus)
+                create_model(folder / "model", train_tokenizer(read, model.vocabulary), model, seed)
+        settings = {"seed": seed, "label_noise": label_noise, "sizes": asdict(sizes), "model": asdict(model)}
+        (folder / MANIFEST).write_text(json.dumps(settings | {"tokenizer": tokenizer}, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"output: {folder} can't be written: {error}") from error
-    texts = (text.query.format(**r) + one_leading_space(r["summary"]) for r in corpus[:4_000])
-    create_model(folder / "model", train_tokenizer(texts, model.vocabulary), model, seed)
+
+
+def _write_data(folder: Path, seed: int, noise: float, sizes: Sizes) -> None:
+    _write(folder / "pretraining" / "train.jsonl", pretraining(sizes.pretraining, seed, "pretraining"))
+    for split, n in (("train", sizes.train), ("validation", sizes.validation)):
+        _write(folder / "demonstrations" / f"{split}.jsonl", demonstrations(n, seed, split))
+    _write(folder / "comparisons" / "train.jsonl", comparisons(sizes.comparisons, seed, "train", noise))
+    _write(folder / "comparisons" / "validation.jsonl", _validation_pairs(sizes, seed, noise))
 
 
 def _validation_pairs(sizes: Sizes, seed: int, noise: float) -> Iterator[dict[str, Any]]:
@@ -101,10 +110,14 @@ def _validation_pairs(sizes: Sizes, seed: int, noise: float) -> Iterator[dict[st
     yield from comparisons(sizes.comparisons_news, seed, "validation", noise, NEWS, "cnndm")
 
 
-def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
+def _write(file: Path, records: Iterator[dict[str, Any]]) -> None:
+    """Writes records as JSON lines; of no records, no file."""
+    first = next(records, None)
+    if first is None:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as stream:
-        for record in records:
+        for record in chain([first], records):
             stream.write(json.dumps(record) + "\n")
 
 

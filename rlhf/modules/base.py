@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
-from rlhf.heap import keep_freed_memory
+from rlhf.heap import bound_primitive_cache, keep_freed_memory
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config, load_tokenizer
 from rlhf.modules.settings import Optimization
@@ -48,10 +48,11 @@ class StageModule(LightningModule):
         self.model_config = load_config(model_path, "model.model_path")
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy or precision that would make results wrong; on a CPU, keep freed memory from now on."""
+        """Refuse a strategy or precision that would make results wrong; on a CPU, settle what memory is kept."""
         check_strategy(self.trainer)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+            bound_primitive_cache()
 
     # ------------------------------------------------------------------------------------- to be given by a stage
 

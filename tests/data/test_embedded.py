@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from rlhf.data.embedded import Sizes, SmallModel, create_model, synthesize, train_tokenizer
+from rlhf.data.embedded import MANIFEST, Sizes, SmallModel, create_model, synthesize, train_tokenizer
 from rlhf.data.processing import load_comparisons, load_demonstrations
 from rlhf.data.records import Source
 from rlhf.data.texts import TextFormat
@@ -123,7 +124,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
 def test_for_a_tokenizer_only_a_model_is_written(output: Path, tmp_path: Path) -> None:
     shape = SmallModel(hidden_size=24, layers=2, heads=2)
     synthesize(str(tmp_path / "wide"), model=shape, tokenizer=str(output / "model"))
-    assert [file.name for file in (tmp_path / "wide").iterdir()] == ["model"]
+    assert {file.name for file in (tmp_path / "wide").iterdir()} == {"model", MANIFEST}
     mine, theirs = (load_tokenizer(str(folder / "model")) for folder in (tmp_path / "wide", output))
     assert mine.get_vocab() == theirs.get_vocab()
     assert mine.encode("my brother Alex") == theirs.encode("my brother Alex")
@@ -133,3 +134,16 @@ def test_for_a_tokenizer_only_a_model_is_written(output: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="tokenizer: there is no model folder"):
         synthesize(str(tmp_path / "other"), tokenizer=str(tmp_path / "nowhere"))
     assert not (tmp_path / "other").exists()
+
+
+def test_of_no_records_there_is_no_file_and_without_pretraining_no_model(output: Path, tmp_path: Path) -> None:
+    synthesize(str(tmp_path), 1, 0.0, replace(SIZES, pretraining=0, comparisons=0, comparisons_validation=0), MODEL)
+    files = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert files == {*FILES, MANIFEST} - {"pretraining/train.jsonl", "comparisons/train.jsonl"}
+    assert len(rows_of(tmp_path / "comparisons/validation.jsonl")) == SIZES.comparisons_news
+    assert (tmp_path / "demonstrations/train.jsonl").read_bytes() == (
+        output / "demonstrations/train.jsonl"
+    ).read_bytes()
+    assert json.loads((tmp_path / MANIFEST).read_text())["sizes"] == asdict(SIZES) | {
+        "pretraining": 0, "comparisons": 0, "comparisons_validation": 0
+    }  # fmt: skip

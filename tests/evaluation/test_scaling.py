@@ -42,7 +42,7 @@ def study(tmp_path: Path) -> list[str]:
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs" / "quickstart", configs / "quickstart")
     shutil.copytree(ROOT / "configs" / "scaling", configs / "scaling")
-    data = configs / "quickstart" / "data.yaml"
+    data = configs / "scaling" / "data.yaml"
     small = {"sizes": SMALL, "model": {"vocabulary": 500, **SHAPES["small"]}}
     data.write_text(yaml.safe_dump(yaml.safe_load(data.read_text()) | small))
     for name, shape in SHAPES.items():
@@ -58,9 +58,7 @@ def study(tmp_path: Path) -> list[str]:
 def product(words: list[str]) -> Path:
     """The file that a stage writes last."""
     output = Path(next(word for word in words if word.startswith(("--run_dir=", "--output="))).partition("=")[2])
-    return {"fit": output / "export" / "rlhf.json", "synthesize": output / "model" / "config.json"}.get(
-        words[0], output
-    )
+    return {"fit": output / "export" / "rlhf.json", "synthesize": output / "synthesize.json"}.get(words[0], output)
 
 
 @pytest.fixture
@@ -93,7 +91,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch, model_path: str) -> tuple[list[li
 
 def place(words: list[str], root: Path) -> str:
     file = product(words).relative_to(root)
-    return str(file.parent.parent if words[0] in ("fit", "synthesize") else file.with_suffix(""))
+    folder = {"fit": file.parent.parent, "synthesize": file.parent}
+    return str(folder.get(words[0], file.with_suffix("")))
 
 
 def test_two_sizes_and_two_seeds_from_nothing_to_a_report(

@@ -1,0 +1,22 @@
+"""Imports what stages need, for the process that they are forked from."""
+
+import gc
+import importlib
+import signal
+
+from rlhf.stage_process import FORWARDED
+
+MODULES = (
+    "rlhf.stage_cli", "rlhf.evaluation.generate", "rlhf.evaluation.judge", "rlhf.evaluation.margins",
+    "rlhf.evaluation.report", "rlhf.data.embedded",
+    # what they import when they run
+    "datasets", "matplotlib.pyplot", "pyarrow.parquet", "torch.utils.tensorboard", "torch._inductor.compile_fx",
+    "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",
+)  # fmt: skip
+
+for number in FORWARDED:
+    signal.signal(number, signal.SIG_IGN)  # a signal to all processes is for the stages, which this one waits for
+for name in MODULES:
+    importlib.import_module(name)
+gc.collect()
+gc.freeze()  # else the garbage collector of every fork writes to, and so copies, all these pages
