@@ -128,8 +128,7 @@ class OneUpdate(Callback):
 
     @staticmethod
     def _now(module: Any) -> float:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(module.device).synchronize()
         return time.perf_counter()
 
 

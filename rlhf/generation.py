@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.devices import accumulator_dtype
 from rlhf.models.packing import packed, packs
 from rlhf.ops.sequences import model_inputs
 
@@ -33,7 +34,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def uniforms(rows: int, length: int, generator: torch.Generator) -> Tensor:
     """The randomness of `sample`, one number in [0, 1) per token, `(rows, length)`, on the device of the generator."""
-    return torch.rand(rows, length, dtype=torch.float64, generator=generator, device=generator.device)
+    device = generator.device
+    return torch.rand(rows, length, dtype=accumulator_dtype(device), generator=generator, device=device)
 
 
 @torch.no_grad()
@@ -104,20 +106,35 @@ def read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, ca
 def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token per row by inverting the cumulative distribution, `(B, V), (B,) -> (B,)`.
 
-    The distribution is summed up by blocks of the vocabulary, in float64: first the block is found, then the token in
-    it. Unlike `torch.multinomial`, this needs one random number per row, and not one per row and token.
+    The distribution is summed up by blocks of the vocabulary, in the precision of the random numbers: first the block
+    is found, then the token in it. A token whose probability rounds to 0 is never drawn, however the sums round. Unlike
+    `torch.multinomial`, this needs one random number per row, and not one per row and token.
     """
     width = logits.shape[1]
     logits = F.pad(logits, (0, -width % BLOCK), value=-torch.inf)
     weights = torch.exp(logits - logits.amax(1, keepdim=True)).unflatten(1, (-1, BLOCK))
-    blocks = _cumulative(weights.sum(2, dtype=torch.float64))
+    sums = weights.sum(2, dtype=uniforms.dtype)
+    blocks = _cumulative(sums)
     target = uniforms.unsqueeze(1) * blocks[:, -1:]
-    block = torch.searchsorted(blocks, target, right=True).clamp(max=blocks.shape[1] - 1)
+    block = _first_above(blocks, target, sums)
     before = F.pad(blocks, (1, 0)).gather(1, block)
-    inside = _cumulative(weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double())
-    token = torch.searchsorted(inside, target - before, right=True)
-    last = (inside < inside[:, -1:]).sum(1, keepdim=True)  # the last token that has any probability
-    return (block * BLOCK + torch.minimum(token, last)).squeeze(1)
+    own = weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].to(uniforms.dtype)
+    token = _first_above(_cumulative(own), target - before, own)
+    return (block * BLOCK + token).squeeze(1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Finds the first column with a weight whose cumulative sum is above the target, else the last one with a weight.
+
+    A binary search could stop at a column without a weight: each sum rounds by itself, and so may exceed the next one.
+
+    Args:
+        cumulative, weights: `(B, n)`.
+        target: `(B, 1)`.
+    """
+    columns = torch.arange(weights.shape[1], device=weights.device)
+    last = torch.where(weights > 0, columns, 0).amax(1, keepdim=True)
+    return torch.where((cumulative > target) & (weights > 0), columns, last).amin(1, keepdim=True)
 
 
 def _cumulative(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
 
@@ -130,6 +130,16 @@ def check_strategy(trainer: Trainer) -> None:
             f"trainer.precision {trainer.precision} rounds optimizer states and rotary frequencies to 16 bit; use "
             f"{trainer.precision.replace('true', 'mixed')}."
         )
+    if isinstance(trainer.accelerator, MPSAccelerator):
+        _check_mps(trainer)
+
+
+def _check_mps(trainer: Trainer) -> None:
+    """Refuses what the GPU of a Mac can't do; Lightning itself refuses DDP there."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise UserError(f"trainer.strategy {NAME} does not run on MPS; use --trainer.accelerator cpu, or no strategy.")
+    if trainer.precision == "16-mixed":
+        raise UserError("trainer.precision 16-mixed needs a loss scaler, which MPS lacks; use bf16-mixed or 32-true.")
 
 
 def engine_dtype(trainer: Any) -> torch.dtype:

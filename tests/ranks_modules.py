@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.loading import load_causal_lm
 from rlhf.modules import PPOModule, SFTModule
 
 
@@ -28,7 +29,18 @@ class SGDModule(SFTModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class FixedResponsesPPO(PPOModule):
+class WaitingPPO(PPOModule):
+    """Its policy must be the SFT model, in the precision in which it is trained, until the critic is warm."""
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        held = self.trainer.current_epoch < self.ppo.critic_warmup
+        weights = load_causal_lm(self.model_path, dtype=self.weights_dtype).parameters()
+        pairs = list(zip(weights, self.actor_critic.policy.parameters(), strict=True))
+        assert all(torch.equal(old, new) for old, new in pairs) == held
+
+
+class FixedResponsesPPO(WaitingPPO):
     """Responses are a function of the prompt alone, so they do not depend on the rank that draws them."""
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, *_: Any) -> Tensor:

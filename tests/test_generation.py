@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf import generation
-from rlhf.generation import BLOCK, choose, sample, uniforms
+from rlhf.generation import BLOCK, _first_above, choose, sample, uniforms
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 
@@ -216,17 +216,30 @@ def test_a_draw_inverts_the_cumulative_distribution(vocabulary: int, seed: int) 
 
 @pytest.mark.parametrize("vocabulary", [7, BLOCK, BLOCK + 1, 3 * BLOCK + 5])
 @pytest.mark.parametrize("number", [0.0, 2.0**-53, 0.5, 1 - 2.0**-40, 1 - 2.0**-53])
-def test_tokens_of_probability_zero_are_never_drawn(vocabulary: int, number: float) -> None:
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
+def test_tokens_of_probability_zero_are_never_drawn(vocabulary: int, number: float, precision: torch.dtype) -> None:
     """At the beginning, in the middle, at the end, and whole blocks of them; one token, or many, have all of it."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         possible = rng.random(vocabulary) < rng.choice([0.001, 0.02, 0.5])
         possible[rng.integers(vocabulary)] = True
         logits = torch.from_numpy(np.where(possible, rng.normal(size=vocabulary) * 5, -np.inf)).float()
-        token = int(choose(logits.unsqueeze(0), torch.tensor([number], dtype=torch.float64)))
+        token = int(choose(logits.unsqueeze(0), torch.tensor([number], dtype=precision)))
         assert possible[token], (seed, token)
         if number == 0:
             assert token == possible.argmax()
+
+
+@pytest.mark.parametrize(("target", "column"), [(0.0, 0), (1.0, 2), (1.5, 2), (2.0, 3), (2.9, 3), (3.0, 3)])
+def test_a_column_without_weight_is_skipped_though_its_sum_has_rounded_up(target: float, column: int) -> None:
+    weights, sums = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.1, 2.0, 2.9, 3.0]])
+    assert _first_above(sums, torch.tensor([[target]]), weights).item() == column
+
+
+def test_draws_in_float32_are_those_in_float64_but_for_rounding() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, numbers = 2 * torch.randn(2000, 3 * BLOCK + 5, generator=random), torch.rand(2000, generator=random)
+    assert (choose(logits, numbers) != choose(logits, numbers.double())).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 4])

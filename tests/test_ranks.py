@@ -32,7 +32,8 @@ PROCESSES = {
 CLIP = 1.0  # of a norm of 1.3: were the loss divided twice, nothing would be clipped
 CLIPPED = ["--model=ranks_modules.SGDModule", f"--trainer.gradient_clip_val={CLIP}"]
 ONE_STEP = ["--model=ranks_modules.FixedResponsesPPO", "--model.ppo.ppo_epochs=1", "--trainer.max_epochs=1"]
-IN_BFLOAT16 = ["--trainer.precision=bf16-mixed", "--model.ppo.ppo_epochs=2", "--trainer.max_epochs=2"]
+WARM_UP = ["--model.ppo.critic_warmup=1", "--trainer.max_epochs=2"]
+IN_BFLOAT16 = ["--model=ranks_modules.WaitingPPO", "--trainer.precision=bf16-mixed", "--model.ppo.ppo_epochs=2"]
 AS_A_USER = ("sft-ddp", "sft-zero2")
 Driver = Callable[[list[str], int, Path], list[int]]
 Fit = Callable[..., Path]
@@ -103,12 +104,16 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_same_step(one: Path, two: Path) -> None:
-    """Weights and the norm of the gradient are the same after one optimizer step."""
+def assert_same_weights(one: Path, two: Path) -> None:
     expected, found = weights(one), weights(two)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def assert_same_step(one: Path, two: Path) -> None:
+    """Weights and the norm of the gradient are the same after one optimizer step."""
+    assert_same_weights(one, two)
     norms = [read_curves(run)["grad_norm"].tolist() for run in (one, two)]
     assert len(norms[0]) == 1
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
@@ -132,6 +137,13 @@ def test_reward_model_and_ppo_give_the_same_weights_on_two_processes(fit: Fit, s
     assert_same_step(fit(stage, "one"), fit(stage, processes))
 
 
+@pytest.mark.parametrize("processes", ["ddp", "zero2"])
+def test_the_first_step_after_the_warm_up_is_the_same_on_two_processes(fit: Fit, processes: str) -> None:
+    """A step of the critic, then one of both; were the first one counted, the policy's would be 0.74 as large."""
+    words = [*WARM_UP, "--trainer.gradient_clip_val=0.1"]
+    assert_same_weights(*(fit("ppo", p, *words, name=f"warm-{p}") for p in ("one", processes)))
+
+
 def test_a_pipeline_under_zero2(fit: Fit) -> None:
     sft, reward, ppo = (fit(stage, "zero2") for stage in ("sft", "reward", "ppo"))
     load = {"output_loading_info": True, "dtype": torch.float32}
@@ -151,10 +163,10 @@ def test_a_pipeline_under_zero2(fit: Fit) -> None:
 
 @pytest.fixture(scope="session")
 def in_bfloat16(fit: Fit) -> Path:
-    """Two updates of PPO in bfloat16, with a checkpoint after each."""
+    """Two updates of PPO in bfloat16, the first of the critic alone, with a checkpoint after each."""
     keep = {"dirpath": None, "filename": "{epoch}", "save_top_k": -1, "save_on_train_epoch_end": True}
     checkpoints = json.dumps([{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep}])
-    return fit("bf16", "zero2", *IN_BFLOAT16, f"--trainer.callbacks={checkpoints}")
+    return fit("bf16", "zero2", *IN_BFLOAT16, *WARM_UP, f"--trainer.callbacks={checkpoints}")
 
 
 def test_ppo_on_two_processes(in_bfloat16: Path) -> None:
@@ -179,7 +191,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(fit: Fit, in_bfloa
     if not stopped.exists():
         (first,) = in_bfloat16.rglob("epoch=0.ckpt")
         shutil.copytree(first, stopped / "checkpoints" / "last.ckpt")
-    resumed = fit("bf16", "zero2", *IN_BFLOAT16, "--ckpt_path=last", name="bf16-resumed")
+    resumed = fit("bf16", "zero2", *IN_BFLOAT16, *WARM_UP, "--ckpt_path=last", name="bf16-resumed")
     expected, found = weights(in_bfloat16), weights(resumed)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

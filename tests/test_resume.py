@@ -57,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> dict[st
         values = {"path": train, "split": "train"}
         return [f"--data.{split}.{key}={values[key]}" for split, key in parts]
 
-    ppo = ["response_length=4", "ppo_epochs=2", "critic_warmup=0", "kl_target=0.1"]
+    ppo = ["response_length=4", "ppo_epochs=2", "critic_warmup=2", "kl_target=0.1"]
     return {
         "sft": [*data(texts), "--model.response_length=4"],
         "reward": [*data(pairs), f"--data.demonstrations.path={texts}"],

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from rlhf import strategies
@@ -77,6 +80,22 @@ def test_true_16_bit_is_refused_and_mixed_is_not(strategy: str, precision: str) 
         check_strategy(trainer(strategy, precision=f"{precision}-true"))
     check_strategy(trainer(strategy, precision="bf16-mixed"))
     check_strategy(trainer(strategy))
+
+
+def test_what_mps_cannot_do_is_refused() -> None:
+    def on_mps(**settings: Any) -> Trainer:
+        made = trainer(**settings)
+        made.strategy.accelerator = MPSAccelerator()
+        return made
+
+    check_strategy(on_mps(strategy="auto"))
+    check_strategy(on_mps(strategy="auto", precision="bf16-mixed"))
+    with pytest.raises(UserError, match=r"zero2 does not run on MPS; use --trainer\.accelerator cpu"):
+        check_strategy(on_mps(strategy="zero2"))
+    scaled = on_mps(strategy="auto")
+    scaled.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(UserError, match="16-mixed needs a loss scaler, which MPS lacks; use bf16-mixed"):
+        check_strategy(scaled)
 
 
 def test_a_stage_refuses_before_it_loads_its_model(model_path: str, sft_data: Callable[..., SFTDataModule]) -> None:

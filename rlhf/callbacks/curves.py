@@ -28,10 +28,10 @@ class PPOCurves(Callback):
     def __init__(self) -> None:
         self._start = self._validation = self._learning_rate = 0.0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The update begins."""
         self._start, self._validation = time.perf_counter(), 0.0
-        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self._learning_rate = pl_module.learning_rate
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no part of the update's time."""

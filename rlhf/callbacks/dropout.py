@@ -69,8 +69,12 @@ def draws_random_numbers(model: nn.Module) -> bool:
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0, dtype=torch.uint8)
-    return torch.cat([torch.get_rng_state(), cuda])
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    if device.type == "mps":
+        states.append(torch.mps.get_rng_state())
+    return torch.cat(states)
 
 
 def _networks(module: nn.Module) -> Iterator[nn.Module]:

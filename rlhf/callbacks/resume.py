@@ -24,6 +24,7 @@ def record(trainer: Any, module: Any) -> dict[str, Any]:
     return {
         "must_agree": {name: [shown, compared] for name, shown, compared in _must_agree(trainer, module)},
         "processes": trainer.world_size,
+        "parameter_groups": len(trainer.optimizers[0].param_groups),
         "accumulate": trainer.accumulate_grad_batches,
     }
 
@@ -76,6 +77,7 @@ class Resume(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._groups = 1
         self._typed: list[dict[str, Any]] = []
         self._typed_base: list[list[float]] = []
 
@@ -100,6 +102,7 @@ class Resume(Callback):
                     "another run (--run_dir), which can take an export of this one as its model (docs/resuming.md)."
                 )
         self._compare_processes(trainer, found["processes"])
+        self._groups = found.get("parameter_groups", 1)
 
     def _compare_processes(self, trainer: Trainer, before: int) -> None:
         now, zero = trainer.world_size, isinstance(trainer.strategy, DeepSpeedStrategy)
@@ -132,8 +135,15 @@ class Resume(Callback):
             counts |= dict.fromkeys(counts, done) | {"completed": done - missing}
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Keep what the user has typed, before it is overwritten."""
-        self._typed = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizers[0].param_groups]
+        """Keep what the user has typed, before it is overwritten; refuse an optimizer with other groups."""
+        groups = trainer.optimizers[0].param_groups
+        if len(groups) != self._groups:
+            raise UserError(
+                f"ckpt_path: the optimizer of {self.path} has {self._groups} groups of parameters, and now there are "
+                f"{len(groups)}, so it was written by another version of this program; start another run (--run_dir), "
+                "which can take an export of this one as its model (docs/resuming.md)."
+            )
+        self._typed = [{k: v for k, v in g.items() if k != "params"} for g in groups]
         schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._typed_base = [list(schedule.base_lrs) for schedule in schedules]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
@@ -126,9 +126,14 @@ class StageModule(LightningModule):
         """
         return share if self.optimization.loss_reduction == "minibatch" else max(int(own), 1)
 
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of now: the highest of all groups, as one may be held at 0."""
+        return max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+
     def log_learning_rate(self) -> None:
         """A point of the curve `lr`."""
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        self.log("lr", self.learning_rate, batch_size=1)
 
     def total_schedule_steps(self) -> int:
         """How often the schedule steps: optimizer steps, or PPO updates."""
@@ -136,14 +141,17 @@ class StageModule(LightningModule):
             return max(1, self.trainer.max_epochs or 1)
         return int(self.trainer.estimated_stepping_batches)
 
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Every parameter that is trained, in groups that the optimizer can treat apart."""
+        return [[p for p in self.parameters() if p.requires_grad]]
+
     def configure_optimizers(self) -> Any:
         """AdamW over every parameter that is trained, with the schedule of `Optimization`."""
         from transformers import get_scheduler
 
         o = self.optimization
-        parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters,
+            [{"params": group} for group in self.parameter_groups()],
             lr=o.learning_rate,
             eps=o.eps,
             weight_decay=o.weight_decay,

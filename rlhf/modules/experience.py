@@ -362,8 +362,7 @@ class ExperienceModule(StageModule):
         return whiten(episodes.advantages, episodes.mask, reduce=self.reduce_sum)
 
     def _clock(self, phase: str, start: float) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(self.device).synchronize()
         now = time.perf_counter()
         self.seconds[phase] = now - start
         return now

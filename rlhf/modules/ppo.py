@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.callbacks.curves import PPOCurves
 from rlhf.callbacks.samples import SampleTable
@@ -45,6 +45,12 @@ class PPOModule(ExperienceModule):
 
     # ---------------------------------------------------------------------------------------------------- training
 
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """The policy's parameters, then all others, so that the policy can wait for the critic."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        policy = set(self.actor_critic.policy.parameters())
+        return [[p for p in trained if p in policy], [p for p in trained if p not in policy]]
+
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """The loss of a micro-batch, and its statistics per token: `(B, R)` values and the mask of those that count.
 
@@ -79,9 +85,25 @@ class PPOModule(ExperienceModule):
         return loss, statistics
 
     def on_train_epoch_start(self) -> None:
-        """A new update: no statistics yet."""
+        """A new update: no statistics yet, and the policy waits or starts."""
         self._sums: dict[str, Tensor] = {}
         self.ratio_deviation = torch.zeros((), device=self.device)
+        self._hold_policy()
+
+    def _hold_policy(self) -> None:
+        """Holds the policy while the critic learns alone; then makes AdamW forget the steps that it was held in.
+
+        Without a learning rate, neither weight decay nor rounding moves a weight. The schedule sets the rate anew after
+        every update. The states belong to parameters, or under ZeRO to this process's part of all of them.
+        """
+        optimizer = self.trainer.optimizers[0]
+        policy, update = optimizer.param_groups[0], self.trainer.current_epoch
+        if update < self.ppo.critic_warmup:
+            policy["lr"] = 0.0
+        elif update == self.ppo.critic_warmup:
+            for parameter in policy["params"]:
+                for state in optimizer.state.get(parameter, {}).values():
+                    state.zero_()  # moments, and the count of steps that corrects their bias
 
     def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
         """The loss of one micro-batch of the current rollout."""

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from rlhf.callbacks.accuracy import AccuracyTable
+from rlhf.devices import accumulator_dtype
 from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, embedding_rows, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.base import StageModule
@@ -155,7 +156,7 @@ class RewardModule(StageModule):
                 scores.append(self.model.score(ids, mask))
                 if limit is not None and sum(map(len, scores)) >= limit:
                     break
-        return torch.cat(scores).double()
+        return torch.cat(scores).to(accumulator_dtype(self.device))
 
     def prepare_export(self) -> None:
         """Find the shift after which demonstrations have mean 0 (D21)."""

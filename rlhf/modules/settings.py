@@ -61,8 +61,10 @@ class PPOSettings:
         value_clip: of the value; null: no clipping (D34).
         value_coefficient: weight of the value loss (D34).
         entropy_coefficient: weight of an entropy bonus (D35).
-        critic_warmup: updates at the beginning in which the critic learns alone (the policy's gradients are 0). The
-            paper has none; with a large learning rate the policy would follow the first, wrong values.
+        critic_warmup: updates at the beginning in which the critic learns alone. The policy's weights stay as they are
+            to the last bit, and AdamW begins with it afterwards as with a new one; the schedule of the learning rate
+            counts these updates. The paper has none; with a large learning rate the policy would follow the first,
+            wrong values.
         evaluation_temperature: of the samples in validation (D37).
         cuda_graphs: sample with a cache of fixed size and, on a GPU, replay one captured step instead of launching its
             kernels anew. The same responses up to rounding. Not yet run on a GPU, so it is off.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.callbacks.samples import SampleTable
 from rlhf.checks import above, at_least
+from rlhf.devices import accumulator_dtype
 from rlhf.generation import sample, uniforms
 from rlhf.models.loading import (
     check_language_model,
@@ -146,7 +147,7 @@ class SFTModule(StageModule):
 
     def on_validation_start(self) -> None:
         """Start a new split."""
-        self._rouge = torch.zeros(len(ROUGE) + 1, device=self.device, dtype=torch.float64)
+        self._rouge = torch.zeros(len(ROUGE) + 1, device=self.device, dtype=accumulator_dtype(self.device))
 
     on_test_start = on_validation_start
 
@@ -166,7 +167,7 @@ class SFTModule(StageModule):
         samples = self.predict_step(batch, batch_idx)
         scores = rouge([s["response"] for s in samples], [s["reference"] for s in samples])
         sums = [scores[name] * len(samples) for name in ROUGE]
-        self._rouge += torch.tensor([*sums, len(samples)], device=self.device, dtype=torch.float64)
+        self._rouge += torch.tensor([*sums, len(samples)], device=self.device, dtype=accumulator_dtype(self.device))
         return {"samples": samples}
 
     def _log_rouge(self, split: str) -> None:

@@ -26,7 +26,7 @@ from rlhf.modules import PPOModule, RewardModule, SFTModule
 from rlhf.modules.settings import Optimization, PPOSettings
 
 FAST = Optimization(learning_rate=1e-3)
-PPO = PPOSettings(response_length=4, ppo_epochs=2, critic_warmup=0, kl_target=0.1)
+PPO = PPOSettings(response_length=4, ppo_epochs=2, critic_warmup=1, kl_target=0.1)
 NOT_COMPARED = ("seconds", "memory", "eps", "tokens_per")
 Make = Callable[..., Any]
 Curves = dict[str, dict[int, float]]
@@ -114,7 +114,7 @@ def fit(
         ("sft", [("on_validation_end", 3)]),
         ("sft", [("on_train_epoch_end", 1)]),
         ("reward", [("on_train_batch_end", 4)]),
-        ("ppo", [("on_train_batch_start", 7)]),
+        ("ppo", [("on_train_batch_start", 11)]),
         ("ppo", [("on_train_epoch_end", 2)]),
     ],
 )

@@ -21,7 +21,9 @@ def stage(model_path: str, tokenizer: Any) -> Any:
     """As much of a Trainer and a module as a checkpoint names."""
     rows = [{"input_ids": [n]} for n in range(9)]
     data = SimpleNamespace(batch_size=8, splits={"train": rows})
-    trainer = SimpleNamespace(datamodule=data, strategy=None, world_size=2, accumulate_grad_batches=1)
+    optimizer = SimpleNamespace(param_groups=[{"params": []}])
+    how = {"strategy": None, "world_size": 2, "accumulate_grad_batches": 1}
+    trainer = SimpleNamespace(datamodule=data, optimizers=[optimizer], lr_scheduler_configs=[], **how)
     module = SimpleNamespace(model_path=model_path, reference_path=None, tokenizer=tokenizer, seed=1)
     return SimpleNamespace(trainer=trainer, module=module, data=data)
 
@@ -90,6 +92,20 @@ def test_a_checkpoint_of_another_program_is_refused(stage: Any, tmp_path: Path) 
     torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="does not say what it was made with"):
         Resume(tmp_path / "a.ckpt").setup(stage.trainer, stage.module, "fit")
+
+
+def test_an_optimizer_of_other_groups_is_refused(stage: Any, tmp_path: Path) -> None:
+    path, groups = tmp_path / "last.ckpt", stage.trainer.optimizers[0].param_groups
+    known = record(stage.trainer, stage.module)
+    earlier = {name: value for name, value in known.items() if name != "parameter_groups"}
+    for written in (known, earlier):
+        torch.save({"rlhf": written}, path)
+        resume = Resume(path)
+        resume.setup(stage.trainer, stage.module, "fit")
+        resume.on_fit_start(stage.trainer, stage.module)
+    groups.append({"params": []})
+    with pytest.raises(UserError, match=rf"the optimizer of {path} has 1 groups .* now there are 2, .*--run_dir"):
+        resume.on_fit_start(stage.trainer, stage.module)
 
 
 def test_a_model_is_known_by_its_weights_wherever_it_lies(model_path: str, tmp_path: Path) -> None:

@@ -354,18 +354,50 @@ def test_placement_changes_no_number(model_path: str, reward_path: str, trainer:
     assert rollouts[0].scores.isfinite().all()
 
 
-def test_warming_up_the_critic_leaves_the_policy_alone(
-    model_path: str, reward_path: str, trainer: Make, rollout_data: Make
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_warming_up_the_critic_leaves_policy_and_optimizer_as_new(
+    model_path: str, reward_path: str, trainer: Make, rollout_data: Make, clip: float | None
 ) -> None:
-    settings = replace(SETTINGS, critic_warmup=1)
-    module = PPOModule(
-        model_path, reward_path, ppo=settings, optimization=Optimization(1e-2, weight_decay=0.0, schedule="constant")
-    )
-    module.configure_model()
-    before = [[p.detach().clone() for p in part.parameters()] for part in module.actor_critic.children()]
-    trainer(limit_val_batches=0, max_epochs=1).fit(module, rollout_data())
-    moved = [
-        any(not torch.equal(a, b) for a, b in zip(old, part.parameters(), strict=True))
-        for old, part in zip(before, module.actor_critic.children(), strict=True)
-    ]
-    assert moved == [False, True]
+    """An update of the critic alone, then three of both, of two steps each.
+
+    Their gradients give, to the last bit, the steps of a new AdamW, the first of which is written out too.
+    """
+    seen: list[list[list[Tensor]]] = []
+    logged: list[float] = []
+
+    class Spy(PPOModule):
+        def on_train_start(self) -> None:
+            parts = [list(part.parameters()) for part in self.actor_critic.children()]
+            seen.append([[p.detach().clone() for p in part] for part in parts])
+
+            def after(*args: Any) -> None:
+                seen.append([[x.clone() for p in part for x in (p.detach(), p.grad)] for part in parts])
+
+            self.trainer.optimizers[0].register_step_post_hook(after)
+
+        def on_train_epoch_end(self) -> None:
+            super().on_train_epoch_end()
+            logged.append(float(self.trainer.callback_metrics["lr"]))
+
+    optimization = Optimization(1e-2, weight_decay=0.1, schedule="linear")
+    module = Spy(model_path, reward_path, ppo=replace(SETTINGS, critic_warmup=1), optimization=optimization)
+    trainer(limit_val_batches=0, max_epochs=4, gradient_clip_val=clip).fit(module, rollout_data())
+    rates = [1e-2, 1e-2, 7.5e-3, 7.5e-3, 5e-3, 5e-3, 2.5e-3, 2.5e-3]
+    assert logged == pytest.approx(rates[::2])
+    start, steps = seen[0], seen[1:]
+    assert len(steps) == len(rates)
+    for part, first in ((0, 2), (1, 0)):
+        weights = [torch.nn.Parameter(p.clone()) for p in start[part]]
+        optimizer = torch.optim.AdamW(weights, lr=1.0, eps=1e-5, weight_decay=0.1, fused=True)
+        for number, (step, rate) in enumerate(zip(steps, rates, strict=True)):
+            if number >= first:
+                for p, gradient in zip(weights, step[part][1::2], strict=True):
+                    p.grad = gradient
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(weights, step[part][::2], strict=True)), (part, number)
+        assert any(gradient.any() for gradient in steps[-1][part][1::2])
+    before = torch.cat([p.flatten() for p in start[0]]).double()
+    after, gradient = (torch.cat([x.flatten() for x in steps[2][0][n::2]]).double() for n in (0, 1))
+    expected = before * (1 - 7.5e-3 * 0.1) - 7.5e-3 * gradient / (gradient.abs() + 1e-5)
+    torch.testing.assert_close(after, expected, atol=1e-6, rtol=1e-5)
