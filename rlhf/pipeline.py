@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rlhf import run_folder
 from rlhf.errors import UserError
-from rlhf.stage_process import stage_processes
+from rlhf.stage_process import Ended, stage_processes
 
 STATE = "pipeline.json"
 PRODUCT = {"fit": "export/rlhf.json", "synthesize": "synthesize.json", "report": "report.md"}
@@ -124,9 +124,10 @@ class Runner:
             words += ["--ckpt_path", "last"]
         print(f"{title}: {'going on' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
         self._state.start(stage.name, made_from)
-        seconds = _run(stage, words, self.run / f"{stage.name}.log") if self.logged else _run(stage, words)
-        self._state.finish(stage.name, seconds)
-        print(f"{title}: done in {seconds:.0f} s\n", flush=True)
+        log = self.run / f"{stage.name}.log" if self.logged else None
+        ended = _run(stage, words, log)
+        self._state.finish(stage.name, ended)
+        print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)
 
     def plan(self, stage: Stage) -> tuple[list[str], dict[str, str], bool]:
         """The command line of a stage, fingerprints of all that it is made from, and whether it is finished.
@@ -318,8 +319,9 @@ class _State:
     def start(self, name: str, made_from: dict[str, str]) -> None:
         self._set(name, {**made_from, "finished": False, "identity": uuid.uuid4().hex})
 
-    def finish(self, name: str, seconds: float) -> None:
-        self._set(name, self.stages[name] | {"finished": True, "seconds": round(seconds, 1)})
+    def finish(self, name: str, ended: Ended) -> None:
+        measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
+        self._set(name, self.stages[name] | {"finished": True, **measured})
 
     def _set(self, name: str, entry: dict[str, Any]) -> None:
         partial = self.file.with_suffix(".partial")

@@ -8,14 +8,31 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from rlhf.heap import peak_resident_gib
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Ended(NamedTuple):
+    """What is known of a process that has ended.
+
+    Attributes:
+        status: its exit status; minus the number of the signal that ended it.
+        seconds: how long it ran.
+        peak_gib: the most memory that it held, without processes that it started; 0 where it was killed.
+    """
+
+    status: int
+    seconds: float
+    peak_gib: float
 
 
 class StageProcesses:
@@ -25,17 +42,17 @@ class StageProcesses:
         self.running: set[BaseProcess] = set()
         self.received = 0
 
-    def run(self, words: list[str], log: Path | None = None) -> int:
+    def run(self, words: list[str], log: Path | None = None) -> Ended:
         """Runs a command of train.py in a process of its own.
 
         Args:
             words: of the command line.
             log: what it prints is appended to this file.
-
-        Returns:
-            Its exit status; minus the number of the signal that ended it.
         """
-        child: Any = _context().Process(target=_main, args=(words, log))
+        context = _context()
+        peak = context.Value("d")
+        child: Any = context.Process(target=_main, args=(words, log, peak))
+        start = time.monotonic()
         child.start()
         self.running.add(child)
         try:
@@ -47,7 +64,7 @@ class StageProcesses:
             raise
         finally:
             self.running.discard(child)
-        return int(child.exitcode)
+        return Ended(int(child.exitcode), time.monotonic() - start, peak.value)
 
     def check(self) -> None:
         """Ends this process, if it was sent a signal."""
@@ -92,7 +109,7 @@ def _context() -> Any:
     return context
 
 
-def _main(words: list[str], log: Path | None) -> None:
+def _main(words: list[str], log: Path | None, peak: Any) -> None:
     for number in FORWARDED:
         signal.signal(number, signal.SIG_DFL)  # which the process that has imported everything ignores
     if log is not None:
@@ -103,4 +120,5 @@ def _main(words: list[str], log: Path | None) -> None:
     try:
         runpy.run_module("rlhf", run_name="__main__")
     finally:
+        peak.value = peak_resident_gib()
         atexit._run_exitfuncs()  # which multiprocessing leaves out; they delete temporary folders of libraries

@@ -21,7 +21,7 @@ ALLOWED = {
     "seeding": set(),
     "heap": set(),
     "run_folder": {"errors"},
-    "stage_process": set(),
+    "stage_process": {"heap"},
     "pipeline": {"errors", "run_folder", "stage_process"},
     "generation": {"ops", "models"},
     "micro_batches": set(),
@@ -32,7 +32,7 @@ ALLOWED = {
     "memory": {"ops", "errors", "models"},
     "workload": {"errors", "memory", "strategies"},
     "data": {"ops", "errors", "checks", "seeding", "rollout", "models", "micro_batches", "workload"},
-    "callbacks": {"ops", "errors", "rollout", "run_folder", "strategies"},
+    "callbacks": {"ops", "errors", "heap", "rollout", "run_folder", "strategies"},
     "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
     | {"callbacks", "strategies", "micro_batches", "graph_sampling", "heap"},
     "evaluation": {"ops", "errors", "checks", "seeding", "rouge", "generation", "models", "data", "callbacks"}

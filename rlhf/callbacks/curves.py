@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf.heap import peak_resident_gib
 from rlhf.ops.masking import masked_moments
 from rlhf.ops.sequences import length_mask
 
@@ -18,8 +17,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the device, or of this process where it trains on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_resident_gib()
 
 
 class PPOCurves(Callback):
