@@ -57,8 +57,8 @@ def test_from_nothing_to_a_report(
         assert f"## {heading}" in report
     assert "clean (gold score)" in report
     assert report.count("- **reference**:") == 5
-    assert {"sft.png", "reward.png", "ppo.png"} <= {file.name for file in run.iterdir()}
-    summary = pd.read_csv(run / "summary.csv").set_index("policy")
+    assert {"sft.png", "reward.png", "ppo.png"} <= {file.name for file in (run / "report").iterdir()}
+    summary = pd.read_csv(run / "report" / "summary.csv").set_index("policy")
     responses = pd.read_parquet(run / "generate_ppo.parquet")
     assert summary.loc["PPO", "score"] == pytest.approx(responses["score"].mean())
     assert summary.loc["PPO", "gold"] == pytest.approx(responses["gold"].mean())

@@ -135,7 +135,7 @@ def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
     blocks = (study / "report.md").read_text().split("\n\n")
     seen = 0
     for table, link in pairwise(blocks):
-        name = re.search(r"\((\w+\.csv)\)", link)
+        name = re.search(r"\((report/\w+\.csv)\)", link)
         if table.startswith("| ") and name:
             frame = pd.read_csv(study / name[1])
             lines = [line.strip("|").split(" | ") for line in table.splitlines()]
@@ -155,34 +155,35 @@ def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
 
 def test_everything_that_the_page_links_to_is_there(study: Path) -> None:
     linked = set(re.findall(r"\]\((\S+?)\)", (study / "report.md").read_text()))
-    assert linked == {file.name for file in study.iterdir()} - {"report.md"}
-    figures = {name for name in linked if name.endswith(".png")}
+    assert linked == {f"report/{file.name}" for file in (study / "report").iterdir()}
+    assert {file.name for file in study.iterdir()} == {"report.md", "report"}
+    figures = {Path(name).name for name in linked if name.endswith(".png")}
     assert figures == {
         "win_rate_by_size.png", "win_rate_by_length.png", "length_controlled.png", "reward_accuracy.png",
         "calibration.png", "reward_agreement.png", "over_optimisation.png", "rouge.png", "sft.png", "reward.png",
         "ppo.png",
     }  # fmt: skip
     for name in figures:
-        height, width, _ = imread(study / name).shape
+        height, width, _ = imread(study / "report" / name).shape
         assert min(height, width) > 300
-        assert imread(study / name)[..., :3].std() > 0.02  # something is drawn
+        assert imread(study / "report" / name)[..., :3].std() > 0.02  # something is drawn
 
 
 def test_the_tables_are_those_of_their_functions(study: Path) -> None:
     judged_table = read_table(study.parent / "large-1" / "ppo.parquet", "PPO")
-    rates = pd.read_csv(study / "win_rates.csv").set_index(["size", "seed", "policy"])
+    rates = pd.read_csv(study / "report" / "win_rates.csv").set_index(["size", "seed", "policy"])
     row = rates.loc[("large", 1, "PPO")]
     assert row["win_rate"] == pytest.approx(judged_table["outcome"].mean())
     assert (row["rows"], row["invalid"]) == (120, 2)
-    course = pd.read_csv(study / "over_optimisation.csv").set_index(["size", "seed", "update"])
+    course = pd.read_csv(study / "report" / "over_optimisation.csv").set_index(["size", "seed", "update"])
     assert course.loc[("small", 2, 0), "win_rate"] == rates.loc[("small", 2, "SFT"), "win_rate"]
     assert course.loc[("small", 2, 4), "kl"] == pytest.approx(11 * 4 / 7)
-    bins = pd.read_csv(study / "length_bins.csv")
+    bins = pd.read_csv(study / "report" / "length_bins.csv")
     assert bins["rows"].sum() == 6 * 120 + 6 * 118
 
 
 def test_the_claims_and_the_alarm(study: Path) -> None:
-    verdicts = pd.read_csv(study / "claims.csv").set_index("claim")["verdict"]
+    verdicts = pd.read_csv(study / "report" / "claims.csv").set_index("claim")["verdict"]
     assert verdicts["PPO beats SFT against the reference at size small"] == "holds"
     assert verdicts["ROUGE-L of SFT rises with size"] == "holds"
     assert verdicts["ROUGE-L of PPO rises with size"] == "does not hold"  # one large run collapsed
@@ -212,14 +213,14 @@ def test_one_run_shows_what_a_pipeline_gave(single: Path) -> None:
     assert re.search(r"PPO moved the mean score by \+0\.\d\d standard deviations of the SFT scores, and the gold", text)
     assert "clean (gold score)" in text
     assert text.count("- **reference**:") == 5
-    summary = pd.read_csv(single / "summary.csv").set_index("policy")
+    summary = pd.read_csv(single / "report" / "summary.csv").set_index("policy")
     assert list(summary.index) == ["SFT", "PPO", "reference"]
     table = read_table(single.parent / "small-1" / "ppo.parquet", "PPO")
     assert summary.loc["PPO", ["score", "gold", "length"]].tolist() == pytest.approx(
         table[["a_score", "a_gold", "a_tokens"]].mean().tolist()
     )
     assert summary.loc["reference", "gold"] == 3.5
-    invariants = pd.read_csv(single / "invariants.csv").iloc[0]
+    invariants = pd.read_csv(single / "report" / "invariants.csv").iloc[0]
     assert invariants[["last KL", "highest KL"]].tolist() == [10, 10]
     assert invariants["largest |ratio - 1| before the first step"] == pytest.approx(1e-6)
 
@@ -236,7 +237,7 @@ def test_one_run_says_what_it_can_not_show(single: Path) -> None:
     ):
         assert sentence in text
     assert "std" not in "".join(line for line in text.splitlines() if "seeds" in line)
-    assert not (single / "seed_agreement.csv").exists()
+    assert not (single / "report" / "seed_agreement.csv").exists()
 
 
 def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +309,7 @@ def test_a_config_of_a_report(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Lengths in characters." in text
     assert "## Samples" not in text
-    differences = pd.read_csv(tmp_path / "out" / "differences.csv")
+    differences = pd.read_csv(tmp_path / "out" / "report" / "differences.csv")
     assert differences[["difference", "low", "high"]].iloc[0].tolist() == [0, 0, 0]  # a policy against itself
 
 
