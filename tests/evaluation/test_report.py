@@ -72,24 +72,35 @@ def margins(path: Path, skill: float, seed: int) -> str:
     return str(path)
 
 
-def curves(folder: Path, values: dict[str, Sequence[float]]) -> str:
-    """A run folder with curves."""
+def curves(folder: Path, values: dict[str, Sequence[float]], every: dict[str, int] | None = None) -> str:
+    """A run folder with curves; those named in `every` have a point every so many steps."""
     logger = TensorBoardLogger(folder, name="", version=run_folder.CURVES)
     for name, points in values.items():
         for step, value in enumerate(points, 1):
-            logger.log_metrics({name: value}, 100 * step)
+            logger.log_metrics({name: value}, 100 * step * (every or {}).get(name, 1))
     logger.finalize("success")
     return str(folder)
 
 
-def ppo_curves(folder: Path, final_kl: float = 9.0, length: float = 24.0) -> str:
-    """A run folder of PPO with eight updates."""
+def ppo_curves(folder: Path, final_kl: float = 9.0, length: float = 24.0, gold: str = "gold_scores") -> str:
+    """A run folder of PPO with eight updates and a validation after each second one, over-optimised at the end."""
     update = np.arange(8)
+    validations = {
+        "validation/score": [0.5, 0.7, 0.8, 0.9], f"validation/{gold}": [3.5, 4.0, 4.5, 4.25],
+        "validation/eos": [1.0] * 4, "validation/length": [length] * 4,
+    }  # fmt: skip
     return curves(folder, {
-        "objective/kl": final_kl * update / 7, "objective/scores": 0.1 * update, "validation/score": 0.12 * update,
-        "val/ratio": np.ones(8), "val/ratio_max_deviation": np.full(8, 1e-6), "rollout/eos_share": np.full(8, 0.97),
-        "rollout/response_length": np.full(8, length), "validation/gold_scores": 3 + 0.2 * update,
-    })  # fmt: skip
+        "objective/kl": final_kl * update / 7, "objective/scores": 0.1 * update, "val/ratio": np.ones(8),
+        "val/ratio_max_deviation": np.full(8, 1e-6), "rollout/eos_share": np.full(8, 0.97),
+        "rollout/response_length": np.full(8, length), **validations,
+    }, dict.fromkeys(validations, 2))  # fmt: skip
+
+
+def config_of_ppo(run: Run, **settings: object) -> None:
+    """What the run folder of PPO says of its start."""
+    settings = {"model_path": f"{run.stages['sft']}/export", "reward_function": None, **settings}
+    config = yaml.safe_dump({"model": {"class_path": "PPOModule", "init_args": settings}})
+    (Path(run.stages["ppo"]) / run_folder.CONFIG).write_text(config)
 
 
 def make_run(folder: Path, size: str = "small", seed: int = 1, fallen: bool = False, checkpoints: bool = True) -> Run:
@@ -202,7 +213,9 @@ def test_the_claims_and_the_alarm(study: Path) -> None:
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of one run without parameters, as a pipeline ends with."""
     folder = tmp_path_factory.mktemp("single")
-    report(str(folder / "out"), [replace(make_run(folder, checkpoints=False), parameters=None)])
+    run = replace(make_run(folder, checkpoints=False), parameters=None)
+    config_of_ppo(run)
+    report(str(folder / "out"), [run])
     return folder / "out"
 
 
@@ -225,19 +238,61 @@ def test_one_run_shows_what_a_pipeline_gave(single: Path) -> None:
     assert invariants["largest |ratio - 1| before the first step"] == pytest.approx(1e-6)
 
 
-def test_one_run_says_what_it_can_not_show(single: Path) -> None:
+def test_one_run_is_silent_about_sizes_and_seeds(single: Path) -> None:
     text = (single / "report.md").read_text()
-    for sentence in (
-        "One seed only: no deviation over seeds can be given.",
-        "One seed per size only: agreement between seeds can't be given.",
-        "One seed per size only: there is nothing to compare a run with.",
-        "No judged checkpoints of PPO were given",
-        "One size only: nothing is said of what rises with size.",
-        "One size only: no figure against size.",
-    ):
-        assert sentence in text
-    assert "std" not in "".join(line for line in text.splitlines() if "seeds" in line)
-    assert not (single / "report" / "seed_agreement.csv").exists()
+    for words in ("only", "nothing", "## Seeds", "Collapse", "seeds together", "against size"):
+        assert words not in text.partition("## Samples")[0]
+    blocks = text.split("\n\n")
+    assert not [x for x, y in pairwise(blocks) if x.startswith("## ") and y.startswith("## ")]  # no empty section
+    linked = set(re.findall(r"\]\((\S+?)\)", text))
+    assert linked == {f"report/{file.name}" for file in (single / "report").iterdir()}
+    assert not {name for name in linked if "seed" in name or "by_size" in name or "collapse" in name}
+
+
+def test_the_course_of_one_run_is_that_of_its_validations(single: Path) -> None:
+    """KL after an update is what the next one begins with; update 0 is the SFT model, in its judged table."""
+    course = pd.read_csv(single / "report" / "over_optimisation.csv").set_index("update")
+    sft = read_table(single.parent / "small-1" / "sft.parquet", "SFT")
+    assert course.index.tolist() == [0, 2, 4, 6, 8]
+    assert course["episodes"].tolist() == [0, 200, 400, 600, 800]
+    assert course["source"].tolist() == ["judged table of SFT", *["validation"] * 4]
+    assert course["score"].tolist() == pytest.approx([sft["a_score"].mean(), 0.5, 0.7, 0.8, 0.9])
+    assert course["gold_scores"].tolist() == pytest.approx([sft["a_gold"].mean(), 3.5, 4.0, 4.5, 4.25])
+    assert course["kl"].tolist() == pytest.approx([0, *(10 / 7 * np.array([2, 4, 6, 7]))])
+    best = pd.read_csv(single / "report" / "over_optimisation_best.csv").set_index("measure")
+    assert best["best_update"].to_dict() == {"score": 8, "gold_scores": 6}
+    assert best.loc["gold_scores", ["best", "last"]].tolist() == [4.5, 4.25]
+    height, width, _ = imread(single / "report" / "over_optimisation.png").shape
+    assert 0.7 < height / width < 1  # two measures over two axes
+
+
+@pytest.mark.parametrize("settings", [None, {"model_path": "another"}, {"reward_function": "mine"}])
+def test_the_course_of_an_unknown_start_begins_with_the_first_validation(
+    settings: dict[str, object] | None, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, checkpoints=False)
+    if settings is not None:
+        config_of_ppo(run, **settings)
+    found = report(str(tmp_path / "out"), [run])
+    assert found.course["update"].tolist() == [2, 4, 6, 8]
+    assert "the point at 0" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_course_takes_the_score_of_any_evaluation_function(tmp_path: Path) -> None:
+    run = make_run(tmp_path, checkpoints=False)
+    run = replace(run, stages={**run.stages, "ppo": ppo_curves(tmp_path / "mine", gold="my_score")})
+    config_of_ppo(run)
+    found = report(str(tmp_path / "out"), [run])
+    assert found.course["score"].notna().all()
+    assert found.course["my_score"].fillna(0).tolist() == [0, 3.5, 4.0, 4.5, 4.25]  # no table has it of SFT
+
+
+def test_a_proxy_alone_has_no_course_of_over_optimisation(tmp_path: Path) -> None:
+    run = make_run(tmp_path, checkpoints=False)
+    folder = curves(tmp_path / "proxy", {"objective/kl": [0, 1], "validation/score": [0, 1], "validation/eos": [1, 1]})
+    found = report(str(tmp_path / "out"), [replace(run, stages={"ppo": folder})])
+    assert found.course.empty
+    assert "Over-optimisation" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,13 +305,14 @@ def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.C
     text = (tmp_path / "out" / "report.md").read_text()
     for sentence in (
         "The judged tables have no lengths in tokens; `lengths: characters` needs no token counts.",
-        "No tables of margins were given",
-        "The judged tables have no scores of a reward model.",
-        "No claim can be tested",
-        "There is one policy per run: nothing to compare in pairs.",
-        "No run folder of this stage was given, so there are no curves.",
+        "For accuracy and calibration give the table of the command `margins` as `margins`.",
+        "For scores in the judged tables give the command `generate` a `reward`.",
     ):
         assert sentence in text
+    assert re.findall("^## (.*)", text, re.MULTILINE) == [
+        "mine and the reference", "Win rate against the reference", "Win rate and length", "Reward model", "ROUGE",
+        "Samples",
+    ]  # fmt: skip
     assert "mine" in capsys.readouterr().out
 
 
