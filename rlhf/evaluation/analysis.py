@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf.evaluation import agreement, calibration, claims, collapse, overlap, overoptimisation, statistics, summary
 from rlhf.evaluation import lengths as at_length
 from rlhf.evaluation.curves import curve_rows
-from rlhf.evaluation.runs import (
-    Run,
-    check_folders,
-    check_shared_queries,
-    checkpoint_rows,
-    judged_rows,
-    margin_rows,
-    starts_at_sft,
-)
+from rlhf.evaluation.runs import Run, check_folders, check_shared_queries, checkpoint_rows, judged_rows, margin_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,14 +93,12 @@ def gather(runs: Sequence[Run]) -> Evidence:
     folders = {(run.size, run.seed, stage): folder for run in runs for stage, folder in run.stages.items()}
     names = [name for panels in PANELS.values() for _, names in panels for name in names]
     curves = curve_rows(folders, [*names, f"{overoptimisation.VALIDATION}*"])
-    starts = rows[rows["policy"] == claims.SFT].drop(columns="policy").assign(update=0)
     if len(checkpoints):
+        starts = rows[rows["policy"] == claims.SFT].drop(columns="policy").assign(update=0)
         starts = starts.merge(checkpoints[["size", "seed"]].drop_duplicates(), on=["size", "seed"])
         course = overoptimisation.course(pd.concat([starts, checkpoints], ignore_index=True), curves)
     else:
-        known = [(run.size, run.seed) for run in runs if starts_at_sft(run)]
-        starts = starts[starts.set_index(["size", "seed"]).index.isin(known)].dropna(subset="a_score")
-        course = overoptimisation.validated_course(rows[overoptimisation.RUN].drop_duplicates(), curves, starts)
+        course = overoptimisation.validated_course(rows[overoptimisation.RUN].drop_duplicates(), curves)
     return Evidence(rows, margins, course, curves)
 
 

@@ -16,8 +16,7 @@ RUN = ["size", "parameters", "seed"]
 KL = "objective/kl"
 VALIDATION = "validation/"
 NO_SCORES = (f"{VALIDATION}eos", f"{VALIDATION}length")
-START, VALIDATED = "judged table of SFT", "validation"
-NO_MEASURES = {*RUN, "update", "episodes", "kl", "sqrt_kl", "source", "rows", "low", "high"}
+NO_MEASURES = {*RUN, "update", "episodes", "kl", "sqrt_kl", "rows", "low", "high"}
 
 
 def kl_after(kl: pd.Series, update: int) -> float:
@@ -73,18 +72,17 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def validated_course(whose: pd.DataFrame, curves: pd.DataFrame, starts: pd.DataFrame) -> pd.DataFrame:
+def validated_course(whose: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Computes proxy score and gold score at each validation of PPO, from its curves.
 
     Args:
         whose: a row per run: `size`, `parameters`, `seed`.
         curves: as of `curves.curve_rows`. Runs whose PPO has no curve of the score of an evaluation function are left
             out; all such curves are measures.
-        starts: judged rows of the policy that PPO started from, which is update 0; none where it is not known.
 
     Returns:
-        `size`, `parameters`, `seed`, `update`, `episodes`, `kl`, `sqrt_kl`, `source` (of the scores), `score`, and the
-        other scores under the names of their functions.
+        `size`, `parameters`, `seed`, `update`, `episodes`, `kl`, `sqrt_kl`, `score`, and the other scores under the
+        names of their functions.
     """
     import pandas as pd
 
@@ -96,20 +94,15 @@ def validated_course(whose: pd.DataFrame, curves: pd.DataFrame, starts: pd.DataF
         if KL not in known or f"{VALIDATION}score" not in names or len(names) == 1:
             continue
         scores = pd.DataFrame({name.removeprefix(VALIDATION): known[name] for name in names})
-        scores["update"] = known[KL].index.searchsorted(scores.index, side="right")
-        table = scores.rename_axis("episodes").reset_index().assign(source=VALIDATED)
-        start = starts[(starts["size"] == run["size"]) & (starts["seed"] == run["seed"])]
-        if len(start):
-            means = {"score": start["a_score"].mean(), "gold_scores": start["a_gold"].mean()}
-            first = pd.DataFrame([{"update": 0, "episodes": 0, "source": START, **means}])
-            table = pd.concat([first.reindex(columns=table.columns), table])
-        kl = [kl_after(known[KL], update) for update in table["update"]]
-        parts.append(table.assign(**run, kl=kl, sqrt_kl=np.sqrt(np.maximum(kl, 0.0))))
+        updates = known[KL].index.searchsorted(scores.index, side="right")
+        kl = [kl_after(known[KL], update) for update in updates]
+        table = scores.assign(**run, update=updates, kl=kl, sqrt_kl=np.sqrt(np.maximum(kl, 0.0)))
+        parts.append(table.rename_axis("episodes").reset_index())
     if not parts:
         return pd.DataFrame()
     found = pd.concat(parts, ignore_index=True)
     others = sorted({*measures(found)} - {"score"})
-    return found[[*RUN, "update", "episodes", "kl", "sqrt_kl", "source", "score", *others]]
+    return found[[*RUN, "update", "episodes", "kl", "sqrt_kl", "score", *others]]
 
 
 def measures(table: pd.DataFrame) -> list[str]:

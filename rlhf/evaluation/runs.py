@@ -168,22 +168,6 @@ def check_shared_queries(rows: pd.DataFrame) -> None:
             )
 
 
-def starts_at_sft(run: Run) -> bool:
-    """Tells whether PPO started from the export of the run's SFT stage, and learnt from the reward model alone.
-
-    Args:
-        run: with the config of PPO in the folder of its stage; where there is none, it is not known, so False.
-    """
-    import yaml
-
-    config = Path(run.stages.get("ppo", "")) / run_folder.CONFIG
-    if "sft" not in run.stages or not config.is_file():
-        return False
-    model = yaml.safe_load(config.read_text())["model"]["init_args"]
-    start, export = Path(model.get("model_path", "")), Path(run.stages["sft"]) / "export"
-    return start.resolve() == export.resolve() and model.get("reward_function") is None
-
-
 def check_folders(runs: Sequence[Run]) -> None:
     """Refuse stages without curves, and checkpoints without the curve of KL."""
     for run in runs:

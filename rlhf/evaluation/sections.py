@@ -222,7 +222,7 @@ def add_course(page: Page, found: Analysis) -> None:
         f"What the policy gains as it moves away from where PPO started{start}. Over-optimisation is a score of the "
         "reward model that still rises where gold score or win rate fall.",
     )
-    over = {"update": "updates"} if "source" in found.course else {}
+    over = {"update": "updates"} if "episodes" in found.course else {}
     page.figure("over_optimisation", plot_course, found.course, {**over, "sqrt_kl": "√KL (√nats)"})
     page.table("over_optimisation", found.course)
     page.add("Where each measure was highest, and what it was in the end:")

@@ -72,35 +72,26 @@ def margins(path: Path, skill: float, seed: int) -> str:
     return str(path)
 
 
-def curves(folder: Path, values: dict[str, Sequence[float]], every: dict[str, int] | None = None) -> str:
-    """A run folder with curves; those named in `every` have a point every so many steps."""
+def curves(folder: Path, values: dict[str, Sequence[float] | dict[int, float]]) -> str:
+    """A run folder with curves, of values from step 1 on or by steps."""
     logger = TensorBoardLogger(folder, name="", version=run_folder.CURVES)
     for name, points in values.items():
-        for step, value in enumerate(points, 1):
-            logger.log_metrics({name: value}, 100 * step * (every or {}).get(name, 1))
+        for step, value in points.items() if isinstance(points, dict) else enumerate(points, 1):
+            logger.log_metrics({name: value}, 100 * step)
     logger.finalize("success")
     return str(folder)
 
 
 def ppo_curves(folder: Path, final_kl: float = 9.0, length: float = 24.0, gold: str = "gold_scores") -> str:
-    """A run folder of PPO with eight updates and a validation after each second one, over-optimised at the end."""
+    """A run folder of PPO with eight updates and four validations, over-optimised at the end."""
     update = np.arange(8)
-    validations = {
-        "validation/score": [0.5, 0.7, 0.8, 0.9], f"validation/{gold}": [3.5, 4.0, 4.5, 4.25],
-        "validation/eos": [1.0] * 4, "validation/length": [length] * 4,
-    }  # fmt: skip
     return curves(folder, {
         "objective/kl": final_kl * update / 7, "objective/scores": 0.1 * update, "val/ratio": np.ones(8),
         "val/ratio_max_deviation": np.full(8, 1e-6), "rollout/eos_share": np.full(8, 0.97),
-        "rollout/response_length": np.full(8, length), **validations,
-    }, dict.fromkeys(validations, 2))  # fmt: skip
-
-
-def config_of_ppo(run: Run, **settings: object) -> None:
-    """What the run folder of PPO says of its start."""
-    settings = {"model_path": f"{run.stages['sft']}/export", "reward_function": None, **settings}
-    config = yaml.safe_dump({"model": {"class_path": "PPOModule", "init_args": settings}})
-    (Path(run.stages["ppo"]) / run_folder.CONFIG).write_text(config)
+        "rollout/response_length": np.full(8, length), "validation/score": {0: -0.5, 2: 0.5, 5: 0.8, 8: 0.9},
+        f"validation/{gold}": {0: 2.5, 2: 3.5, 5: 4.5, 8: 4.25}, "validation/eos": {8: 1.0},
+        "validation/length": {8: length},
+    })  # fmt: skip
 
 
 def make_run(folder: Path, size: str = "small", seed: int = 1, fallen: bool = False, checkpoints: bool = True) -> Run:
@@ -213,9 +204,7 @@ def test_the_claims_and_the_alarm(study: Path) -> None:
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of one run without parameters, as a pipeline ends with."""
     folder = tmp_path_factory.mktemp("single")
-    run = replace(make_run(folder, checkpoints=False), parameters=None)
-    config_of_ppo(run)
-    report(str(folder / "out"), [run])
+    report(str(folder / "out"), [replace(make_run(folder, checkpoints=False), parameters=None)])
     return folder / "out"
 
 
@@ -250,41 +239,34 @@ def test_one_run_is_silent_about_sizes_and_seeds(single: Path) -> None:
 
 
 def test_the_course_of_one_run_is_that_of_its_validations(single: Path) -> None:
-    """KL after an update is what the next one begins with; update 0 is the SFT model, in its judged table."""
+    """KL after an update is what the next one begins with."""
     course = pd.read_csv(single / "report" / "over_optimisation.csv").set_index("update")
-    sft = read_table(single.parent / "small-1" / "sft.parquet", "SFT")
-    assert course.index.tolist() == [0, 2, 4, 6, 8]
-    assert course["episodes"].tolist() == [0, 200, 400, 600, 800]
-    assert course["source"].tolist() == ["judged table of SFT", *["validation"] * 4]
-    assert course["score"].tolist() == pytest.approx([sft["a_score"].mean(), 0.5, 0.7, 0.8, 0.9])
-    assert course["gold_scores"].tolist() == pytest.approx([sft["a_gold"].mean(), 3.5, 4.0, 4.5, 4.25])
-    assert course["kl"].tolist() == pytest.approx([0, *(10 / 7 * np.array([2, 4, 6, 7]))])
+    assert course.index.tolist() == [0, 2, 5, 8]
+    assert course["episodes"].tolist() == [0, 200, 500, 800]
+    assert course["score"].tolist() == pytest.approx([-0.5, 0.5, 0.8, 0.9])
+    assert course["gold_scores"].tolist() == pytest.approx([2.5, 3.5, 4.5, 4.25])
+    assert course["kl"].tolist() == pytest.approx([0, 20 / 7, 50 / 7, 10])
+    assert course["sqrt_kl"].tolist() == pytest.approx(course["kl"] ** 0.5)
     best = pd.read_csv(single / "report" / "over_optimisation_best.csv").set_index("measure")
-    assert best["best_update"].to_dict() == {"score": 8, "gold_scores": 6}
+    assert best["best_update"].to_dict() == {"score": 8, "gold_scores": 5}
     assert best.loc["gold_scores", ["best", "last"]].tolist() == [4.5, 4.25]
     height, width, _ = imread(single / "report" / "over_optimisation.png").shape
     assert 0.7 < height / width < 1  # two measures over two axes
 
 
-@pytest.mark.parametrize("settings", [None, {"model_path": "another"}, {"reward_function": "mine"}])
-def test_the_course_of_an_unknown_start_begins_with_the_first_validation(
-    settings: dict[str, object] | None, tmp_path: Path
-) -> None:
-    run = make_run(tmp_path, checkpoints=False)
-    if settings is not None:
-        config_of_ppo(run, **settings)
-    found = report(str(tmp_path / "out"), [run])
-    assert found.course["update"].tolist() == [2, 4, 6, 8]
-    assert "the point at 0" not in (tmp_path / "out" / "report.md").read_text()
-
-
 def test_the_course_takes_the_score_of_any_evaluation_function(tmp_path: Path) -> None:
     run = make_run(tmp_path, checkpoints=False)
-    run = replace(run, stages={**run.stages, "ppo": ppo_curves(tmp_path / "mine", gold="my_score")})
-    config_of_ppo(run)
-    found = report(str(tmp_path / "out"), [run])
-    assert found.course["score"].notna().all()
-    assert found.course["my_score"].fillna(0).tolist() == [0, 3.5, 4.0, 4.5, 4.25]  # no table has it of SFT
+    found = report(str(tmp_path / "out"), [replace(run, stages={"ppo": ppo_curves(tmp_path / "x", gold="my_score")})])
+    assert found.course["my_score"].tolist() == [2.5, 3.5, 4.5, 4.25]
+    assert found.turns["measure"].tolist() == ["score", "my_score"]
+
+
+def test_a_course_without_a_validation_before_ppo_has_no_start(tmp_path: Path) -> None:
+    points = {"validation/score": {2: 1.0}, "validation/gold_scores": {2: 2.0}}
+    folder = curves(tmp_path / "late", {"objective/kl": [0, 1], **points})
+    run = replace(make_run(tmp_path, checkpoints=False), stages={"ppo": folder})
+    assert report(str(tmp_path / "out"), [run]).course["update"].tolist() == [2]
+    assert "the point at 0" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_proxy_alone_has_no_course_of_over_optimisation(tmp_path: Path) -> None:
