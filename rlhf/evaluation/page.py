@@ -74,8 +74,8 @@ class Page:
 def markdown(table: pd.DataFrame) -> str:
     """Formats a table as Markdown, as of `presented`."""
     heads, rows = presented(table)
-    lines = [heads, ["---"] * len(heads), *([text.replace("|", "\\|") for text in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def presented(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -10,10 +10,10 @@ from rlhf.evaluation.page import Page, markdown
 def test_a_table_in_markdown() -> None:
     table = pd.DataFrame({
         "size": ["1b", None], "rows": [3, 4], "win_rate": [0.51234, float("nan")], "low": [0.4, float("nan")],
-        "high": [0.6, float("nan")], "note": ["a|b", ""], "tiny": [1.23e-5, 0.0],
+        "high": [0.6, float("nan")], "|note|": ["a|b", ""], "tiny": [1.23e-5, 0.0],
     })  # fmt: skip
     assert markdown(table).splitlines() == [
-        "| size | rows | win rate | 95% interval | note | tiny |",
+        "| size | rows | win rate | 95% interval | \\|note\\| | tiny |",
         "| --- | --- | --- | --- | --- | --- |",
         "| 1b | 3 | 0.512 | 0.400 to 0.600 | a\\|b | 1.2e-05 |",
         "|  | 4 |  |  |  | 0.000 |",

@@ -140,8 +140,8 @@ def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
         name = re.search(r"\((report/\w+\.csv)\)", link)
         if table.startswith("| ") and name:
             frame = pd.read_csv(study / name[1])
-            lines = [line.strip("|").split(" | ") for line in table.splitlines()]
-            heads = [head.strip() for head in lines[0]]
+            lines = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table.splitlines()]
+            heads = [head.strip().replace("\\|", "|") for head in lines[0]]
             assert len(lines) - 2 == len(frame), name[1]
             numbers = [head for head in heads if head.replace(" ", "_") in frame and head != "value"]
             for head in numbers:
