@@ -56,8 +56,8 @@ def test_from_nothing_to_a_report(
         assert f"## {heading}" in report
     assert "clean (gold score)" in report
     assert report.count("- **reference**:") == 5
-    assert {"sft.png", "reward.png", "ppo.png"} <= {file.name for file in run.iterdir()}
-    summary = pd.read_csv(run / "summary.csv").set_index("policy")
+    assert {"sft.png", "reward.png", "ppo.png"} <= {file.name for file in (run / "report").iterdir()}
+    summary = pd.read_csv(run / "report" / "summary.csv").set_index("policy")
     responses = pd.read_parquet(run / "generate_ppo.parquet")
     assert summary.loc["PPO", "score"] == pytest.approx(responses["score"].mean())
     assert summary.loc["PPO", "gold"] == pytest.approx(responses["gold"].mean())
@@ -66,7 +66,10 @@ def test_from_nothing_to_a_report(
     curves = read_curves(run / "ppo")
     assert curves["val/ratio_max_deviation"].max() < 1e-5
     assert curves["objective/kl"].iloc[0] == pytest.approx(0, abs=1e-4)
-    assert curves["validation/gold_scores"].index.tolist() == [128, 256]
+    assert curves["validation/gold_scores"].index.tolist() == [0, 128, 256]
+    course = pd.read_csv(run / "report" / "over_optimisation.csv")
+    assert course["update"].tolist() == [0, 1, 2]
+    assert course["gold_scores"].tolist() == pytest.approx(curves["validation/gold_scores"].tolist())
     AutoModelForCausalLM.from_pretrained(run / "ppo" / "export")
     AutoModelForSequenceClassification.from_pretrained(run / "reward" / "export")
     out = capsys.readouterr().out

@@ -60,6 +60,13 @@ class PPOCurves(Callback):
         if not trainer.sanity_checking:
             pl_module.log("step", float(self.episodes(trainer)))
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the whole validation before the first update (`num_sanity_val_steps=-1`) as the points at 0."""
+        if trainer.num_sanity_val_steps == float("inf") and trainer.global_step == 0:
+            points = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(points, step=0)
+
     @staticmethod
     def episodes(trainer: Any) -> int:
         """Episodes seen so far, this update included; 0 outside of training."""

@@ -28,8 +28,8 @@ PPO_PANELS = [
     ("Ratio", ["val/ratio"]),
     ("Largest |ratio - 1| before the first step", ["val/ratio_max_deviation"]),
     ("Gold score on validation", ["validation/gold_scores"]),
-    ("Length of a response (tokens)", ["rollout/response_length"]),
-    ("Share of responses with EOS", ["rollout/eos_share"]),
+    ("Length of a response (tokens)", ["rollout/response_length", "validation/length"]),
+    ("Share of responses with EOS", ["rollout/eos_share", "validation/eos"]),
 ]
 PANELS = {"sft": SFT_PANELS, "reward": REWARD_PANELS, "ppo": PPO_PANELS}
 
@@ -41,8 +41,9 @@ class Evidence:
     Attributes:
         rows: as of `runs.judged_rows`.
         margins: as of `runs.margin_rows`.
-        course: as of `overoptimisation.course`, with the SFT policy as update 0.
-        curves: as of `curves.curve_rows`, the ones of PANELS.
+        course: as of `overoptimisation.course`, with the SFT policy as update 0; where no run has checkpoints, as of
+            `overoptimisation.validated_course`.
+        curves: as of `curves.curve_rows`, the ones of PANELS and all of validation.
     """
 
     rows: pd.DataFrame
@@ -68,7 +69,7 @@ class Analysis:
     accuracy: pd.DataFrame  # calibration.accuracy_rows
     calibration: pd.DataFrame  # calibration.calibration_bins
     errors: pd.DataFrame  # calibration.calibration_errors
-    course: pd.DataFrame  # overoptimisation.course
+    course: pd.DataFrame  # overoptimisation.course or validated_course
     turns: pd.DataFrame  # overoptimisation.turning_points
     rouge: pd.DataFrame  # overlap.rouge_table
     collapse: pd.DataFrame  # collapse.with_signs
@@ -90,13 +91,14 @@ def gather(runs: Sequence[Run]) -> Evidence:
     check_folders(runs)
     margins, checkpoints = margin_rows(runs), checkpoint_rows(runs)
     folders = {(run.size, run.seed, stage): folder for run in runs for stage, folder in run.stages.items()}
-    names = {name for panels in PANELS.values() for _, names in panels for name in names}
-    curves = curve_rows(folders, sorted(names))
-    if not checkpoints.empty:
+    names = [name for panels in PANELS.values() for _, names in panels for name in names]
+    curves = curve_rows(folders, [*names, f"{overoptimisation.VALIDATION}*"])
+    if len(checkpoints):
         starts = rows[rows["policy"] == claims.SFT].drop(columns="policy").assign(update=0)
         starts = starts.merge(checkpoints[["size", "seed"]].drop_duplicates(), on=["size", "seed"])
-        checkpoints = pd.concat([starts, checkpoints], ignore_index=True)
-    course = overoptimisation.course(checkpoints, curves) if len(checkpoints) else pd.DataFrame()
+        course = overoptimisation.course(pd.concat([starts, checkpoints], ignore_index=True), curves)
+    else:
+        course = overoptimisation.validated_course(rows[overoptimisation.RUN].drop_duplicates(), curves)
     return Evidence(rows, margins, course, curves)
 
 

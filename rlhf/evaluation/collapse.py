@@ -61,22 +61,15 @@ def with_signs(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def alarms(table: pd.DataFrame) -> list[str]:
-    """What to say: a sentence per fallen run, and what the fallen ones have in common; or that none fell.
+    """Lists a sentence per fallen run, and what the fallen ones have in common; or says that none fell.
 
     Args:
         table: as of `with_signs`.
     """
-    if (table["siblings"] == 0).all():
-        return ["One seed per size only: there is nothing to compare a run with."]
     fallen = table[table["fallen"]]
-    alone = sorted(set(table[table["siblings"] == 0]["size"]), key=str)
-    said = [f"One seed only, nothing to compare with: size {', '.join(alone)}."] if alone else []
     if fallen.empty:
-        return [
-            *said,
-            f"No run fell: none is more than {FAR} below the median of its siblings with an interval below theirs.",
-        ]
-    return [*said, *(_sentence(row, table) for _, row in fallen.iterrows()), _common(fallen, table)]
+        return [f"No run fell: none is more than {FAR} below the median of its siblings with an interval below theirs."]
+    return [*(_sentence(row, table) for _, row in fallen.iterrows()), _common(fallen, table)]
 
 
 def _siblings(row: pd.Series, table: pd.DataFrame) -> pd.DataFrame:

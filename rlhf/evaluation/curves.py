@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,11 @@ def read_curves(run: str | Path) -> dict[str, pd.Series]:
 
 
 def curve_rows(folders: dict[tuple[str, int, str], str], names: Sequence[str]) -> pd.DataFrame:
-    """Curves of several runs below each other.
+    """Puts the curves of several runs below each other.
 
     Args:
         folders: (size, seed, stage) -> run folder.
-        names: of the curves; those that a run does not have are left out.
+        names: of the curves, or patterns such as `validation/*`; those that a run does not have are left out.
 
     Returns:
         `size`, `seed`, `stage`, `curve`, `step`, `value`.
@@ -47,10 +48,9 @@ def curve_rows(folders: dict[tuple[str, int, str], str], names: Sequence[str]) -
 
     parts = []
     for (size, seed, stage), folder in folders.items():
-        curves = read_curves(folder)
-        for name in names:
-            if name in curves:
-                points = curves[name].rename_axis("step").rename("value").reset_index()
+        for name, curve in sorted(read_curves(folder).items()):
+            if any(fnmatchcase(name, pattern) for pattern in names):
+                points = curve.rename_axis("step").rename("value").reset_index()
                 parts.append(points.assign(size=size, seed=seed, stage=stage, curve=name))
     columns = ["size", "seed", "stage", "curve", "step", "value"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

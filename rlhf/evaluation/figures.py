@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf.evaluation.lengths import WIDTH, Unit, fitted_curve
+from rlhf.evaluation.overoptimisation import measures
 from rlhf.evaluation.runs import Baseline
 
 if TYPE_CHECKING:
@@ -230,28 +232,29 @@ def plot_calibration(bins: pd.DataFrame, file: Path) -> bool:
     return True
 
 
-def plot_course(table: pd.DataFrame, file: Path) -> bool:
-    """Draw proxy score, gold score and win rate against the square root of KL: a line per run, a colour per size.
+def plot_course(table: pd.DataFrame, over: dict[str, str], file: Path) -> bool:
+    """Draws proxy score, gold score and win rate over the course of PPO: a line per run, a colour per size.
 
     Args:
-        table: as of `overoptimisation.course`.
+        table: as of `overoptimisation.course` or `validated_course`; each of its measures gets a panel.
+        over: column on the x-axis -> its label; each gets a row of panels.
         file: the PNG to write.
     """
     titles = {"score": "score of the reward model", "gold": "gold score", "win_rate": "win rate against the reference"}
-    shown = {name: title for name, title in titles.items() if table[name].notna().any()}
+    shown = list(product(over.items(), measures(table)))
     colours = size_colours(list(table["size"].unique()))
-    with canvas(file, 1, len(shown), 4.0, 3.5) as axes:
-        for axis, (name, title) in zip(axes.flat, shown.items(), strict=True):
+    with canvas(file, len(over), len(shown) // len(over), 4.0, 3.5) as axes:
+        for axis, ((x, x_label), name) in zip(axes.flat, shown, strict=True):
             seen: set[str] = set()
             for (size, _), part in table.sort_values("update").groupby(["size", "seed"], sort=False):
                 known = part[part[name].notna()]
                 label = None if size in seen else size
                 seen.add(size)
-                axis.plot(known["sqrt_kl"], known[name], marker="o", ms=4, color=colours[size], alpha=0.85, label=label)
+                axis.plot(known[x], known[name], marker="o", ms=4, color=colours[size], alpha=0.85, label=label)
             if name == "win_rate":
                 axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
-            axis.set_title(title)
-            axis.set_xlabel("√KL (√nats)")
+            axis.set_title(titles.get(name, name.replace("_", " ")))
+            axis.set_xlabel(x_label)
         if len(colours) > 1:
             _legend(axes)
     return True

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 RUN = ["size", "parameters", "seed"]
 KL = "objective/kl"
-MEASURES = ("score", "gold", "win_rate")
+VALIDATION = "validation/"
+NO_SCORES = (f"{VALIDATION}eos", f"{VALIDATION}length")
+NO_MEASURES = {*RUN, "update", "episodes", "kl", "sqrt_kl", "rows", "low", "high"}
 
 
 def kl_after(kl: pd.Series, update: int) -> float:
-    """KL of the policy as it was after an update, in nats per response.
+    """Returns the KL of the policy as it was after an update, in nats per response.
 
     KL is measured on the responses that an update begins with. So the policy after update n is measured by point n + 1;
     the last policy has no such point and takes the last one.
@@ -36,7 +38,7 @@ def kl_after(kl: pd.Series, update: int) -> float:
 
 
 def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Proxy score, gold score and win rate of each checkpoint over the square root of its KL.
+    """Computes proxy score, gold score and win rate of each checkpoint over the square root of its KL.
 
     Args:
         rows: as of `runs.checkpoint_rows`; update 0 is the policy that PPO starts from.
@@ -70,16 +72,60 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
+def validated_course(whose: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Computes proxy score and gold score at each validation of PPO, from its curves.
+
+    Args:
+        whose: a row per run: `size`, `parameters`, `seed`.
+        curves: as of `curves.curve_rows`. Runs whose PPO has no curve of the score of an evaluation function are left
+            out; all such curves are measures.
+
+    Returns:
+        `size`, `parameters`, `seed`, `update`, `episodes`, `kl`, `sqrt_kl`, `score`, and the other scores under the
+        names of their functions.
+    """
+    import pandas as pd
+
+    parts = []
+    for run in whose.to_dict("records"):
+        own = curves[(curves["size"] == run["size"]) & (curves["seed"] == run["seed"]) & (curves["stage"] == "ppo")]
+        known = {name: points.set_index("step")["value"] for name, points in own.groupby("curve")}
+        names = [name for name in known if name.startswith(VALIDATION) and name not in NO_SCORES]
+        if KL not in known or f"{VALIDATION}score" not in names or len(names) == 1:
+            continue
+        scores = pd.DataFrame({name.removeprefix(VALIDATION): known[name] for name in names})
+        updates = known[KL].index.searchsorted(scores.index, side="right")
+        kl = [kl_after(known[KL], update) for update in updates]
+        table = scores.assign(**run, update=updates, kl=kl, sqrt_kl=np.sqrt(np.maximum(kl, 0.0)))
+        parts.append(table.rename_axis("episodes").reset_index())
+    if not parts:
+        return pd.DataFrame()
+    found = pd.concat(parts, ignore_index=True)
+    others = sorted({*measures(found)} - {"score"})
+    return found[[*RUN, "update", "episodes", "kl", "sqrt_kl", "score", *others]]
+
+
+def measures(table: pd.DataFrame) -> list[str]:
+    """Lists the columns of a course that say how good the policy is, those that have any number."""
+    return [name for name in table if name not in NO_MEASURES and table[name].notna().any()]
+
+
 def turning_points(table: pd.DataFrame) -> pd.DataFrame:
-    """Where each measure is highest, a row per run and measure: `measure`, `best_update`, `sqrt_kl`, `best`, `last`.
+    """Finds where each measure is highest, a row per run and measure.
 
     Over-optimisation is a proxy score that is best at the end, and a gold score or win rate that was best before.
+
+    Args:
+        table: as of `course` or `validated_course`.
+
+    Returns:
+        `size`, `parameters`, `seed`, `measure`, `best_update`, `sqrt_kl`, `best`, `last`.
     """
     import pandas as pd
 
     found = []
     for key, part in table.sort_values("update").groupby(RUN, sort=False):
-        for measure in MEASURES:
+        for measure in measures(table):
             known = part[part[measure].notna()]
             if len(known):
                 best = known.loc[known[measure].idxmax()]

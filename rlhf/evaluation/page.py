@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-LINK = re.compile(r"^(?:!\[\w+\]|[A-Z][\w ,]*: \[\w+\.csv\])\((\w+\.(?:csv|png))\)$", re.MULTILINE)
+FILES = "report"
+LINK = re.compile(  # of a table or a figure, also of a page whose files lie beside it
+    rf"^(?:!\[\w+\]|[A-Z][\w ,]*: \[\w+\.csv\])\(((?:{FILES}/)?\w+\.(?:csv|png))\)$", re.MULTILINE
+)
 
 
 class Page:
@@ -22,24 +25,25 @@ class Page:
     It takes the place of an earlier page in the same folder: files to which only that one links are deleted.
 
     Args:
-        folder: to write to.
+        folder: to write the page to; tables and figures go to the folder `report` in it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        (folder / FILES).mkdir(exist_ok=True)
         self._blocks: list[str] = []
 
     def add(self, *blocks: str) -> None:
-        """Add headings or paragraphs; empty ones are left out."""
+        """Adds headings or paragraphs; empty ones are left out."""
         self._blocks += [block for block in blocks if block]
 
     def numbers(self, name: str, table: pd.DataFrame, title: str = "Numbers") -> None:
-        """Write a table as `<name>.csv`, all columns with all digits, and link to it."""
-        write_table(table, self.folder / f"{name}.csv")
-        self.add(f"{title}: [{name}.csv]({name}.csv)")
+        """Writes a table as `<name>.csv`, all columns with all digits, and links to it."""
+        write_table(table, self.folder / FILES / f"{name}.csv")
+        self.add(f"{title}: [{name}.csv]({FILES}/{name}.csv)")
 
     def table(self, name: str, table: pd.DataFrame, columns: Sequence[str] | None = None) -> None:
-        """Write a table as `<name>.csv` and show it.
+        """Writes a table as `<name>.csv` and shows it.
 
         Args:
             name: of the file.
@@ -50,13 +54,13 @@ class Page:
         self.numbers(name, table)
 
     def figure(self, name: str, draw: Callable[..., bool], *data: Any, **settings: Any) -> None:
-        """Have a figure drawn to `<name>.png`, and show it if there was anything to draw."""
-        file = self.folder / f"{name}.png"
-        if draw(*data, file=file, **settings):
-            self.add(f"![{name}]({file.name})")
+        """Has a figure drawn to `<name>.png`, and shows it if there was anything to draw."""
+        file = f"{FILES}/{name}.png"
+        if draw(*data, file=self.folder / file, **settings):
+            self.add(f"![{name}]({file})")
 
     def write(self, name: str = "report.md") -> Path:
-        """Write the page whole, or not at all; then delete what belonged to the earlier one alone."""
+        """Writes the page whole, or not at all; then deletes what belonged to the earlier one alone."""
         file, text = self.folder / name, "\n\n".join(self._blocks) + "\n"
         before = file.read_text() if file.is_file() else ""
         partial = file.with_name(f".{name}.partial")
@@ -68,10 +72,10 @@ class Page:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, as of `presented`."""
+    """Formats a table as Markdown, as of `presented`."""
     heads, rows = presented(table)
-    lines = [heads, ["---"] * len(heads), *([text.replace("|", "\\|") for text in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def presented(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

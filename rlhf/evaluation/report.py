@@ -24,12 +24,12 @@ def report(
     lengths: Unit = "tokens",
     samples: int = 5,
 ) -> Analysis:
-    """Write report.md, PNG figures and the CSV tables behind them, from judged tables; no model is loaded.
+    """Writes report.md, PNG figures and the CSV tables behind them, from judged tables; no model is loaded.
 
     A report in the same folder is replaced: its tables and figures that the new one does not have are deleted.
 
     Args:
-        output: the folder to write to.
+        output: the folder to write report.md to; tables and figures go to the folder `report` in it.
         runs: what to report on, one run for each size and seed.
         baselines: results of others, stars in the figure of win rate against size.
         lengths: what lengths are measured in.

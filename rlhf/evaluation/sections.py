@@ -1,4 +1,7 @@
-"""The sections of a report: each shows tables that are there, or says why a part is missing."""
+"""The sections of a report: each shows the tables that are there.
+
+A section is left out where there is nothing to compare; where a table was not given, it says how to get it.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,12 @@ def _one_size(table: pd.DataFrame) -> bool:
 
 def _add_over_seeds(page: Page, name: str, table: pd.DataFrame, value: str) -> None:
     means = over_seeds(table, [value], ["size", "parameters", "policy"])
-    if (means["seeds"] == 1).all():
-        page.add("One seed only: no deviation over seeds can be given.")
-    else:
+    if (means["seeds"] > 1).any():
         page.table(name, means)
 
 
 def add_summary(page: Page, evidence: Evidence, found: Analysis) -> None:
-    """A row for each policy and the reference, and what PPO gained."""
+    """Adds a row for each policy and the reference, and what PPO gained."""
     names = list(evidence.rows["policy"].unique())
     page.add(f"## {', '.join(names)} and the reference")
     page.table("summary", found.summary)
@@ -62,11 +63,10 @@ def add_summary(page: Page, evidence: Evidence, found: Analysis) -> None:
 
 
 def add_claims(page: Page, found: Analysis) -> None:
-    """The paper's claims with their verdicts."""
-    page.add("## Claims")
+    """Adds the paper's claims with their verdicts, those that can be tested."""
     if found.claims.empty:
-        page.add("No claim can be tested: there is neither SFT beside PPO, nor a second size, nor a second seed.")
         return
+    page.add("## Claims")
     page.table("claims", found.claims)
     page.add(
         "A claim holds where the 95% interval of each of its differences lies above 0, does not hold where one lies "
@@ -74,28 +74,26 @@ def add_claims(page: Page, found: Analysis) -> None:
         "and does not hold where the interval of one lies below 0. Intervals tell what other queries would give with "
         "the same models, not what other seeds would."
     )
-    if _one_size(found.rates):
-        page.add("One size only: nothing is said of what rises with size.")
 
 
 def add_win_rates(page: Page, found: Analysis, baselines: Sequence[Baseline]) -> None:
-    """Win rates with counts, paired differences, and the main figure."""
+    """Adds win rates with counts, paired differences, and the main figure."""
     page.add("## Win rate against the reference")
     page.table("win_rates", found.rates)
     _add_over_seeds(page, "win_rates_over_seeds", found.rates, "win_rate")
-    page.figure(
-        "win_rate_by_size", plot_against_size, found.rates, {"win_rate": "Win rate against the reference"}, "policy",
-        "win rate", baselines=baselines, level=0.5,
-    )  # fmt: skip
-    if found.differences.empty:
-        page.add("There is one policy per run: nothing to compare in pairs.")
-        return
-    page.add("Differences between policies over the queries that both answered, by the paired bootstrap:")
-    page.table("differences", found.differences)
+    if baselines or not _one_size(found.rates):
+        panels = {"win_rate": "Win rate against the reference"}
+        page.figure(
+            "win_rate_by_size", plot_against_size, found.rates, panels, "policy", "win rate", baselines=baselines,
+            level=0.5,
+        )  # fmt: skip
+    if len(found.differences):
+        page.add("Differences between policies over the queries that both answered, by the paired bootstrap:")
+        page.table("differences", found.differences)
 
 
 def add_lengths(page: Page, found: Analysis, unit: Unit) -> None:
-    """Win rate against length, and at equal length."""
+    """Adds win rate against length, and at equal length."""
     page.add("## Win rate and length")
     if found.bins.empty:
         hint = "; `lengths: characters` needs no token counts" if unit == "tokens" else ""
@@ -105,22 +103,22 @@ def add_lengths(page: Page, found: Analysis, unit: Unit) -> None:
         page.add(f"Left out: {len(found.left_out)} rows in which a text is empty or its length unknown.")
     page.table("mean_lengths", found.mean_lengths)
     page.figure("win_rate_by_length", plot_mean_lengths, found.mean_lengths, unit)
+    together = " `all` takes the seeds together." if (found.fits["seed"] == "all").any() else ""
     page.add(
         f"Lengths in {unit}. `adjusted` is the win rate at the length of the reference, by a logistic fit of all rows "
-        "on log(length / reference length); `slope` is its log-odds per unit. `all` takes the seeds together."
+        f"on log(length / reference length); `slope` is its log-odds per unit.{together}"
     )
     page.table("length_adjusted", found.fits)
     if found.fits["adjusted"].isna().any():
         page.add("Where `adjusted` is empty no fit exists: one length ratio only, or outcomes without overlap.")
     page.figure("length_controlled", plot_length_controlled, found.bins, found.fits)
     page.numbers("length_bins", found.bins)
-    page.add(_bin_sentences(found.bin_differences))
-    page.numbers("length_bin_differences", found.bin_differences)
+    if len(found.bin_differences):
+        page.add(_bin_sentences(found.bin_differences))
+        page.numbers("length_bin_differences", found.bin_differences)
 
 
 def _bin_sentences(differences: pd.DataFrame) -> str:
-    if differences.empty:
-        return f"No bin has {ENOUGH} queries of both SFT and PPO."
     said = []
     for size, part in differences.groupby("size", sort=False):
         below = part[part["difference"] < 0]
@@ -131,16 +129,16 @@ def _bin_sentences(differences: pd.DataFrame) -> str:
 
 
 def add_reward(page: Page, found: Analysis) -> None:
-    """Accuracy, calibration, and agreement of the reward model with the judge."""
+    """Adds accuracy, calibration, and agreement of the reward model with the judge."""
     page.add("## Reward model")
     if found.accuracy.empty:
-        page.add("No tables of margins were given, so accuracy and calibration are not known.")
+        page.add("For accuracy and calibration give the table of the command `margins` as `margins`.")
     else:
         _add_accuracy(page, found)
         _add_calibration(page, found)
     page.add("### Agreement with the judge")
     if found.agreement.empty:
-        page.add("The judged tables have no scores of a reward model.")
+        page.add("For scores in the judged tables give the command `generate` a `reward`.")
         return
     page.add(
         "How often the reward model prefers the text that the judge prefers, policy or reference. The judge's ties are "
@@ -196,18 +194,18 @@ def _add_calibration(page: Page, found: Analysis) -> None:
 
 
 def add_seeds(page: Page, found: Analysis) -> None:
-    """Agreement between seeds, and the collapse alarm."""
+    """Adds agreement between seeds and the collapse alarm, where a size has several seeds."""
+    if found.rates.groupby("size")["seed"].nunique().max() == 1:
+        return
     page.add("## Seeds")
-    if found.seeds.empty:
-        page.add("One seed per size only: agreement between seeds can't be given.")
-    else:
+    if len(found.seeds):
         page.add(
             "Whether the seeds win, tie and lose on the same queries: `pairwise` is the share of equal outcomes of two "
             "seeds, `unanimous` the share of queries on which all seeds are equal; `cohen` (mean over pairs) and "
             "`fleiss` are kappas, 0 by chance and 1 at best; the interval is that of Fleiss' kappa."
         )
         page.table("seed_agreement", found.seeds)
-    if not found.reward_seeds.empty:
+    if len(found.reward_seeds):
         page.add("The same of the reward models: whether they prefer the same response of a comparison.")
         page.table("reward_seed_agreement", found.reward_seeds)
     page.add("### Collapse alarm", *alarms(found.collapse))
@@ -215,41 +213,39 @@ def add_seeds(page: Page, found: Analysis) -> None:
 
 
 def add_course(page: Page, found: Analysis) -> None:
-    """Proxy score, gold score and win rate over the course of PPO."""
-    page.add("## Over-optimisation")
+    """Adds proxy score, gold score and win rate over the course of PPO, where anything else than the proxy is known."""
     if found.course.empty:
-        page.add("No judged checkpoints of PPO were given, so its course is not known.")
         return
+    start = ", which is the point at 0" if (found.course["update"] == 0).any() else ""
     page.add(
-        "What the policy gains as it moves away from where PPO started, which is the point at 0. Over-optimisation is "
-        "a score of the reward model that still rises where gold score or win rate fall."
+        "## Over-optimisation",
+        f"What the policy gains as it moves away from where PPO started{start}. Over-optimisation is a score of the "
+        "reward model that still rises where gold score or win rate fall.",
     )
-    page.figure("over_optimisation", plot_course, found.course)
+    over = {"update": "updates"} if "episodes" in found.course else {}
+    page.figure("over_optimisation", plot_course, found.course, {**over, "sqrt_kl": "√KL (√nats)"})
     page.table("over_optimisation", found.course)
     page.add("Where each measure was highest, and what it was in the end:")
     page.table("over_optimisation_best", found.turns)
 
 
 def add_rouge(page: Page, found: Analysis) -> None:
-    """ROUGE per run."""
+    """Adds ROUGE per run."""
     page.add("## ROUGE", "Mean over the split, with bootstrap intervals in the CSV.")
     page.table("rouge_means", found.rouge[["size", "parameters", "seed", "policy", "rows", *ROUGE]])
     page.numbers("rouge", found.rouge, "With intervals")
-    if _one_size(found.rouge):
-        page.add("One size only: no figure against size.")
-    else:
+    if not _one_size(found.rouge):
         titles = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
         page.figure("rouge", plot_against_size, found.rouge, titles, "policy", "F-measure")
 
 
 def add_curves(page: Page, evidence: Evidence) -> None:
-    """Curves of the three stages, and what must hold in PPO."""
+    """Adds the curves of those of the three stages that have any, and what must hold in PPO."""
     for stage, (title, x_label) in STAGES.items():
-        page.add(f"## {title}")
         curves = evidence.curves[evidence.curves["stage"] == stage]
         if curves.empty:
-            page.add("No run folder of this stage was given, so there are no curves.")
             continue
+        page.add(f"## {title}")
         if len(curves[["size", "seed"]].drop_duplicates()) == 1:
             named = {name: part.set_index("step")["value"] for name, part in curves.groupby("curve")}
             page.figure(stage, plot_curves, named, PANELS[stage], x_label)
@@ -280,6 +276,6 @@ def _invariants(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def add_samples(page: Page, evidence: Evidence, count: int) -> None:
-    """The first queries with all responses."""
+    """Adds the first queries with all responses."""
     if count:
         page.add("## Samples", samples(evidence.rows, count))

@@ -1,18 +1,26 @@
-"""The curves of a rollout whose numbers are known, with garbage at padding."""
+"""The curves of a rollout whose numbers are known, with garbage at padding; and the point before all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from rlhf import run_folder
 from rlhf.callbacks.curves import PPOCurves
+from rlhf.evaluation.curves import read_curves
+from rlhf.modules.ppo import PPOModule
+from rlhf.modules.settings import PPOSettings
 from rlhf.ops.kl_control import FixedKL
 from rlhf.rollout import Rollout, response_masks
 
+Make = Callable[..., Any]
 LENGTHS = torch.tensor([1, 3])
 JUNK = 99.0
 
@@ -63,3 +71,24 @@ def test_curves_are_means_over_episodes_and_over_real_tokens(reduce_sum: Any, ra
     }
     found = curves(reduce_sum, ranks)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_whole_validation_before_the_first_update_is_the_point_at_0(
+    model_path: str, reward_path: str, trainer: Make, rollout_data: Make, tmp_path: Path
+) -> None:
+    """It is what `validate` says of the untrained policy, and changes nothing in training."""
+
+    def module() -> PPOModule:
+        return PPOModule(model_path, reward_path, ppo=PPOSettings(response_length=4))
+
+    found = {}
+    for steps in (-1, 1, 0):
+        logger = TensorBoardLogger(tmp_path / str(steps), name="", version=run_folder.CURVES)
+        trainer(logger=logger, num_sanity_val_steps=steps).fit(module(), rollout_data(eval_batch_size=4))
+        found[steps] = read_curves(tmp_path / str(steps))
+    [expected] = trainer().validate(module(), rollout_data(eval_batch_size=4), verbose=False)
+    for name in ("validation/score", "validation/length", "validation/eos"):
+        assert found[-1][name].loc[0] == pytest.approx(expected[name])
+        assert found[-1][name].loc[8] == found[0][name].loc[8]
+        assert found[1][name].index.tolist() == found[0][name].index.tolist() == [8]
+    assert found[-1]["loss/policy_avg"].tolist() == found[0]["loss/policy_avg"].tolist()

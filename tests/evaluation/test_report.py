@@ -72,23 +72,25 @@ def margins(path: Path, skill: float, seed: int) -> str:
     return str(path)
 
 
-def curves(folder: Path, values: dict[str, Sequence[float]]) -> str:
-    """A run folder with curves."""
+def curves(folder: Path, values: dict[str, Sequence[float] | dict[int, float]]) -> str:
+    """A run folder with curves, of values from step 1 on or by steps."""
     logger = TensorBoardLogger(folder, name="", version=run_folder.CURVES)
     for name, points in values.items():
-        for step, value in enumerate(points, 1):
+        for step, value in points.items() if isinstance(points, dict) else enumerate(points, 1):
             logger.log_metrics({name: value}, 100 * step)
     logger.finalize("success")
     return str(folder)
 
 
-def ppo_curves(folder: Path, final_kl: float = 9.0, length: float = 24.0) -> str:
-    """A run folder of PPO with eight updates."""
+def ppo_curves(folder: Path, final_kl: float = 9.0, length: float = 24.0, gold: str = "gold_scores") -> str:
+    """A run folder of PPO with eight updates and four validations, over-optimised at the end."""
     update = np.arange(8)
     return curves(folder, {
-        "objective/kl": final_kl * update / 7, "objective/scores": 0.1 * update, "validation/score": 0.12 * update,
-        "val/ratio": np.ones(8), "val/ratio_max_deviation": np.full(8, 1e-6), "rollout/eos_share": np.full(8, 0.97),
-        "rollout/response_length": np.full(8, length), "validation/gold_scores": 3 + 0.2 * update,
+        "objective/kl": final_kl * update / 7, "objective/scores": 0.1 * update, "val/ratio": np.ones(8),
+        "val/ratio_max_deviation": np.full(8, 1e-6), "rollout/eos_share": np.full(8, 0.97),
+        "rollout/response_length": np.full(8, length), "validation/score": {0: -0.5, 2: 0.5, 5: 0.8, 8: 0.9},
+        f"validation/{gold}": {0: 2.5, 2: 3.5, 5: 4.5, 8: 4.25}, "validation/eos": {8: 1.0},
+        "validation/length": {8: length},
     })  # fmt: skip
 
 
@@ -135,11 +137,11 @@ def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
     blocks = (study / "report.md").read_text().split("\n\n")
     seen = 0
     for table, link in pairwise(blocks):
-        name = re.search(r"\((\w+\.csv)\)", link)
+        name = re.search(r"\((report/\w+\.csv)\)", link)
         if table.startswith("| ") and name:
             frame = pd.read_csv(study / name[1])
-            lines = [line.strip("|").split(" | ") for line in table.splitlines()]
-            heads = [head.strip() for head in lines[0]]
+            lines = [re.split(r"(?<!\\)\|", line.strip("|")) for line in table.splitlines()]
+            heads = [head.strip().replace("\\|", "|") for head in lines[0]]
             assert len(lines) - 2 == len(frame), name[1]
             numbers = [head for head in heads if head.replace(" ", "_") in frame and head != "value"]
             for head in numbers:
@@ -155,34 +157,35 @@ def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
 
 def test_everything_that_the_page_links_to_is_there(study: Path) -> None:
     linked = set(re.findall(r"\]\((\S+?)\)", (study / "report.md").read_text()))
-    assert linked == {file.name for file in study.iterdir()} - {"report.md"}
-    figures = {name for name in linked if name.endswith(".png")}
+    assert linked == {f"report/{file.name}" for file in (study / "report").iterdir()}
+    assert {file.name for file in study.iterdir()} == {"report.md", "report"}
+    figures = {Path(name).name for name in linked if name.endswith(".png")}
     assert figures == {
         "win_rate_by_size.png", "win_rate_by_length.png", "length_controlled.png", "reward_accuracy.png",
         "calibration.png", "reward_agreement.png", "over_optimisation.png", "rouge.png", "sft.png", "reward.png",
         "ppo.png",
     }  # fmt: skip
     for name in figures:
-        height, width, _ = imread(study / name).shape
+        height, width, _ = imread(study / "report" / name).shape
         assert min(height, width) > 300
-        assert imread(study / name)[..., :3].std() > 0.02  # something is drawn
+        assert imread(study / "report" / name)[..., :3].std() > 0.02  # something is drawn
 
 
 def test_the_tables_are_those_of_their_functions(study: Path) -> None:
     judged_table = read_table(study.parent / "large-1" / "ppo.parquet", "PPO")
-    rates = pd.read_csv(study / "win_rates.csv").set_index(["size", "seed", "policy"])
+    rates = pd.read_csv(study / "report" / "win_rates.csv").set_index(["size", "seed", "policy"])
     row = rates.loc[("large", 1, "PPO")]
     assert row["win_rate"] == pytest.approx(judged_table["outcome"].mean())
     assert (row["rows"], row["invalid"]) == (120, 2)
-    course = pd.read_csv(study / "over_optimisation.csv").set_index(["size", "seed", "update"])
+    course = pd.read_csv(study / "report" / "over_optimisation.csv").set_index(["size", "seed", "update"])
     assert course.loc[("small", 2, 0), "win_rate"] == rates.loc[("small", 2, "SFT"), "win_rate"]
     assert course.loc[("small", 2, 4), "kl"] == pytest.approx(11 * 4 / 7)
-    bins = pd.read_csv(study / "length_bins.csv")
+    bins = pd.read_csv(study / "report" / "length_bins.csv")
     assert bins["rows"].sum() == 6 * 120 + 6 * 118
 
 
 def test_the_claims_and_the_alarm(study: Path) -> None:
-    verdicts = pd.read_csv(study / "claims.csv").set_index("claim")["verdict"]
+    verdicts = pd.read_csv(study / "report" / "claims.csv").set_index("claim")["verdict"]
     assert verdicts["PPO beats SFT against the reference at size small"] == "holds"
     assert verdicts["ROUGE-L of SFT rises with size"] == "holds"
     assert verdicts["ROUGE-L of PPO rises with size"] == "does not hold"  # one large run collapsed
@@ -212,31 +215,66 @@ def test_one_run_shows_what_a_pipeline_gave(single: Path) -> None:
     assert re.search(r"PPO moved the mean score by \+0\.\d\d standard deviations of the SFT scores, and the gold", text)
     assert "clean (gold score)" in text
     assert text.count("- **reference**:") == 5
-    summary = pd.read_csv(single / "summary.csv").set_index("policy")
+    summary = pd.read_csv(single / "report" / "summary.csv").set_index("policy")
     assert list(summary.index) == ["SFT", "PPO", "reference"]
     table = read_table(single.parent / "small-1" / "ppo.parquet", "PPO")
     assert summary.loc["PPO", ["score", "gold", "length"]].tolist() == pytest.approx(
         table[["a_score", "a_gold", "a_tokens"]].mean().tolist()
     )
     assert summary.loc["reference", "gold"] == 3.5
-    invariants = pd.read_csv(single / "invariants.csv").iloc[0]
+    invariants = pd.read_csv(single / "report" / "invariants.csv").iloc[0]
     assert invariants[["last KL", "highest KL"]].tolist() == [10, 10]
     assert invariants["largest |ratio - 1| before the first step"] == pytest.approx(1e-6)
 
 
-def test_one_run_says_what_it_can_not_show(single: Path) -> None:
+def test_one_run_is_silent_about_sizes_and_seeds(single: Path) -> None:
     text = (single / "report.md").read_text()
-    for sentence in (
-        "One seed only: no deviation over seeds can be given.",
-        "One seed per size only: agreement between seeds can't be given.",
-        "One seed per size only: there is nothing to compare a run with.",
-        "No judged checkpoints of PPO were given",
-        "One size only: nothing is said of what rises with size.",
-        "One size only: no figure against size.",
-    ):
-        assert sentence in text
-    assert "std" not in "".join(line for line in text.splitlines() if "seeds" in line)
-    assert not (single / "seed_agreement.csv").exists()
+    for words in ("only", "nothing", "## Seeds", "Collapse", "seeds together", "against size"):
+        assert words not in text.partition("## Samples")[0]
+    blocks = text.split("\n\n")
+    assert not [x for x, y in pairwise(blocks) if x.startswith("## ") and y.startswith("## ")]  # no empty section
+    linked = set(re.findall(r"\]\((\S+?)\)", text))
+    assert linked == {f"report/{file.name}" for file in (single / "report").iterdir()}
+    assert not {name for name in linked if "seed" in name or "by_size" in name or "collapse" in name}
+
+
+def test_the_course_of_one_run_is_that_of_its_validations(single: Path) -> None:
+    """KL after an update is what the next one begins with."""
+    course = pd.read_csv(single / "report" / "over_optimisation.csv").set_index("update")
+    assert course.index.tolist() == [0, 2, 5, 8]
+    assert course["episodes"].tolist() == [0, 200, 500, 800]
+    assert course["score"].tolist() == pytest.approx([-0.5, 0.5, 0.8, 0.9])
+    assert course["gold_scores"].tolist() == pytest.approx([2.5, 3.5, 4.5, 4.25])
+    assert course["kl"].tolist() == pytest.approx([0, 20 / 7, 50 / 7, 10])
+    assert course["sqrt_kl"].tolist() == pytest.approx(course["kl"] ** 0.5)
+    best = pd.read_csv(single / "report" / "over_optimisation_best.csv").set_index("measure")
+    assert best["best_update"].to_dict() == {"score": 8, "gold_scores": 5}
+    assert best.loc["gold_scores", ["best", "last"]].tolist() == [4.5, 4.25]
+    height, width, _ = imread(single / "report" / "over_optimisation.png").shape
+    assert 0.7 < height / width < 1  # two measures over two axes
+
+
+def test_the_course_takes_the_score_of_any_evaluation_function(tmp_path: Path) -> None:
+    run = make_run(tmp_path, checkpoints=False)
+    found = report(str(tmp_path / "out"), [replace(run, stages={"ppo": ppo_curves(tmp_path / "x", gold="my_score")})])
+    assert found.course["my_score"].tolist() == [2.5, 3.5, 4.5, 4.25]
+    assert found.turns["measure"].tolist() == ["score", "my_score"]
+
+
+def test_a_course_without_a_validation_before_ppo_has_no_start(tmp_path: Path) -> None:
+    points = {"validation/score": {2: 1.0}, "validation/gold_scores": {2: 2.0}}
+    folder = curves(tmp_path / "late", {"objective/kl": [0, 1], **points})
+    run = replace(make_run(tmp_path, checkpoints=False), stages={"ppo": folder})
+    assert report(str(tmp_path / "out"), [run]).course["update"].tolist() == [2]
+    assert "the point at 0" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_proxy_alone_has_no_course_of_over_optimisation(tmp_path: Path) -> None:
+    run = make_run(tmp_path, checkpoints=False)
+    folder = curves(tmp_path / "proxy", {"objective/kl": [0, 1], "validation/score": [0, 1], "validation/eos": [1, 1]})
+    found = report(str(tmp_path / "out"), [replace(run, stages={"ppo": folder})])
+    assert found.course.empty
+    assert "Over-optimisation" not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,13 +287,14 @@ def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.C
     text = (tmp_path / "out" / "report.md").read_text()
     for sentence in (
         "The judged tables have no lengths in tokens; `lengths: characters` needs no token counts.",
-        "No tables of margins were given",
-        "The judged tables have no scores of a reward model.",
-        "No claim can be tested",
-        "There is one policy per run: nothing to compare in pairs.",
-        "No run folder of this stage was given, so there are no curves.",
+        "For accuracy and calibration give the table of the command `margins` as `margins`.",
+        "For scores in the judged tables give the command `generate` a `reward`.",
     ):
         assert sentence in text
+    assert re.findall("^## (.*)", text, re.MULTILINE) == [
+        "mine and the reference", "Win rate against the reference", "Win rate and length", "Reward model", "ROUGE",
+        "Samples",
+    ]  # fmt: skip
     assert "mine" in capsys.readouterr().out
 
 
@@ -308,7 +347,7 @@ def test_a_config_of_a_report(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Lengths in characters." in text
     assert "## Samples" not in text
-    differences = pd.read_csv(tmp_path / "out" / "differences.csv")
+    differences = pd.read_csv(tmp_path / "out" / "report" / "differences.csv")
     assert differences[["difference", "low", "high"]].iloc[0].tolist() == [0, 0, 0]  # a policy against itself
 
 
