@@ -252,18 +252,17 @@ def run_jobs(jobs: list[Job], processes: int) -> dict[str, str]:
     return failed
 
 
-def _run(stage: Stage, words: list[str], log: Path | None = None) -> float:
-    start = time.monotonic()
+def _run(stage: Stage, words: list[str], log: Path | None = None) -> Ended:
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-    status = stage_processes.run(words, log)
+    ended = stage_processes.run(words, log)
     stage_processes.check()
-    if status:
+    if ended.status:
         seen = f", see {log}" if log is not None else ""
         raise UserError(
-            f"the stage {stage.name} ended with status {status}{seen}; the same command goes on from there."
+            f"the stage {stage.name} ended with status {ended.status}{seen}; the same command goes on from there."
         )
-    return time.monotonic() - start
+    return ended
 
 
 def _delete_table(table: Path) -> None:

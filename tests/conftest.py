@@ -32,6 +32,7 @@ from rlhf.models import backbone
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.pipeline import Stage
+from rlhf.stage_process import Ended
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -217,11 +218,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs the stages in this process, which saves their start, and keeps their commands."""
     seen: list[list[str]] = []
 
-    def run(stage: Stage, words: list[str], log: Path | None = None) -> float:
+    def run(stage: Stage, words: list[str], log: Path | None = None) -> Ended:
         seen.append(words)
         start = time.monotonic()
         main(words)
-        return time.monotonic() - start
+        return Ended(0, time.monotonic() - start, 0.0)
 
     monkeypatch.setattr(pipeline, "_run", run)
     return seen

@@ -20,10 +20,11 @@ ALLOWED = {
     "rouge": set(),
     "seeding": set(),
     "heap": set(),
+    "devices": set(),
     "run_folder": {"errors"},
     "stage_process": {"heap"},
     "pipeline": {"errors", "run_folder", "stage_process"},
-    "generation": {"ops", "models"},
+    "generation": {"ops", "devices", "models"},
     "micro_batches": set(),
     "graph_sampling": {"ops", "generation"},
     "rollout": {"ops", "seeding", "micro_batches"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "data": {"ops", "errors", "checks", "seeding", "rollout", "models", "micro_batches", "workload"},
     "callbacks": {"ops", "errors", "heap", "rollout", "run_folder", "strategies"},
     "modules": {"ops", "errors", "checks", "rouge", "seeding", "generation", "rollout", "models"}
-    | {"callbacks", "strategies", "micro_batches", "graph_sampling", "heap"},
+    | {"callbacks", "strategies", "micro_batches", "graph_sampling", "heap", "devices"},
     "evaluation": {"ops", "errors", "checks", "seeding", "rouge", "generation", "models", "data", "callbacks"}
     | {"run_folder", "pipeline"},
 }

@@ -26,6 +26,7 @@ from rlhf.evaluation.runs import Baseline, Run
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.pipeline import Runner, Stage
+from rlhf.stage_process import Ended
 
 FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 SIZES = ["1b", "2.8b", "6.9b"]
@@ -124,9 +125,9 @@ def test_the_study_runs_on_small_models_and_data(
 ) -> None:
     """With other models, data, judge, machine and numbers of examples; all else as shipped."""
 
-    def run(stage: Stage, words: list[str], log: Path) -> float:
+    def run(stage: Stage, words: list[str], log: Path) -> Ended:
         main(words)
-        return 0.0
+        return Ended(0, 0.0, 0.0)
 
     def spied(output: str, runs: list[Run], baselines: list[Baseline], *settings: Any) -> Analysis:
         seen.extend(baselines)

@@ -17,6 +17,7 @@ from rlhf.data.embedded import SmallModel, create_model
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import read_curves
 from rlhf.pipeline import Job, Runner, Stage, pipeline, run_jobs
+from rlhf.stage_process import Ended
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -91,11 +92,11 @@ def test_a_stopped_pipeline_goes_on(
     few = quickstart | {"stages": quickstart["stages"][:2]}
     inner = rlhf.pipeline._run
 
-    def stop_at_fit(stage: Stage, words: list[str]) -> float:
+    def stop_at_fit(stage: Stage, words: list[str], log: Path | None) -> Ended:
         if stage.command == "fit":
             main([*words, "--trainer.max_epochs=1"])
             raise KeyboardInterrupt
-        return inner(stage, words)
+        return inner(stage, words, log)
 
     monkeypatch.setattr(rlhf.pipeline, "_run", stop_at_fit)
     with pytest.raises(KeyboardInterrupt):

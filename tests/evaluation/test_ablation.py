@@ -18,6 +18,7 @@ from rlhf.cli import main
 from rlhf.errors import UserError
 from rlhf.evaluation.ablation import METRICS, final_values, markdown_table, read_points, write_result
 from rlhf.pipeline import Runner, Stage
+from rlhf.stage_process import Ended
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = ROOT / "configs" / "ablations" / "study.yaml"
@@ -79,10 +80,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Stages write curves instead of training; keeps their commands."""
     seen: list[list[str]] = []
 
-    def run(stage: Stage, words: list[str], log: Path) -> float:
+    def run(stage: Stage, words: list[str], log: Path) -> Ended:
         seen.append(words)
         write_run(Path(next(word for word in words if word.startswith("--run_dir")).partition("=")[2]), 1.0)
-        return 0.0
+        return Ended(0, 0.0, 0.0)
 
     monkeypatch.setattr(rlhf.pipeline, "_run", run)
     return seen
@@ -151,7 +152,7 @@ def test_a_failed_run_does_not_stop_the_others(
 ) -> None:
     inner = rlhf.pipeline._run
 
-    def run(stage: Stage, words: list[str], log: Path) -> float:
+    def run(stage: Stage, words: list[str], log: Path) -> Ended:
         if stage.name == "no_kl/seed-2":
             raise UserError("no_kl/seed-2 broke")
         return inner(stage, words, log)
@@ -241,10 +242,10 @@ def test_ppo_with_and_without_a_kl_penalty(
     demonstration_file: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def run(stage: Stage, words: list[str], log: Path) -> float:
+    def run(stage: Stage, words: list[str], log: Path) -> Ended:
         start = time.monotonic()
         main(words)
-        return time.monotonic() - start
+        return Ended(0, time.monotonic() - start, 0.0)
 
     monkeypatch.setattr(rlhf.pipeline, "_run", run)
     takes = {

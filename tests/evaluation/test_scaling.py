@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.runs import Run
 from rlhf.evaluation.scaling import count_parameters
 from rlhf.pipeline import Stage
+from rlhf.stage_process import Ended
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = ROOT / "configs" / "scaling" / "study.yaml"
@@ -67,7 +68,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, model_path: str) -> tuple[list[li
     seen: list[list[str]] = []
     runs: list[Run] = []
 
-    def run(stage: Stage, words: list[str], log: Path) -> float:
+    def run(stage: Stage, words: list[str], log: Path) -> Ended:
         seen.append(words)
         file = product(words)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, model_path: str) -> tuple[list[li
                 export.mkdir()
                 (export / "rlhf.json").write_text("{}")
         file.write_text("{}")
-        return 0.0
+        return Ended(0, 0.0, 0.0)
 
     def report(output: str, found: list[Run], *settings: Any) -> None:
         runs[:] = found
@@ -169,8 +170,8 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
     seen, runs = pretended
     inner = rlhf.pipeline._run
 
-    def broken(*names: str) -> Callable[..., float]:
-        def run(stage: Stage, words: list[str], log: Path) -> float:
+    def broken(*names: str) -> Callable[..., Ended]:
+        def run(stage: Stage, words: list[str], log: Path) -> Ended:
             if place(words, tmp_path / "out") in names:
                 raise UserError(f"{stage.name} broke")
             return inner(stage, words, log)
@@ -213,7 +214,7 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
 def test_nothing_is_reported_where_nothing_is_finished(
     study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def run(stage: Stage, words: list[str], log: Path) -> float:
+    def run(stage: Stage, words: list[str], log: Path) -> Ended:
         raise UserError("no disk")
 
     monkeypatch.setattr(rlhf.pipeline, "_run", run)
