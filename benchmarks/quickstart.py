@@ -1,0 +1,114 @@
+"""The quickstart over seeds and roundings: what its reader gets on any machine, as one table.
+
+Another CPU, another number of threads or another kernel rounds other digits, from which a run parts within some steps.
+Every run is `python train.py pipeline --config configs/quickstart/pipeline.yaml` with a seed of its own, which is that
+of the data too. Finished runs are kept; the same command goes on with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from rlhf.evaluation.curves import read_curves
+from rlhf.evaluation.page import markdown
+
+ROOT = Path(__file__).parent.parent
+# name -> environment, and how many runs share the cores
+ROUNDINGS: dict[str, tuple[dict[str, str], int]] = {
+    "own kernels, two threads": ({"OMP_NUM_THREADS": "2"}, 1),
+    "own kernels, one thread": ({"OMP_NUM_THREADS": "1"}, 2),
+    "AVX2, one thread": ({"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}, 2),
+    "no vectors, one thread": ({"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}, 2),
+}
+# column -> what a result that holds must reach in every run, and in the mean
+BOUNDS = {
+    "win rate, PPO": (0.60, 0.70), "win rate, SFT": (0.20, 0.20), "gold, PPO - reference": (0.0, 0.0),
+    "agreement": (0.75, 0.75), "EOS, PPO": (0.95, 0.95),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Runs what is missing, writes the table, and exits with 1 where a bound is not reached."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run_dir", default="runs/quickstart_table", help="folder of all runs and of the table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=list(ROUNDINGS)[:1] + list(ROUNDINGS)[2:])
+    words = parser.parse_args()
+    out, rows = Path(words.run_dir), []
+    for rounding in words.roundings:
+        environment, together = ROUNDINGS[rounding]
+        folders = [out / rounding.replace(",", "").replace(" ", "-") / f"seed-{seed}" for seed in words.seeds]
+        with ThreadPoolExecutor(together) as pool:
+            list(pool.map(lambda seed, folder, e=environment: run(seed, folder, e), words.seeds, folders))
+        rows += [
+            {"rounding": rounding, "seed": seed, **measured(folder)}
+            for seed, folder in zip(words.seeds, folders, strict=True)
+        ]
+        table = pd.DataFrame(rows)
+        table.to_csv(out / "quickstart_table.csv", index=False)
+    print(page(table))
+    (out / "quickstart_table.md").write_text(page(table))
+    sys.exit(int(not holds(table)))
+
+
+def run(seed: int, folder: Path, environment: dict[str, str]) -> None:
+    """Runs the quickstart with a seed, or goes on with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "train.py", "pipeline", "--config", "configs/quickstart/pipeline.yaml"]
+    with (folder / "log").open("a") as log:
+        subprocess.run(
+            [*command, "--seed", str(seed), "--run_dir", str(folder.resolve())],
+            cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log, check=True,
+        )  # fmt: skip
+    print(f"finished: {folder}", flush=True)
+
+
+def measured(run: Path) -> dict[str, float]:
+    """What came out of a run: its report's tables, the curves of PPO, and its stages' time and memory."""
+    tables = run / "report"
+    summary = pd.read_csv(tables / "summary.csv").set_index("policy")
+    accuracy = pd.read_csv(tables / "reward_accuracy_by_split.csv").set_index(["labels", "split"])["accuracy"]
+    agreement = pd.read_csv(tables / "reward_agreement.csv").set_index("policy")["agreement"]
+    kl = read_curves(run / "ppo")["objective/kl"]
+    stages = json.loads((run / "pipeline.json").read_text()).values()
+    clean = next(labels for labels in accuracy.index.levels[0] if labels.startswith("clean"))
+    return {
+        "win rate, SFT": summary.loc["SFT", "win_rate"],
+        "win rate, PPO": summary.loc["PPO", "win_rate"],
+        "gold, SFT": summary.loc["SFT", "gold"],
+        "gold, PPO": summary.loc["PPO", "gold"],
+        "gold, reference": summary.loc["reference", "gold"],
+        "gold, PPO - reference": summary.loc["PPO", "gold"] - summary.loc["reference", "gold"],
+        "reward model, posts": accuracy[clean, "posts"],
+        "reward model, news": accuracy[clean, "news"],
+        "agreement": agreement["PPO"],
+        "EOS, PPO": summary.loc["PPO", "eos"],
+        "highest KL": kl.max() if kl.notna().all() else float("nan"),
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "peak GiB": max(stage["peak_gib"] for stage in stages),
+    }
+
+
+def holds(table: pd.DataFrame) -> bool:
+    """Whether every run and the mean reach their bounds."""
+    reached = [(table[name] >= every).all() and table[name].mean() >= mean for name, (every, mean) in BOUNDS.items()]
+    return all(reached) and (table["win rate, SFT"] <= 0.5).all() and table["highest KL"].notna().all()
+
+
+def page(table: pd.DataFrame) -> str:
+    """The table of all runs, and of their mean and range."""
+    numbers = table.drop(columns=["rounding", "seed"])
+    ranges = numbers.agg(["mean", "min", "max"]).T.rename_axis("of all runs").reset_index()
+    return f"{markdown(ranges)}\n\n{markdown(table)}\n"
+
+
+if __name__ == "__main__":
+    main()
