@@ -68,7 +68,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(
     theirs = gradients(expected, of_logprob, of_entropy, hidden, weight)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-5)  # logits up to 20 are rounded by 1e-6
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)  # logits of 20 are rounded by 1e-6
 
 
 @pytest.mark.parametrize("seed", range(3))
