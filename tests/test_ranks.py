@@ -29,6 +29,7 @@ PROCESSES = {
     "zero2": ["--trainer.devices=2", "--trainer.strategy=zero2"],
     "zero2_offload": ["--trainer.devices=2", "--trainer.strategy=zero2_offload"],
 }
+SMOOTH = "--model.optimization.eps=1e-3"  # a small one makes a large step of the rounding of a tiny gradient
 CLIP = 1.0  # of a norm of 1.3: were the loss divided twice, nothing would be clipped
 CLIPPED = ["--model=ranks_modules.SGDModule", f"--trainer.gradient_clip_val={CLIP}"]
 ONE_STEP = ["--model=ranks_modules.FixedResponsesPPO", "--model.ppo.ppo_epochs=1", "--trainer.max_epochs=1"]
@@ -65,7 +66,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: st
                     "fit", f"--config={ROOT}/configs/quickstart/{stage}.yaml", f"--run_dir={run}",
                     f"--model.model_path={base}", f"--data.train.path={train}", f"--data.validation.path={train}",
                     "--data.validation.split=train", "--data.batch_size=8", "--data.micro_batch_size=2",
-                    "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", *words,
+                    "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", SMOOTH, *words,
                 ]  # fmt: skip
                 start(name, command)
         return run
@@ -108,7 +109,7 @@ def assert_same_step(one: Path, two: Path) -> None:
     expected, found = weights(one), weights(two)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=0, msg=name)
     norms = [read_curves(run)["grad_norm"].tolist() for run in (one, two)]
     assert len(norms[0]) == 1
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
