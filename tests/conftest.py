@@ -39,6 +39,13 @@ torch.set_num_threads(1)
 logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
 
 
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test begins with the same random numbers, whichever tests ran before it in its process."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def from_config() -> Callable[[Any], Any]:
     """Builds a language model whose context matters: random weights of standard deviation 0.2."""

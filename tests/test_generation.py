@@ -129,7 +129,7 @@ def test_a_response_depends_on_its_own_row_alone(
 ) -> None:
     """Not on the rows beside it, nor on when those that have ended leave the batch: at once, late, or never."""
     monkeypatch.setattr(generation, "LEAVING", leaving)
-    numbers = uniforms(len(MANY), 16, torch.Generator().manual_seed(5))
+    numbers = uniforms(len(MANY), 16, torch.Generator().manual_seed(6))  # none within 5e-4 of another token
     settings: dict[str, Any] = {"temperature": 1.0, "eos_id": 7, "pad_id": PAD}
     alone = one_by_one(small_vocabulary, MANY, numbers, **settings)
     lengths = (alone != PAD).sum(1)

@@ -19,7 +19,7 @@ QUERIES = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
 
 
 def both(model: Any, eos_id: int, steps: int = 24) -> list[torch.Tensor]:
-    numbers = uniforms(len(QUERIES), steps, torch.Generator().manual_seed(5))
+    numbers = uniforms(len(QUERIES), steps, torch.Generator().manual_seed(26))  # none within 4e-5 of another token
     inputs = (*pad_sequences(QUERIES, PAD, "left"), numbers)
     return [draw(model, *inputs, temperature=0.7, eos_id=eos_id, pad_id=PAD) for draw in (sample, sample_in_graph)]
 

@@ -23,7 +23,7 @@ from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFT
 from rlhf.rollout import Rollout
 
 Make = Callable[..., Any]
-STEP = Optimization(learning_rate=1e-3)
+STEP = Optimization(learning_rate=1e-3, eps=1e-3)  # with a small eps the rounding of a tiny gradient makes a large step
 ROWS = 8
 
 
@@ -103,7 +103,7 @@ def start(stage: str, model_path: str, reward_path: str) -> Tensor:
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path: str, reward_path: str) -> None:
     expected = step(stage)
-    torch.testing.assert_close(step(stage, backwards=True), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(step(stage, backwards=True), expected, atol=2e-6, rtol=0)
     assert (expected - start(stage, model_path, reward_path)).abs().max() > 5e-4  # a step was made
 
 
@@ -111,7 +111,7 @@ def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path
 @pytest.mark.parametrize("micro", [1, 8])
 def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int) -> None:
     sizes = {"rollout_batch_size": 8 // micro} if stage == "ppo" else {}
-    torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=2e-5, rtol=0)
+    torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -121,10 +121,10 @@ def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int) -> No
     expected, without = step(stage), list(step.seen)
     budget = rows * step.longest[stage]
     found = step(stage, max_tokens_per_micro_batch=budget)
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     assert max(step.seen) <= budget
     assert step.seen != without
 
 
 def test_the_amount_of_left_padding_does_not_matter(step: Make) -> None:
-    torch.testing.assert_close(step("ppo", rollout=MorePadding), step("ppo"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(step("ppo", rollout=MorePadding), step("ppo"), atol=2e-6, rtol=0)

@@ -29,7 +29,8 @@ PROCESSES = {
     "zero2": ["--trainer.devices=2", "--trainer.strategy=zero2"],
     "zero2_offload": ["--trainer.devices=2", "--trainer.strategy=zero2_offload"],
 }
-CLIP = 1.0  # of a norm of 1.3: were the loss divided twice, nothing would be clipped
+SMOOTH = "--model.optimization.eps=1e-3"  # a small one makes a large step of the rounding of a tiny gradient
+CLIP = 5.0  # of a norm of 6.4: were the loss divided twice, nothing would be clipped
 CLIPPED = ["--model=ranks_modules.SGDModule", f"--trainer.gradient_clip_val={CLIP}"]
 ONE_STEP = ["--model=ranks_modules.FixedResponsesPPO", "--model.ppo.ppo_epochs=1", "--trainer.max_epochs=1"]
 WARM_UP = ["--model.ppo.critic_warmup=1", "--trainer.max_epochs=2"]
@@ -66,7 +67,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: st
                     "fit", f"--config={ROOT}/configs/quickstart/{stage}.yaml", f"--run_dir={run}",
                     f"--model.model_path={base}", f"--data.train.path={train}", f"--data.validation.path={train}",
                     "--data.validation.split=train", "--data.batch_size=8", "--data.micro_batch_size=2",
-                    "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", *words,
+                    "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", SMOOTH, *words,
                 ]  # fmt: skip
                 start(name, command)
         return run
@@ -108,7 +109,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
     expected, found = weights(one), weights(two)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(found[name], tensor, atol=2e-6, rtol=0, msg=name)
 
 
 def assert_same_step(one: Path, two: Path) -> None:
@@ -157,8 +158,8 @@ def test_a_pipeline_under_zero2(fit: Fit) -> None:
     curves = read_curves(ppo)
     assert curves["val/ratio_max_deviation"].max() < 1e-5
     assert curves["objective/kl"].iloc[0] == pytest.approx(0, abs=1e-4)
-    for run, curve in ((sft, "loss"), (reward, "accuracy"), (ppo, "score")):
-        assert len(read_curves(run)[f"validation/{curve}"]) == 1
+    for run, curve, count in ((sft, "loss", 1), (reward, "accuracy", 1), (ppo, "score", 2)):  # PPO's start, too
+        assert len(read_curves(run)[f"validation/{curve}"]) == count
 
 
 @pytest.fixture(scope="session")
@@ -197,4 +198,4 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(fit: Fit, in_bfloa
         assert torch.equal(found[name], tensor), name
     expected_curves, curves = read_curves(in_bfloat16), read_curves(resumed)
     for name in ("objective/kl", "objective/scores", "loss/policy_avg", "grad_norm", "lr", "validation/score"):
-        assert curves[name].tolist() == expected_curves[name].tolist()[1:], name
+        assert curves[name].tolist() == expected_curves[name].loc[curves[name].index].tolist(), name

@@ -128,10 +128,13 @@ def plain(networks: ActorCritic, batch: Batch, temperature: float) -> Evaluation
 
 
 def gradients(networks: ActorCritic, now: Evaluation) -> dict[str, Tensor]:
-    """Of a loss in which every real log-probability, entropy and value has another weight."""
+    """Of a loss in which every real log-probability, entropy and value has another weight; their sum is not 0.
+
+    It is the gradient of the critic's bias, of which otherwise only rounding would be left.
+    """
     networks.zero_grad()
     mask = pad_sequences(RESPONSES, PAD)[1].bool()
-    weights = torch.linspace(-1, 1, int(mask.sum()))
+    weights = torch.linspace(-1, 2, int(mask.sum()))
     sum((factor * (x[mask] * weights).sum()) for factor, x in zip((1.0, 0.3, 0.5), now, strict=True)).backward()
     return {name: p.grad.clone() for name, p in networks.named_parameters() if p.grad is not None}
 
@@ -159,7 +162,10 @@ def test_it_equals_the_plain_pass_with_its_gradients(networks: ActorCritic, batc
 def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_plain_pass(
     networks: ActorCritic, batch: Batch, how: str
 ) -> None:
-    """Values and gradients; the truth is the plain pass in float32. bfloat16 has 8 bits."""
+    """Values and gradients; the truth is the plain pass in float32. bfloat16 has 8 bits.
+
+    The two passes round differently, and by chance either is the closer one.
+    """
     truth = plain(networks, batch, 0.7)
     slopes = gradients(networks, truth)
     if how == "weights":
@@ -169,10 +175,10 @@ def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_plain_pass(
     mask = batch[3].bool()
     for one, other, exact in zip(found, usual, truth, strict=True):
         assert one.dtype == torch.float32
-        assert distance(one[mask], exact[mask]) < 2 * distance(other[mask], exact[mask]) + 2**-8
+        assert distance(one[mask], exact[mask]) < 4 * distance(other[mask], exact[mask]) + 2**-8
     ours, theirs = gradients(networks, found), gradients(networks, usual)
     for name, exact in slopes.items():
-        assert distance(ours[name], exact) < 2 * distance(theirs[name], exact) + 2**-8, name
+        assert distance(ours[name], exact) < 4 * distance(theirs[name], exact) + 2**-8, name
 
 
 def distance(x: Tensor, truth: Tensor) -> float:

