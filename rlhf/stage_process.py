@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ class StageProcesses:
             words: of the command line.
             log: what it prints is appended to this file.
         """
-        context = _context()
+        context = start_method()
         peak = context.Value("d")
         child: Any = context.Process(target=_main, args=(words, log, peak))
         start = time.monotonic()
@@ -93,9 +92,8 @@ class StageProcesses:
 stage_processes = StageProcesses()
 
 
-@cache
-def _context() -> Any:
-    """How processes start.
+def start_method() -> Any:
+    """Returns the multiprocessing context that starts the processes of stages.
 
     On Linux without a GPU, a stage is a fork of a process that has imported everything once, which saves every stage
     several seconds. CUDA and the system libraries of macOS don't survive a fork: there, a stage is a new interpreter.

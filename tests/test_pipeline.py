@@ -124,7 +124,11 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
         pipeline([Stage("sft", config="nowhere.yaml")], run_dir=str(tmp_path / "run"))
 
 
-def test_stages_run_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("start", ["fork", "spawn"])  # without and with a GPU
+def test_stages_run_in_processes_of_their_own(
+    start: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: start == "spawn")
     config = tmp_path / "data.yaml"
     config.write_text(yaml.safe_dump(SMALL))
     main([
