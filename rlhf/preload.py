@@ -1,5 +1,6 @@
 """Imports what stages need, for the process that they are forked from."""
 
+import contextlib
 import gc
 import importlib
 import signal
@@ -14,9 +15,9 @@ MODULES = (
     "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",
 )  # fmt: skip
 
-for number in FORWARDED:
-    signal.signal(number, signal.SIG_IGN)  # a signal to all processes is for the stages, which this one waits for
+signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal to all processes is for the stages, which unblock it
 for name in MODULES:
-    importlib.import_module(name)
+    with contextlib.suppress(Exception):  # a stage that needs the module will say what is wrong
+        importlib.import_module(name)
 gc.collect()
 gc.freeze()  # else the garbage collector of every fork writes to, and so copies, all these pages

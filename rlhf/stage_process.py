@@ -8,12 +8,14 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from rlhf.heap import peak_resident_gib
 
@@ -26,7 +28,7 @@ class Ended(NamedTuple):
     Attributes:
         status: its exit status; minus the number of the signal that ended it.
         seconds: how long it ran.
-        peak_gib: the most memory that it held, without processes that it started; 0 where it was killed.
+        peak_gib: the most memory that it held, without that of processes that it started; 0 where it was killed.
     """
 
     status: int
@@ -40,29 +42,34 @@ class StageProcesses:
     def __init__(self) -> None:
         self.running: set[BaseProcess] = set()
         self.received = 0
+        self._lock = threading.Lock()  # multiprocessing reads the end of every child whenever one starts or is joined
 
     def run(self, words: list[str], log: Path | None = None) -> Ended:
-        """Runs a command of train.py in a process of its own.
+        """Runs a command of train.py in a process of its own, unless this one was sent a signal.
 
         Args:
             words: of the command line.
             log: what it prints is appended to this file.
         """
+        self.check()
         context = start_method()
-        peak = context.Value("d")
+        peak = context.Value("d", lock=False)
         child: Any = context.Process(target=_main, args=(words, log, peak))
         start = time.monotonic()
-        child.start()
+        with self._lock:
+            child.start()
         self.running.add(child)
         try:
             if self.received:
                 os.kill(child.pid, self.received)
-            child.join()
+            wait([child.sentinel])
         except BaseException:
             child.kill()
             raise
         finally:
             self.running.discard(child)
+        with self._lock:
+            child.join()
         return Ended(int(child.exitcode), time.monotonic() - start, peak.value)
 
     def check(self) -> None:
@@ -85,8 +92,8 @@ class StageProcesses:
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
         for child in list(self.running):
-            if child.pid is not None and child.is_alive():
-                os.kill(child.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(cast(int, child.pid), number)
 
 
 stage_processes = StageProcesses()
@@ -108,15 +115,16 @@ def start_method() -> Any:
 
 
 def _main(words: list[str], log: Path | None, peak: Any) -> None:
-    for number in FORWARDED:
-        signal.signal(number, signal.SIG_DFL)  # which the process that has imported everything ignores
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # which the process that has imported everything blocks
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        if "datasets" in sys.modules:  # which looked for a terminal when it was imported
+            sys.modules["datasets"].disable_progress_bars()
     sys.argv[1:] = words  # with which Lightning starts further processes
     try:
-        runpy.run_module("rlhf", run_name="__main__")
+        runpy.run_module("rlhf", run_name="__main__", alter_sys=True)
     finally:
         peak.value = peak_resident_gib()
         atexit._run_exitfuncs()  # which multiprocessing leaves out; they delete temporary folders of libraries

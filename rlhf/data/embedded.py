@@ -83,6 +83,7 @@ def synthesize(
     """
     folder, texts = Path(output), TextFormat()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
         else:
@@ -111,9 +112,10 @@ def _validation_pairs(sizes: Sizes, seed: int, noise: float) -> Iterator[dict[st
 
 
 def _write(file: Path, records: Iterator[dict[str, Any]]) -> None:
-    """Writes records as JSON lines; of no records, no file."""
+    """Writes records as JSON lines; of no records there is no file."""
     first = next(records, None)
     if first is None:
+        file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as stream:

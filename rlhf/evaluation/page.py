@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf import run_folder
 from rlhf.evaluation.tables import write_table
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Page:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / FILES).mkdir(exist_ok=True)
+        run_folder.claim(str(folder / FILES), resuming=True, setting="output")
         self._blocks: list[str] = []
 
     def add(self, *blocks: str) -> None:

@@ -16,7 +16,7 @@ from rlhf.ops.sequences import pad_sequences
 
 
 def best_device() -> torch.device:
-    """The NVIDIA GPU of this process, or the CPU (on a Mac always the CPU)."""
+    """Returns the NVIDIA GPU of this process, or the CPU (on a Mac always the CPU)."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -128,7 +128,7 @@ class StageModule(LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of now: the highest of all groups, as one may be held at 0."""
+        """Returns the current learning rate: the highest of all groups, as one may be held at 0."""
         return max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
 
     def log_learning_rate(self) -> None:
@@ -142,7 +142,7 @@ class StageModule(LightningModule):
         return int(self.trainer.estimated_stepping_batches)
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Every parameter that is trained, in groups that the optimizer can treat apart."""
+        """Lists every parameter that is trained, in groups that the optimizer can treat apart."""
         return [[p for p in self.parameters() if p.requires_grad]]
 
     def configure_optimizers(self) -> Any:

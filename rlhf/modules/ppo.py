@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf.callbacks.curves import PPOCurves
 from rlhf.callbacks.samples import SampleTable
+from rlhf.errors import UserError
 from rlhf.models.actor_critic import Evaluation
 from rlhf.models.loading import save_pretrained
 from rlhf.modules.experience import ExperienceModule
@@ -46,7 +47,7 @@ class PPOModule(ExperienceModule):
     # ---------------------------------------------------------------------------------------------------- training
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """The policy's parameters, then all others, so that the policy can wait for the critic."""
+        """Lists the policy's parameters, then all others, so that the policy can wait for the critic."""
         trained = [p for p in self.parameters() if p.requires_grad]
         policy = set(self.actor_critic.policy.parameters())
         return [[p for p in trained if p in policy], [p for p in trained if p not in policy]]
@@ -85,7 +86,7 @@ class PPOModule(ExperienceModule):
         return loss, statistics
 
     def on_train_epoch_start(self) -> None:
-        """A new update: no statistics yet, and the policy waits or starts."""
+        """Begins an update: no statistics yet, and the policy waits or starts."""
         self._sums: dict[str, Tensor] = {}
         self.ratio_deviation = torch.zeros((), device=self.device)
         self._hold_policy()
@@ -96,7 +97,14 @@ class PPOModule(ExperienceModule):
         Without a learning rate, neither weight decay nor rounding moves a weight. The schedule sets the rate anew after
         every update. The states belong to parameters, or under ZeRO to this process's part of all of them.
         """
+        if not self.ppo.critic_warmup:
+            return
         optimizer = self.trainer.optimizers[0]
+        if len(optimizer.param_groups) < 2:
+            raise UserError(
+                "model.ppo.critic_warmup needs an optimizer whose first group of parameters is the policy; give yours "
+                "the groups of parameter_groups()."
+            )
         policy, update = optimizer.param_groups[0], self.trainer.current_epoch
         if update < self.ppo.critic_warmup:
             policy["lr"] = 0.0
