@@ -83,7 +83,6 @@ def synthesize(
     """
     folder, texts = Path(output), TextFormat()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
         else:
@@ -99,6 +98,7 @@ def synthesize(
 
 
 def _write_data(folder: Path, seed: int, noise: float, sizes: Sizes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "pretraining" / "train.jsonl", pretraining(sizes.pretraining, seed, "pretraining"))
     for split, n in (("train", sizes.train), ("validation", sizes.validation)):
         _write(folder / "demonstrations" / f"{split}.jsonl", demonstrations(n, seed, split))
