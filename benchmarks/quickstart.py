@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from rlhf.data.domains import all_slots
+from rlhf.data.gold import gold_score
 from rlhf.evaluation.curves import read_curves
 from rlhf.evaluation.page import markdown
 
@@ -99,10 +101,21 @@ def measured(run: Path) -> dict[str, float]:
         "reward model, posts": accuracy[clean, "posts"],
         "reward model, news": accuracy[clean, "news"],
         "agreement": agreement["PPO"],
+        "facts right, SFT": facts_right(run / "generate_sft.parquet"),
+        "facts right, PPO": facts_right(run / "generate_ppo.parquet"),
         "EOS, PPO": summary.loc["PPO", "eos"],
         "highest KL": kl.max(skipna=False),
         "peak GiB": max(stage["peak_gib"] for stage in stages),
     }
+
+
+def facts_right(generated: Path) -> float:
+    """Computes how many of the facts that responses state are those of the post."""
+    table = pd.read_parquet(generated)
+    facts = [{k: v for k, v in json.loads(r)["facts"].items() if v is not None} for r in table["record"]]
+    found = [gold_score(text, known, all_slots()) for text, known in zip(table["response"], facts, strict=True)]
+    covered, invented = sum(f.covered for f in found), sum(f.invented for f in found)
+    return covered / (covered + invented)
 
 
 def holds(table: pd.DataFrame) -> bool:
