@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -56,6 +57,10 @@ print(resident() - before)
 def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
     def growth(word: str) -> float:
         command = [sys.executable, "-c", GROWTH, word]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        unset = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
+        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=unset).stdout)
 
-    assert growth("bound") < 0.5 * growth("free")
+    free = growth("free")
+    if free < 15:
+        pytest.skip("this build of torch computes GELU without oneDNN")
+    assert growth("bound") < 0.5 * free
