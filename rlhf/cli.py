@@ -86,7 +86,7 @@ def stage_cli(words: list[str]) -> StageCLI:
 
 
 def overview() -> str:
-    """The top-level help."""
+    """Returns the top-level help."""
     verbs = {**STAGE_VERBS, **{name: text for name, (_, _, text) in VERBS.items()}}
     lines = [f"  {name:<12}{text}" for name, text in verbs.items()]
     return "\n".join(["usage: python train.py COMMAND [--help] [--config FILE.yaml] [--KEY VALUE ...]", "", *lines])

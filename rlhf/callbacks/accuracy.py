@@ -47,13 +47,13 @@ class AccuracyTable(Callback):
         self._pairs: list[dict[str, Any]] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
+        """Forgets the pairs of an earlier split."""
         self._pairs = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Collect."""
+        """Collects the pairs of a batch."""
         self._pairs += outputs["pairs"]
 
     on_test_start = on_validation_start

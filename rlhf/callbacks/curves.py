@@ -27,7 +27,7 @@ class PPOCurves(Callback):
         self._start = self._validation = self._learning_rate = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The update begins."""
+        """Starts the clock of an update."""
         self._start, self._validation = time.perf_counter(), 0.0
         self._learning_rate = pl_module.learning_rate
 
