@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlhf.data.domains import all_slots
-from rlhf.data.gold import gold_score
-from rlhf.evaluation.curves import read_curves
-from rlhf.evaluation.page import markdown
+from rlhf.report.curve_files import read_curves
+from rlhf.report.page import markdown
+from rlhf.synthetic.domains import all_slots
+from rlhf.synthetic.gold_score import gold_score
 
 ROOT = Path(__file__).parent.parent
 # name -> environment, and how many runs share the cores

@@ -23,9 +23,9 @@ from rich.table import Table
 from throughput.fixtures import SHAPES, TEMPERATURE, Regime, prompt_lengths, write
 from torch import Tensor
 
-from rlhf.generation import sample, uniforms
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.ops.sequences import pad_sequences
+from rlhf.sampling.sampler import sample, uniforms
 
 LENGTH = 53
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf.modules import PPOModule
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
 
 
 class ShortAnswersPPO(PPOModule):

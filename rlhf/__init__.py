@@ -1,3 +1,50 @@
 """RLHF with PPO, reproduced exactly: SFT, reward model and PPO on Hugging Face models with PyTorch Lightning."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf.callbacks.export import Export
+    from rlhf.callbacks.invariants import Invariants
+    from rlhf.callbacks.last_checkpoint import LastCheckpoint
+    from rlhf.data.comparisons import PreferenceDataModule
+    from rlhf.data.demonstrations import SFTDataModule
+    from rlhf.data.prompts import RolloutDataModule
+    from rlhf.data.sources import Source
+    from rlhf.data.texts import TextFormat
+    from rlhf.modules.ppo import PPOModule
+    from rlhf.modules.reward import RewardModule
+    from rlhf.modules.settings import Optimization, PPOSettings
+    from rlhf.modules.sft import SFTModule
+    from rlhf.strategies import Zero2Strategy
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "Export": "callbacks.export",
+    "Invariants": "callbacks.invariants",
+    "LastCheckpoint": "callbacks.last_checkpoint",
+    "Optimization": "modules.settings",
+    "PPOModule": "modules.ppo",
+    "PPOSettings": "modules.settings",
+    "PreferenceDataModule": "data.comparisons",
+    "RewardModule": "modules.reward",
+    "RolloutDataModule": "data.prompts",
+    "SFTDataModule": "data.demonstrations",
+    "SFTModule": "modules.sft",
+    "Source": "data.sources",
+    "TextFormat": "data.texts",
+    "Zero2Strategy": "strategies",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public class when it is first used: torch and Lightning take seconds."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+    return getattr(import_module(f"rlhf.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

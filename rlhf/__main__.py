@@ -1,3 +1,3 @@
-from rlhf.cli import main
+from rlhf.cli.main import main
 
 main()

@@ -1,17 +1,24 @@
-"""The one error that a user is meant to read."""
+"""The error that a user is meant to read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class UserError(Exception):
-    """Something in the settings, files or records is wrong; the message says what, where, and what to do.
+    """A setting, file or record is wrong; the message says what, where, and what to do.
 
     The command line prints the message alone, without a traceback.
     """
 
 
-def find_user_error(error: BaseException | None) -> UserError | None:
-    """The `UserError` that an exception comes from, where a library has wrapped it in one of its own."""
-    while error is not None and not isinstance(error, UserError):
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those that it was raised from, the latest first."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """Finds the `UserError` that a library has wrapped in an error of its own."""
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)

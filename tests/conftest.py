@@ -18,21 +18,22 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from rlhf import generation, pipeline
-from rlhf.cli import main
-from rlhf.data.domains import NEWS
-from rlhf.data.embedded import SmallModel, create_model, train_tokenizer
-from rlhf.data.preference import PreferenceDataModule
-from rlhf.data.records import Source
-from rlhf.data.rollout import RolloutDataModule
-from rlhf.data.sft import SFTDataModule
-from rlhf.data.synthetic import comparisons, demonstrations
+from rlhf.cli.main import main
+from rlhf.data.comparisons import PreferenceDataModule
+from rlhf.data.demonstrations import SFTDataModule
+from rlhf.data.prompts import RolloutDataModule
+from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.models import backbone
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.pipeline import Stage
-from rlhf.stage_process import Ended
+from rlhf.sampling import sampler
+from rlhf.studies import pipeline
+from rlhf.studies.pipeline import Stage
+from rlhf.studies.processes import Ended
+from rlhf.synthetic.domains import NEWS
+from rlhf.synthetic.posts import comparisons, demonstrations
+from rlhf.synthetic.synthesize import SmallModel, create_model, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -64,7 +65,7 @@ def from_config() -> Callable[[Any], Any]:
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Models get packed rows, as they do on a CPU, or padded ones, as they do on a GPU."""
     if request.param == "padded":
-        for user in (backbone, generation):
+        for user in (backbone, sampler):
             monkeypatch.setattr(user, "packs", lambda _: False)
     return str(request.param)
 

@@ -20,7 +20,7 @@ LONGEST = 300.0
 PATIENCE = 20.0
 BEFORE_IMPORTS = {"DS_ACCELERATOR": "cpu", "HF_UPDATE_DOWNLOAD_COUNTS": "False", "TOKENIZERS_PARALLELISM": "false"}
 IMPORTS = [
-    "deepspeed", "rlhf.cli", "rlhf.stage_cli",
+    "deepspeed", "rlhf.cli.main", "rlhf.cli.stage",
     # what a command imports only when it runs: data, the model, curves, and in DDP and DeepSpeed
     "datasets", "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",
     "torch.utils.tensorboard", "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer",
@@ -70,7 +70,7 @@ def fork(words: list[str], rank: int, processes: int, port: int, log: str) -> in
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        from rlhf.cli import main
+        from rlhf.cli.main import main
 
         main(words)
         status = 0

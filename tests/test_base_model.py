@@ -12,11 +12,11 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer, get_scheduler
 
-from rlhf.data.embedded import TOKENIZER_TEXTS, Sizes, SmallModel, synthesize
-from rlhf.data.synthetic import demonstrations
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.models.loading import load_causal_lm
 from rlhf.modules import Optimization
+from rlhf.synthetic.posts import demonstrations
+from rlhf.synthetic.synthesize import TOKENIZER_TEXTS, Sizes, SmallModel, synthesize
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
 BASE = QUICKSTART / "base_model"

@@ -45,8 +45,8 @@ def test_a_user_error_is_found_in_what_a_library_made_of_it() -> None:
 
 
 def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
-    from rlhf import run_folder
+    from rlhf import files
 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run_dir"):
-        run_folder.claim(str(tmp_path / "file" / "run"), resuming=False)
+        files.claim(str(tmp_path / "file" / "run"), resuming=False)

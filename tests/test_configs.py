@@ -1,4 +1,4 @@
-"""Every shipped config parses; stages run for a step. The ablations are tested in tests/evaluation/test_ablation.py."""
+"""Every shipped config parses; stages run for a step. The ablations are tested in tests/studies/test_ablation.py."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-import rlhf.evaluation.scaling
-from rlhf.cli import main
-from rlhf.data.synthetic import comparisons, demonstrations
+import rlhf.studies.scaling
+from rlhf.cli.main import main
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.pipeline import Job, Runner, Stage
+from rlhf.studies.pipeline import Job, Runner, Stage
+from rlhf.synthetic.posts import comparisons, demonstrations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "tldr"  # tested in tests/test_paper_configs.py
@@ -83,7 +83,7 @@ def test_a_pipeline_names_stages_and_settings_that_exist(
 def test_a_study_reads_as_one(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     jobs: list[Job] = []
-    monkeypatch.setattr(rlhf.evaluation.scaling, "run_jobs", lambda found, processes: jobs.extend(found) or {})
+    monkeypatch.setattr(rlhf.studies.scaling, "run_jobs", lambda found, processes: jobs.extend(found) or {})
     main(["scaling", f"--config={file}", f"--run_dir={tmp_path}"])
     config = yaml.safe_load(file.read_text())
     assert len(jobs) == 1 + len(config["sizes"]) * (1 + len(config["seeds"]))

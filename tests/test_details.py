@@ -17,11 +17,11 @@ from lightning.pytorch import Trainer
 
 from rlhf.callbacks.findings import INVARIANTS
 from rlhf.callbacks.invariants import Invariants
-from rlhf.data.preference import PreferenceDataModule
-from rlhf.data.rollout import RolloutDataModule
-from rlhf.data.sft import SFTDataModule
+from rlhf.cli.stage import StageCLI
+from rlhf.data.comparisons import PreferenceDataModule
+from rlhf.data.demonstrations import SFTDataModule
+from rlhf.data.prompts import RolloutDataModule
 from rlhf.modules import PPOModule, RewardModule, SFTModule
-from rlhf.stage_cli import StageCLI
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "details.md").read_text()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli import main
-from rlhf.data.synthetic import demonstrations
-from rlhf.evaluation.curves import read_curves
+from rlhf.cli.main import main
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ import torch
 FAULTS = """
 import resource, sys
 import torch
-from rlhf.heap import keep_freed_memory
+from rlhf.hardware import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -36,7 +36,7 @@ def test_memory_is_used_again() -> None:
 GROWTH = """
 import sys
 import torch
-from rlhf.heap import bound_primitive_cache
+from rlhf.hardware import bound_primitive_cache
 
 
 def resident():

@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from rlhf.data.preference import PreferenceDataModule
-from rlhf.data.records import Source
-from rlhf.data.rollout import RolloutDataModule
-from rlhf.data.sft import SFTDataModule
-from rlhf.data.synthetic import comparisons, demonstrations
+from rlhf.data.comparisons import PreferenceDataModule
+from rlhf.data.demonstrations import SFTDataModule
+from rlhf.data.prompts import RolloutDataModule
+from rlhf.data.sources import Source
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
+from rlhf.synthetic.posts import comparisons, demonstrations
 
 Make = Callable[..., Any]
 STEP = Optimization(learning_rate=1e-3, eps=1e-3)  # with a small eps the rounding of a tiny gradient makes a large step

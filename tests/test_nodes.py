@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import run_folder
-from rlhf.data.synthetic import demonstrations
-from rlhf.evaluation.curves import read_curves
+from rlhf import files
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
@@ -92,4 +92,4 @@ def test_one_process_of_all_nodes_is_the_main_one(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run_folder.is_main_process() is main
+    assert files.is_main_process() is main

@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import yaml
 
-import rlhf.evaluation.scaling
-import rlhf.pipeline
-from rlhf.cli import main
-from rlhf.data.batches import accumulation
-from rlhf.data.embedded import SmallModel, create_model
-from rlhf.data.synthetic import comparisons, demonstrations
-from rlhf.evaluation.analysis import Analysis
-from rlhf.evaluation.curves import read_curves
-from rlhf.evaluation.report import report
-from rlhf.evaluation.runs import Baseline, Run
+import rlhf.studies.pipeline
+import rlhf.studies.scaling
+from rlhf.cli.main import main
+from rlhf.data.loaders import accumulation
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.pipeline import Runner, Stage
-from rlhf.stage_process import Ended
+from rlhf.report.analysis import Analysis
+from rlhf.report.curve_files import read_curves
+from rlhf.report.report import report
+from rlhf.report.runs import Baseline, Run
+from rlhf.studies.pipeline import Runner, Stage
+from rlhf.studies.processes import Ended
+from rlhf.synthetic.posts import comparisons, demonstrations
+from rlhf.synthetic.synthesize import SmallModel, create_model
 
 FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 SIZES = ["1b", "2.8b", "6.9b"]
@@ -134,8 +134,8 @@ def test_the_study_runs_on_small_models_and_data(
         return report(output, runs, baselines, *settings)
 
     seen: list[Baseline] = []
-    monkeypatch.setattr(rlhf.pipeline, "_run", run)
-    monkeypatch.setattr(rlhf.evaluation.scaling, "report", spied)
+    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(rlhf.studies.scaling, "report", spied)
     configs = tmp_path / "tldr"
     shutil.copytree(FOLDER, configs)
     prompts = write_jsonl("demonstrations.jsonl", demonstrations(16, 1, "train"))

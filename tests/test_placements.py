@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.embedded import SmallModel, create_model
-from rlhf.data.synthetic import demonstrations
-from rlhf.evaluation.curves import read_curves
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.posts import demonstrations
+from rlhf.synthetic.synthesize import SmallModel, create_model
 
 ROOT = Path(__file__).parent.parent
 Fit = Callable[..., tuple[set[int], str]]

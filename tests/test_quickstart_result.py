@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli import main
-from rlhf.data.embedded import Sizes, synthesize
-from rlhf.evaluation.curves import read_curves
+from rlhf.cli.main import main
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.synthesize import Sizes, synthesize
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
 

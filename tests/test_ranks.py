@@ -19,8 +19,8 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.data.synthetic import comparisons, demonstrations
-from rlhf.evaluation.curves import read_curves
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.posts import comparisons, demonstrations
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = {

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.callbacks.checkpoint_files import read
-from rlhf.data.synthetic import comparisons, demonstrations
-from rlhf.evaluation.curves import read_curves
+from rlhf.callbacks.checkpoint_io import read
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.posts import comparisons, demonstrations
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -70,7 +70,7 @@ def fit(driver: Driver, inputs: dict[str, list[str]], model_path: str, tmp_path:
     """Trains a stage in `tmp_path / name` with a checkpoint after every step; returns the exit statuses."""
 
     def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:
-        last = "--trainer.callbacks+=rlhf.callbacks.checkpoint.LastCheckpoint"
+        last = "--trainer.callbacks+=rlhf.callbacks.last_checkpoint.LastCheckpoint"
         callbacks = [last, "--trainer.callbacks.every_n_steps=1"]
         settings = {
             "run_dir": tmp_path / name, "model.model_path": model_path, "data.batch_size": 8,

@@ -11,20 +11,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from rlhf.cli import stage_cli
-from rlhf.data.gold import gold_scores
-from rlhf.data.preference import PreferenceDataModule
-from rlhf.data.records import Source
-from rlhf.data.rollout import RolloutDataModule
-from rlhf.data.sft import SFTDataModule
+from rlhf.cli.main import stage_cli
+from rlhf.cli.stage import StageCLI
+from rlhf.data.comparisons import PreferenceDataModule
+from rlhf.data.demonstrations import SFTDataModule
+from rlhf.data.prompts import RolloutDataModule
+from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
-from rlhf.stage_cli import StageCLI
+from rlhf.synthetic.gold_score import gold_scores
 
 Settings = dict[str, list[Any]]
-GOLD = "rlhf.data.gold.gold_scores"
+GOLD = "rlhf.synthetic.gold_score.gold_scores"
 MODULE: Settings = {
     "model_path": ["policy"],
     "optimization": [Optimization],

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from rlhf import strategies
-from rlhf.data.sft import SFTDataModule
+from rlhf.data.demonstrations import SFTDataModule
 from rlhf.errors import UserError
 from rlhf.modules import SFTModule
 from rlhf.strategies import Zero2Strategy, check_strategy

@@ -16,8 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from rlhf.data.records import Source
-from rlhf.data.rollout import RolloutDataModule
+from rlhf.data.prompts import RolloutDataModule
+from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.modules.ppo import PPOModule
 from rlhf.modules.settings import Optimization, PPOSettings

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from rlhf.callbacks.counts import Counts
 from rlhf.callbacks.dropout import active_dropout
+from rlhf.callbacks.example_counts import Counts
 from rlhf.callbacks.findings import Finding, tolerance
 from rlhf.callbacks.rollout_checks import measure_rollout
 from rlhf.errors import UserError

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from rlhf.callbacks.checkpoint_files import read
+from rlhf.callbacks.checkpoint_io import read
 from rlhf.errors import UserError
 
 KEY = "rlhf"

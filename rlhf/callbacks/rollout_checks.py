@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.callbacks.findings import Finding, Tolerance
 from rlhf.ops.masking import masked_moments
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
 
 
 def measure_rollout(

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf.checks import above, at_least
-from rlhf.data.processing import load_demonstrations
-from rlhf.data.records import Source
+from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
+from rlhf.data.tokenising import load_demonstrations
 from rlhf.errors import UserError
 from rlhf.evaluation import fingerprints
-from rlhf.evaluation.parts import Parts, Ranks, count_of, ranks, slice_of
-from rlhf.evaluation.scoring import RewardScorer, best_device, gold_columns
+from rlhf.evaluation.resumable import Parts, Ranks, count_of, ranks, slice_of
+from rlhf.evaluation.reward_scorer import RewardScorer, best_device, gold_columns
 from rlhf.evaluation.tables import claim, read_table
-from rlhf.generation import sample, uniforms
 from rlhf.models.loading import (
     PAD_TOKEN,
     check_language_model,
@@ -29,6 +28,7 @@ from rlhf.models.loading import (
     load_tokenizer,
 )
 from rlhf.ops.sequences import pad_sequences, response_lengths
+from rlhf.sampling.sampler import sample, uniforms
 from rlhf.seeding import derive_seed
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.checks import at_least
-from rlhf.data.processing import load_comparisons
-from rlhf.data.records import Source
+from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
+from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation import fingerprints
-from rlhf.evaluation.parts import Parts, Ranks, ranks, slice_of
-from rlhf.evaluation.scoring import RewardScorer, gold_columns
+from rlhf.evaluation.resumable import Parts, Ranks, ranks, slice_of
+from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
 from rlhf.evaluation.tables import claim, read_table
 from rlhf.models.loading import check_reward_model, load_config, load_tokenizer
 

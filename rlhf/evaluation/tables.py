@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import run_folder
+from rlhf import files
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,12 +101,12 @@ def check_suffix(file: Path, setting: str) -> None:
 
 def notes_of(output: Path) -> Path:
     """Where the settings (and the result) of a table stand: `<table>.json`."""
-    return output.with_name(f"{output.name}{run_folder.NOTES}")
+    return output.with_name(f"{output.name}{files.NOTES}")
 
 
 def parts_of(output: Path) -> Path:
     """Folder of what is done of an unfinished table: `<table>.parts`."""
-    return output.with_name(f"{output.name}{run_folder.PARTS}")
+    return output.with_name(f"{output.name}{files.PARTS}")
 
 
 def read_notes(output: Path) -> dict[str, Any]:

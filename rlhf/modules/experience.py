@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.generation import sample, uniforms
-from rlhf.graph_sampling import sample_in_graph
-from rlhf.micro_batches import by_length, split
 from rlhf.models.actor_critic import ActorCritic, Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import (
@@ -27,14 +24,17 @@ from rlhf.models.loading import (
     load_tokenizer,
 )
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization, PPOSettings
+from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae
 from rlhf.ops.kl_control import AdaptiveKL, FixedKL
 from rlhf.ops.masking import whiten
 from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
-from rlhf.rollout import Rollout, in_groups, response_masks
+from rlhf.sampling.cuda_graphs import sample_in_graph
+from rlhf.sampling.grouping import by_length, split
+from rlhf.sampling.rollout import Rollout, in_groups, response_masks
+from rlhf.sampling.sampler import sample, uniforms
 from rlhf.seeding import generator
 from rlhf.strategies import Zero2Strategy
 

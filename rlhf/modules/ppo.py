@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.callbacks.curves import PPOCurves
-from rlhf.callbacks.samples import SampleTable
+from rlhf.callbacks.ppo_curves import PPOCurves
+from rlhf.callbacks.sample_table import SampleTable
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import Evaluation
 from rlhf.models.loading import save_pretrained
@@ -17,7 +17,7 @@ from rlhf.modules.experience import ExperienceModule
 from rlhf.ops.kl_control import AdaptiveKL
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import masked_sum
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
 
 
 class PPOModule(ExperienceModule):

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from rlhf.callbacks.accuracy import AccuracyTable
-from rlhf.devices import accumulator_dtype
+from rlhf.callbacks.accuracy_table import AccuracyTable
+from rlhf.hardware import accumulator_dtype
 from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, embedding_rows, is_classifier
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
+from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total, pairwise_losses
 from rlhf.ops.masking import masked_mean
 

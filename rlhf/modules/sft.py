@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.callbacks.samples import SampleTable
+from rlhf.callbacks.sample_table import SampleTable
 from rlhf.checks import above, at_least
-from rlhf.devices import accumulator_dtype
-from rlhf.generation import sample, uniforms
+from rlhf.hardware import accumulator_dtype
 from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
@@ -21,11 +20,12 @@ from rlhf.models.loading import (
     save_pretrained,
 )
 from rlhf.models.output_layer import logprobs_at
-from rlhf.modules.base import StageModule
 from rlhf.modules.settings import Optimization
+from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
 from rlhf.ops.masking import masked_mean
 from rlhf.rouge import ROUGE, rouge
+from rlhf.sampling.sampler import sample, uniforms
 from rlhf.seeding import generator
 
 

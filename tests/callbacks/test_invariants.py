@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.callbacks.counts import Counts
+from rlhf.callbacks.example_counts import Counts
 from rlhf.callbacks.findings import INVARIANTS, Finding, tolerance
 from rlhf.callbacks.invariants import Invariants, fingerprints
-from rlhf.data.embedded import SmallModel, create_model
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.ops.sequences import move_padding
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
+from rlhf.synthetic.synthesize import SmallModel, create_model
 
 Make = Callable[..., Any]
 SETTINGS = PPOSettings(response_length=8, ppo_epochs=2)

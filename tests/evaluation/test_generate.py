@@ -17,13 +17,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rlhf.evaluation.generate as module
-from rlhf.cli import main
-from rlhf.data.domains import REDDIT
-from rlhf.data.gold import gold_score
-from rlhf.data.records import Source
-from rlhf.data.synthetic import demonstrations
+from rlhf.cli.main import main
+from rlhf.data.sources import Source
 from rlhf.evaluation.generate import responses
 from rlhf.evaluation.tables import read_table
+from rlhf.synthetic.domains import REDDIT
+from rlhf.synthetic.gold_score import gold_score
+from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = [

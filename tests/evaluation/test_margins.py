@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rlhf.cli import main
-from rlhf.data.domains import NEWS
-from rlhf.data.records import Source
-from rlhf.data.synthetic import comparisons
+from rlhf.cli.main import main
+from rlhf.data.sources import Source
 from rlhf.evaluation.margins import comparison_margins
-from rlhf.evaluation.scoring import RewardScorer
+from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.evaluation.tables import read_table
+from rlhf.synthetic.domains import NEWS
+from rlhf.synthetic.posts import comparisons
 
 
 def test_margins_and_clean_labels_of_both_domains(

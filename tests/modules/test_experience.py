@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.modules import Optimization, PPOModule, PPOSettings
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
 
 Make = Callable[..., Any]
 SETTINGS = PPOSettings(response_length=8, ppo_epochs=1)

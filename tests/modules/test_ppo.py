@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
 
 Make = Callable[..., Any]
 FAST = Optimization(learning_rate=1e-3, schedule="linear")
@@ -267,7 +267,7 @@ class TestBadInput:
             run(PPOModule(model_path, model_path))
 
     def test_reward_model_with_another_tokenizer(self, model_path: str, tmp_path: Path) -> None:
-        from rlhf.data.embedded import SmallModel, create_model, train_tokenizer
+        from rlhf.synthetic.synthesize import SmallModel, create_model, train_tokenizer
 
         folder = tmp_path / "other"
         create_model(folder, train_tokenizer(["other words here"] * 9, 280), SmallModel(16, 1, 2), 1)

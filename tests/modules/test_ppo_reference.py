@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.callbacks.invariants import Invariants
-from rlhf.generation import sample
 from rlhf.models.actor_critic import Evaluation
 from rlhf.modules import Optimization, PPOModule, PPOSettings
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
+from rlhf.sampling.sampler import sample
 
 Make = Callable[..., Any]
 EOS, SHIFT = 0, 0.25

@@ -16,11 +16,11 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf.data.embedded import SmallModel, create_model
 from rlhf.models.actor_critic import Evaluation
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
+from rlhf.synthetic.synthesize import SmallModel, create_model
 
 Make = Callable[..., Any]
 EOS = 0

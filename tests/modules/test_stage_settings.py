@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
-from rlhf.rollout import Rollout
+from rlhf.sampling.rollout import Rollout
 
 Make = Callable[..., Any]
 PPO = PPOSettings(response_length=6, ppo_epochs=1)

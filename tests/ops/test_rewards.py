@@ -8,7 +8,7 @@ import torch
 
 from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.ops.sequences import response_lengths
-from rlhf.rollout import response_masks
+from rlhf.sampling.rollout import response_masks
 
 EOS = 9
 RESPONSES = torch.tensor(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.gold import gold_scores
 from rlhf.errors import UserError
-from rlhf.evaluation.judges.base import ScoringJudge
+from rlhf.evaluation.judges.interface import ScoringJudge
+from rlhf.synthetic.gold_score import gold_scores
 
 
 class GoldJudge(ScoringJudge):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.checks import at_least
-from rlhf.evaluation.judges.base import ScoringJudge
+from rlhf.evaluation.judges.interface import ScoringJudge
 
 if TYPE_CHECKING:
-    from rlhf.evaluation.scoring import RewardScorer
+    from rlhf.evaluation.reward_scorer import RewardScorer
 
 
 class RewardJudge(ScoringJudge):
@@ -34,7 +34,7 @@ class RewardJudge(ScoringJudge):
 
     def prepare(self, answers: Path) -> None:
         """Load the model."""
-        from rlhf.evaluation.scoring import RewardScorer
+        from rlhf.evaluation.reward_scorer import RewardScorer
 
         self._scorer = RewardScorer(self._model, "judge.model", self._batch_size)
 

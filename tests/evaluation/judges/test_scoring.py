@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.domains import REDDIT
-from rlhf.data.gold import gold_score
-from rlhf.data.synthetic import demonstrations
 from rlhf.errors import UserError
 from rlhf.evaluation.judges import Answers, GoldJudge, Pair, RewardJudge
-from rlhf.evaluation.scoring import RewardScorer
+from rlhf.evaluation.reward_scorer import RewardScorer
+from rlhf.synthetic.domains import REDDIT
+from rlhf.synthetic.gold_score import gold_score
+from rlhf.synthetic.posts import demonstrations
 
 PAIRS = [Pair(f"query {n}", f" one {n}", f" another text {n * n}", {}) for n in range(9)]
 

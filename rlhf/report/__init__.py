@@ -1,0 +1,1 @@
+"""From judged tables to a page."""

@@ -1,0 +1,163 @@
+"""The paper's claims, each held against the runs: holds, does not hold, or undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlhf.evaluation.statistics import Estimate, paired_difference, proportion_difference, seed_means
+from rlhf.report.calibration import LABELS, RUN
+from rlhf.report.lengths import ENOUGH
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SFT, PPO = "SFT", "PPO"
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+
+
+class Claim(NamedTuple):
+    """A claim, the verdict on it, and the numbers that it rests on."""
+
+    claim: str
+    verdict: str
+    evidence: str
+
+
+def verdict(differences: Sequence[Estimate]) -> str:
+    """Of a claim that all differences are above 0.
+
+    It holds where every interval lies above 0, does not hold where some interval lies below 0, and is undecided
+    otherwise.
+    """
+    if all(found.low > 0 for found in differences):
+        return HOLDS
+    return FAILS if any(found.high < 0 for found in differences) else OPEN
+
+
+def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
+    """PPO wins more often than SFT: a claim per size.
+
+    Args:
+        differences: as of `statistics.policy_differences`.
+    """
+    chosen = differences[(differences["policy"] == PPO) & (differences["baseline"] == SFT)]
+    claims = []
+    for size, part in chosen.groupby("size", sort=False):
+        seeds = part[part["seed"] != "all"]
+        row = part.iloc[-1]  # over all seeds, or that of the only one
+        found = Estimate(row["difference"], row["low"], row["high"])
+        ahead = f"; ahead in {(seeds['difference'] > 0).sum()} of {len(seeds)} seeds" if len(seeds) > 1 else ""
+        text = f"win rate of PPO minus SFT {shown(found, '+')} over {row['queries']} queries{ahead}"
+        claims.append(Claim(f"PPO beats SFT against the reference at size {size}", verdict([found]), text))
+    return claims
+
+
+def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
+    """PPO is at or above SFT in every bin of length with enough rows: a claim per size.
+
+    It holds where PPO is at or above SFT in each bin, does not hold where the interval of some bin lies below 0, and is
+    undecided where PPO is below in some bin and its interval reaches 0.
+
+    Args:
+        differences: as of `lengths.bin_differences`.
+    """
+    claims = []
+    for size, part in differences.groupby("size", sort=False):
+        below = part[part["difference"] < 0]
+        found = HOLDS if below.empty else FAILS if (part["high"] < 0).any() else OPEN
+        text = f"{len(part) - len(below)} of {len(part)} bins with {ENOUGH} queries or more of both"
+        if len(below):
+            bins = [
+                f"{row.bin:+.2f} ({row.difference:+.3f}, {row.low:+.3f} to {row.high:+.3f})"
+                for row in below.itertuples()
+            ]
+            text += f"; below at log(length / reference length) {', '.join(bins)}"
+        claims.append(Claim(f"PPO is at or above SFT at every length at size {size}", found, text))
+    return claims
+
+
+def rouge_rises(scores: pd.DataFrame) -> list[Claim]:
+    """ROUGE-L of SFT and of PPO rises from each size to the next, by the paired bootstrap over queries.
+
+    Args:
+        scores: as of `overlap.rouge_rows`.
+    """
+    claims = []
+    for policy in (SFT, PPO):
+        own = scores[scores["policy"] == policy]
+        means = {size: seed_means(part, "rougeL") for size, part in own.groupby("size", sort=False)}
+        steps = [(x, y, paired_difference(means[y], means[x])[0]) for x, y in pairwise(means)]
+        claims += _rise(f"ROUGE-L of {policy} rises with size", {s: m.mean() for s, m in means.items()}, steps)
+    return claims
+
+
+def accuracy_rises(accuracies: pd.DataFrame) -> list[Claim]:
+    """Accuracy of the reward model rises from each size to the next, on each split, on the cleanest labels there are.
+
+    Each size's accuracy is the mean over seeds. All seeds see the same pairs, so that Newcombe's interval of a
+    difference takes the number of pairs of one seed: it is too wide rather than too narrow.
+
+    Args:
+        accuracies: as of `calibration.accuracy_rows`.
+    """
+    claims = []
+    whole = accuracies[accuracies["group"] == "all"]
+    clean = whole[whole["labels"] == LABELS["clean"]]
+    whole = (
+        clean
+        if len(clean[RUN].drop_duplicates()) == len(whole[RUN].drop_duplicates())
+        else whole[whole["labels"] == LABELS["margin"]]
+    )
+    for split, part in whole.groupby("split", sort=False):
+        table = part.groupby("size", sort=False).agg(accuracy=("accuracy", "mean"), pairs=("pairs", "min"))
+        rows = list(table.itertuples())
+        steps = [
+            (x.Index, y.Index, proportion_difference(y.accuracy, y.pairs, x.accuracy, x.pairs))
+            for x, y in pairwise(rows)
+        ]
+        title = f"Reward-model accuracy on {split} rises with size (labels {part['labels'].iloc[0]})"
+        claims += _rise(title, table["accuracy"].to_dict(), steps)
+    return claims
+
+
+def seeds_agree(agreement: pd.DataFrame) -> list[Claim]:
+    """Seeds of a size win on the same queries more often than chance: a claim per size and policy.
+
+    Args:
+        agreement: as of `agreement.seed_agreement`.
+    """
+    claims = []
+    for row in agreement.itertuples(index=False):
+        found = Estimate(row.fleiss, row.low, row.high)
+        text = (
+            f"Fleiss' kappa {shown(found)}, {row.unanimous:.1%} of {row.queries} queries unanimous, {row.seeds} seeds"
+        )
+        title = f"Seeds of {row.policy} at size {row.size} agree on what wins beyond chance"
+        claims.append(Claim(title, verdict([found]), text))
+    return claims
+
+
+def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
+    """A row per claim: `claim`, `verdict`, `evidence`."""
+    import pandas as pd
+
+    return pd.DataFrame(claims, columns=list(Claim._fields))
+
+
+def shown(found: Estimate, sign: str = "") -> str:
+    """An estimate as text, with its interval, where there are any."""
+    if found.value != found.value:
+        return "unknown"
+    if found.low != found.low:
+        return f"{found.value:{sign}.3f} (no interval)"
+    return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+
+
+def _rise(title: str, means: dict[str, float], steps: Sequence[tuple[str, str, Estimate]]) -> list[Claim]:
+    if not steps:
+        return []
+    values = ", ".join(f"{size} {mean:.3f}" for size, mean in means.items())
+    changes = "; ".join(f"{x} to {y} {shown(found, '+')}" for x, y, found in steps)
+    return [Claim(title, verdict([found for _, _, found in steps]), f"{values}; {changes}")]

@@ -1,0 +1,186 @@
+"""The experience of one PPO update, and the loader that makes it and cuts it into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.ops.rewards import ScorePosition
+from rlhf.ops.sequences import length_mask
+from rlhf.sampling.grouping import split
+from rlhf.seeding import permutation
+
+
+class Rollout:
+    """N episodes: queries of P tokens, responses of up to R.
+
+    A plain class on purpose: DeepSpeed's precision plugin casts floats in dicts, tuples and dataclasses to bf16, which
+    would put an error of up to 2.5% into the ratio; what has its own `.to()` is left alone.
+
+    Attributes:
+        queries: `(N, P)` token ids, padded on the left.
+        query_mask: `(N, P)`, 1 on real tokens.
+        responses: `(N, R)` token ids, PAD after the first EOS.
+        lengths: `(N,)` real response tokens, EOS included.
+        has_eos: `(N,)` bool.
+        mask: `(N, R)` bool, the tokens that the policy is trained on: those within `lengths`.
+        value_mask: `(N, R)` bool, one wider: also the column after the last token (D29).
+        logprobs, ref_logprobs: `(N, R)` of policy and reference at the sampling temperature, float32.
+        values: `(N, R)` float32, 0 outside `value_mask`.
+        scores: `(N,)` float32, after the penalty for a missing EOS.
+        kl: `(N, R)` estimate per token, 0 outside `mask`.
+        rewards: `(N, R)` per token.
+        advantages, returns: `(N, R)`.
+        texts: per episode a dict with `query`, `response`, `reference` and the `record`.
+        rows: which rows of the rollout a slice holds.
+        policy_share, value_share: average real tokens per micro-batch of the global minibatch (D14), set on slices.
+    """
+
+    queries: Tensor
+    query_mask: Tensor
+    responses: Tensor
+    lengths: Tensor
+    has_eos: Tensor
+    mask: Tensor
+    value_mask: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    kl: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __init__(self, texts: list[dict[str, Any]] | None = None, **tensors: Tensor) -> None:
+        self.texts = texts or []
+        self.policy_share = self.value_share = 0.0
+        self.rows: list[int] = []
+        for name, tensor in tensors.items():
+            if name not in Rollout.__annotations__:
+                raise TypeError(f"a Rollout has no field {name!r}")
+            setattr(self, name, tensor)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def _map(self, change: Callable[[str, Tensor], Tensor], texts: list[dict[str, Any]]) -> Rollout:
+        fields = {name: change(name, getattr(self, name)) for name in Rollout.__annotations__ if hasattr(self, name)}
+        new = Rollout(texts, **fields)
+        new.policy_share, new.value_share, new.rows = self.policy_share, self.value_share, self.rows
+        return new
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> Rollout:
+        """All tensors on `device`, their precision unchanged."""
+        return self._map(lambda _, tensor: tensor.to(device, **kwargs), self.texts)
+
+    def total_lengths(self) -> list[int]:
+        """Tokens of each query and response together."""
+        return (self.query_mask.sum(1) + self.lengths).tolist()
+
+    def select(self, rows: list[int]) -> Rollout:
+        """Some episodes, without the columns that none of them uses."""
+        index = torch.tensor(rows, device=self.queries.device)
+        first = int(self.query_mask[index].any(0).long().argmax())
+        last = min(int(self.lengths[index].max()) + 1, self.responses.shape[1])
+        cuts = {"queries": slice(first, None), "query_mask": slice(first, None)}
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            tensor = tensor[index]
+            return tensor if tensor.dim() == 1 else tensor[:, cuts.get(name, slice(0, last))]
+
+        new = self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
+        new.rows = rows
+        return new
+
+
+def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = "after_eos") -> tuple[Tensor, Tensor]:
+    """`mask` and `value_mask` of a rollout, `(N,) -> (N, width)` each (D29).
+
+    The value mask is one wider, as the score lands one column later; where it lands on EOS, the state after it is over.
+    """
+    mask = length_mask(lengths, width)
+    return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
+
+
+def in_groups(
+    episodes: Rollout, groups: list[list[int]], evaluate: Callable[[Rollout], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Apply `evaluate` to groups of rows, without the columns a group does not use, and put the results together.
+
+    Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
+    """
+    width = episodes.responses.shape[1]
+    parts = []
+    for rows in groups:
+        out = evaluate(episodes.select(rows))
+        parts.append([F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])
+    places = torch.tensor([row for rows in groups for row in rows], device=episodes.responses.device).argsort()
+    return tuple(torch.cat(columns)[places] for columns in zip(*parts, strict=True))
+
+
+def minibatches(episodes: int, count: int, update: int, epoch: int, rank: int) -> Iterator[list[int]]:
+    """Row numbers of the minibatches of a PPO epoch: a fresh permutation, in `count` equal parts (D33)."""
+    order = permutation(episodes, update, epoch, rank)
+    size = episodes // count
+    for start in range(0, episodes, size):
+        yield order[start : start + size]
+
+
+class RolloutLoader:
+    """A plain iterable with a length, whose every pass is one PPO update: roll out, then yield micro-batches.
+
+    The work happens at the first `next()`, not in `iter()`: Lightning calls `iter()` before training starts.
+
+    Args:
+        make: update -> the rollout of this rank.
+        update: the number of the current update.
+        reduce_sum: sums a tensor over ranks.
+        rank, world_size: this process and how many there are.
+        ppo_epochs: passes over each rollout, in a fresh permutation each (D33).
+        minibatches: optimizer steps per pass.
+        accumulate: micro-batches per optimizer step, formed by length.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Rollout],
+        update: Callable[[], int],
+        reduce_sum: Callable[[Tensor], Tensor],
+        rank: int,
+        world_size: int,
+        ppo_epochs: int,
+        minibatches: int,
+        accumulate: int,
+    ) -> None:
+        self.make = make
+        self.update = update
+        self.reduce_sum = reduce_sum
+        self.rank = rank
+        self.world_size = world_size
+        self.ppo_epochs = ppo_epochs
+        self.minibatches = minibatches
+        self.accumulate = accumulate
+
+    def __len__(self) -> int:
+        return self.ppo_epochs * self.minibatches * self.accumulate
+
+    def __iter__(self) -> Iterator[Rollout]:
+        update = self.update()
+        rollout = self.make(update)
+        for epoch in range(self.ppo_epochs):
+            for rows in minibatches(len(rollout), self.minibatches, update, epoch, self.rank):
+                yield from self._micro_batches(rollout, rows)
+
+    def _micro_batches(self, rollout: Rollout, rows: list[int]) -> Iterator[Rollout]:
+        tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
+        shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
+        lengths = rollout.total_lengths()
+        for group in split([lengths[row] for row in rows], self.accumulate):
+            micro = rollout.select([rows[n] for n in group])
+            micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
+            yield micro

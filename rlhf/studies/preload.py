@@ -1,0 +1,23 @@
+"""Imports what stages need, for the process that they are forked from."""
+
+import contextlib
+import gc
+import importlib
+import signal
+
+from rlhf.studies.processes import FORWARDED
+
+MODULES = (
+    "rlhf.cli.stage", "rlhf.evaluation.generate", "rlhf.evaluation.pairwise", "rlhf.evaluation.margins",
+    "rlhf.report.report", "rlhf.synthetic.synthesize",
+    # what they import when they run
+    "datasets", "matplotlib.pyplot", "pyarrow.parquet", "torch.utils.tensorboard", "torch._inductor.compile_fx",
+    "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",
+)  # fmt: skip
+
+signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal to all processes is for the stages, which unblock it
+for name in MODULES:
+    with contextlib.suppress(Exception):  # a stage that needs the module will say what is wrong
+        importlib.import_module(name)
+gc.collect()
+gc.freeze()  # else the garbage collector of every fork writes to, and so copies, all these pages

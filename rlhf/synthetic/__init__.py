@@ -1,0 +1,1 @@
+"""The embedded data: posts told from hidden facts."""

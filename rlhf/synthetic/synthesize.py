@@ -1,0 +1,165 @@
+"""Writes the embedded data, and a small GPT-NeoX with a tokenizer of its own: a pipeline needs no download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.texts import TextFormat, one_leading_space
+from rlhf.errors import UserError
+from rlhf.models.loading import load_tokenizer, quiet
+from rlhf.synthetic.domains import NEWS
+from rlhf.synthetic.posts import comparisons, demonstrations, pretraining
+
+EOS_TOKEN = "<|endoftext|>"
+MANIFEST = "synthesize.json"  # written last: the settings that all else in the folder was made with
+TOKENIZER_TEXTS = 4_000
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many records of each kind; of 0 records no file is written.
+
+    Attributes:
+        pretraining: posts with TL;DRs of every honest quality, to teach a random model to read, which is then written.
+        train: demonstrations to learn from.
+        validation: demonstrations to measure on.
+        comparisons: pairs for the reward model.
+        comparisons_validation: pairs to measure its accuracy on.
+        comparisons_news: pairs of the other domain, standing in for CNN/DM.
+    """
+
+    pretraining: int = 24_000
+    train: int = 4_000
+    validation: int = 256
+    comparisons: int = 8_000
+    comparisons_validation: int = 800
+    comparisons_news: int = 200
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """Shape of the small GPT-NeoX (the architecture of Pythia).
+
+    Attributes:
+        hidden_size: width.
+        layers: depth.
+        heads: attention heads.
+        context: longest sequence in tokens.
+        vocabulary: largest size of the byte-level BPE; the embedding has spare rows, as Pythia's has.
+    """
+
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    context: int = 512
+    vocabulary: int = 1_000
+
+
+def synthesize(
+    output: str,
+    seed: int = 1,
+    label_noise: float = 1.0,
+    sizes: Sizes = Sizes(),
+    model: SmallModel = SmallModel(),
+    tokenizer: str | None = None,
+) -> None:
+    """Write the embedded data (posts, demonstrations, comparisons), or a small untrained model with its tokenizer.
+
+    The folder gets `pretraining`, `demonstrations` and `comparisons` with a JSONL file per split, `model` where there
+    are data to pretrain it on, and last `synthesize.json` with these settings.
+
+    Args:
+        output: the folder to write.
+        seed: of everything.
+        label_noise: temperature of the labeller of the comparisons; 0 gives clean labels.
+        sizes: how many records of each kind.
+        model: shape of the small GPT-NeoX.
+        tokenizer: folder of a tokenizer; only a model for it is written, no data.
+    """
+    folder, texts = Path(output), TextFormat()
+    try:
+        if tokenizer is not None:
+            create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
+        else:
+            _write_data(folder, seed, label_noise, sizes)
+            if sizes.pretraining:
+                corpus = pretraining(min(sizes.pretraining, TOKENIZER_TEXTS), seed, "pretraining")
+                read = (texts.query.format(**r) + one_leading_space(r["summary"]) for r in corpus)
+                create_model(folder / "model", train_tokenizer(read, model.vocabulary), model, seed)
+        settings = {"seed": seed, "label_noise": label_noise, "sizes": asdict(sizes), "model": asdict(model)}
+        (folder / MANIFEST).write_text(json.dumps(settings | {"tokenizer": tokenizer}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"output: {folder} can't be written: {error}") from error
+
+
+def _write_data(folder: Path, seed: int, noise: float, sizes: Sizes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "pretraining" / "train.jsonl", pretraining(sizes.pretraining, seed, "pretraining"))
+    for split, n in (("train", sizes.train), ("validation", sizes.validation)):
+        _write(folder / "demonstrations" / f"{split}.jsonl", demonstrations(n, seed, split))
+    _write(folder / "comparisons" / "train.jsonl", comparisons(sizes.comparisons, seed, "train", noise))
+    _write(folder / "comparisons" / "validation.jsonl", _validation_pairs(sizes, seed, noise))
+
+
+def _validation_pairs(sizes: Sizes, seed: int, noise: float) -> Iterator[dict[str, Any]]:
+    yield from comparisons(sizes.comparisons_validation, seed, "validation", noise)
+    yield from comparisons(sizes.comparisons_news, seed, "validation", noise, NEWS, "cnndm")
+
+
+def _write(file: Path, records: Iterator[dict[str, Any]]) -> None:
+    """Writes records as JSON lines; of no records there is no file."""
+    first = next(records, None)
+    if first is None:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        for record in chain([first], records):
+            stream.write(json.dumps(record) + "\n")
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer with EOS and without PAD, like Pythia's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS_TOKEN, bos_token=EOS_TOKEN)
+
+
+def create_model(folder: Path, tokenizer: Any, shape: SmallModel, seed: int) -> None:
+    """A GPT-NeoX with random weights, as a Hugging Face folder."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=(len(tokenizer) + 1 + 63) // 64 * 64,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.hidden_size,
+        max_position_embeddings=shape.context,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPTNeoXForCausalLM(config)
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,206 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from rlhf.cli.main import main
+from rlhf.report.curve_files import read_curves
+from rlhf.synthetic.synthesize import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [f"Question: how many legs have {n} cats?\nAnswer:" for n in range(12)]
+WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SHAPES: dict[str, Any] = {
+    "gpt_neox": (GPTNeoXConfig, WIDTHS | {"max_position_embeddings": 128}),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+    "llama": (LlamaConfig, WIDTHS),
+    "qwen2": (Qwen2Config, WIDTHS | {"num_key_value_heads": 1}),
+}
+
+
+@pytest.fixture(params=SHAPES)
+def own_model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A small random model of a user's own with its own tokenizer, each special in its own way."""
+    base = train_tokenizer(PROMPTS, 300)
+    specials: dict[str, Any] = {"eos_token": "<|endoftext|>"}
+    if request.param == "llama":
+        specials = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    elif request.param == "qwen2":
+        specials = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base.backend_tokenizer, **specials)
+    spare = 0 if request.param == "gpt2" else 8
+    folder = tmp_path / request.param
+    torch.manual_seed(0)
+    kind, shape = SHAPES[request.param]
+    AutoModelForCausalLM.from_config(kind(vocab_size=len(tokenizer) + spare, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def own_data(write_jsonl: Callable[[str, Iterable[dict[str, Any]]], str]) -> Path:
+    """A user's own JSONL files."""
+    write_jsonl("demonstrations/train.jsonl", [{"prompt": p, "completion": f" {4 * n}"} for n, p in enumerate(PROMPTS)])
+    pairs = [{"prompt": p, "chosen": f" {4 * n}", "rejected": " none at all"} for n, p in enumerate(PROMPTS)]
+    return Path(write_jsonl("comparisons/train.jsonl", pairs)).parent.parent
+
+
+def configure(name: str, tmp_path: Path, own_model: str, data: Path) -> str:
+    """A config of `configs/custom`, pointed at files that exist and made small."""
+    text = (ROOT / "configs" / "custom" / f"{name}.yaml").read_text()
+    for split in ("train", "validation"):
+        text = text.replace(f"path/to/demonstrations/{split}.jsonl", str(data / "demonstrations/train.jsonl"))
+        text = text.replace(f"path/to/comparisons/{split}.jsonl", str(data / "comparisons/train.jsonl"))
+    text = text.replace("path/to/model", own_model).replace("runs/custom", str(tmp_path / "runs"))
+    config = yaml.safe_load(text)
+    config["data"]["init_args"] |= {"batch_size": 4, "micro_batch_size": 2}
+    config["trainer"] = config.get("trainer", {}) | {
+        "max_epochs": 1,
+        "check_val_every_n_epoch": 1,
+        "accelerator": "cpu",
+    }
+    if name != "reward":
+        config["model"]["init_args"] |= (
+            {"ppo": {"response_length": 4}} if name == "ppo" else {"response_length": 4, "resize_embeddings": True}
+        )
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return str(file)
+
+
+def test_own_model_and_own_data_by_yaml_alone(tmp_path: Path, own_model: str, own_data: Path) -> None:
+    for stage in ("sft", "reward", "ppo"):
+        main(["fit", "--config", configure(stage, tmp_path, own_model, own_data)])
+        folder = tmp_path / "runs" / stage
+        assert (folder / "config.yaml").is_file()
+        assert (folder / "checkpoints" / "last.ckpt").is_file()
+    ids = torch.tensor([[5, 6, 7]])
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/ppo/export")
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs/ppo/export/critic")
+    reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs/reward/export")
+    for output in (policy(ids).logits, critic(ids).logits - critic.config.reward_shift, reward(ids).logits):
+        assert output.isfinite().all()
+    curves = read_curves(tmp_path / "runs" / "ppo")
+    assert curves["objective/kl"].iloc[0] == pytest.approx(0, abs=1e-4)
+    assert curves["val/ratio_max_deviation"].max() < 1e-5
+    assert list(curves["objective/scores"].index) == [4]  # the x-axis is the number of episodes
+    assert curves["validation/score"].index.tolist() == [4]
+
+
+@pytest.fixture
+def sft_words(tmp_path: Path, model_path: str, own_data: Path) -> list[str]:
+    """The words of a small SFT run."""
+    return [
+        "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={tmp_path}/run",
+        f"--model.model_path={model_path}", "--model.response_length=4",
+        f"--data.train.path={own_data}/demonstrations/train.jsonl", "--data.validation=null",
+        "--data.batch_size=4", "--data.micro_batch_size=2",
+    ]  # fmt: skip
+
+
+def test_a_subclass_outside_the_package_by_name(
+    tmp_path: Path, model_path: str, own_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_package.py").write_text(
+        "import torch\nfrom rlhf.modules import PPOModule\n"
+        "class MyPPO(PPOModule):\n"
+        "    def __init__(self, *args, bonus: float = 1.0, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n"
+        "        self.bonus = bonus\n"
+        "    def score_responses(self, episodes):\n"
+        "        return torch.full((len(episodes),), self.bonus)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "fit", "--model=my_package.MyPPO", f"--model.model_path={model_path}", "--model.bonus=2.5",
+        "--model.ppo.response_length=4", "--model.ppo.missing_eos_score=2.5", "--data=RolloutDataModule",
+        f"--data.train.path={own_data}/demonstrations/train.jsonl", "--data.batch_size=4", "--data.micro_batch_size=4",
+        "--run_dir=run", "--trainer.log_every_n_steps=1",
+    ]  # fmt: skip
+    main(words)
+    assert read_curves(tmp_path / "run")["objective/scores"].iloc[0] == pytest.approx(2.5)
+
+
+def test_validate_test_and_predict(sft_words: list[str], tmp_path: Path, own_data: Path) -> None:
+    words = [*sft_words, f"--data.validation.path={own_data}/demonstrations/train.jsonl"]
+    words.remove("--data.validation=null")
+    for verb in ("validate", "test", "predict"):
+        main([verb, *words[1:]])
+    rows = (tmp_path / "run" / "predictions-0.jsonl").read_text().splitlines()
+    assert len(rows) == 12
+
+
+def test_a_killed_run_goes_on(sft_words: list[str], tmp_path: Path) -> None:
+    main([*sft_words, "--trainer.max_epochs=1"])
+    main([*sft_words, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 2  # what was typed, not what the checkpoint knew
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2  # both are done
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which a command is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in " ".join(lines)
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model.nonsense=3"], "'nonsense' is not accepted"),
+        (["--model=NoSuchModule"], "no class NoSuchModule"),
+        (["--model=no_such_package.Module"], "no_such_package"),
+        (["--model.optimization.learning_rate=fast"], "optimization.learning_rate"),
+        (["--data.train.pth=x"], "train.pth"),
+        (["--model.model_path=nowhere"], "model.model_path: there is no model folder nowhere"),
+        (["--data.train.path=nowhere.jsonl"], "data.train: there is no file nowhere.jsonl"),
+        (["--data.train.columns={prompt: question}"], "no column 'question'; it has prompt, completion"),
+        (["--data.batch_size=5"], "data.batch_size 5 does not divide"),
+        (["--trainer.accumulate_grad_batches=3"], "trainer.accumulate_grad_batches"),
+        (["--run_dir=/proc/nowhere"], "run_dir"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    sft_words: list[str], words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refusal([*sft_words, *words], capsys)
+
+
+def test_a_run_is_never_overwritten(sft_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*sft_words, "--trainer.limit_train_batches=2"])
+    assert "already holds a run" in refusal(sft_words, capsys)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown command 'train'" in refusal(["train"], capsys)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pipeline", "--help"], ["fit", "--help"], ["fit", "--print_config"]])
+def test_help_of_the_script(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"--help": "pipeline", "pipeline": "--run_dir", "fit": "run_dir"}[words[0]] in done.stdout

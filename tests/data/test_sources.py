@@ -1,0 +1,194 @@
+"""Reading records: file types, folders, splits, column maps, and the sentences for what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from rlhf.data.sources import Source, find_columns, load_records
+from rlhf.errors import UserError
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(4)]
+Writer = Callable[[str, Any], str]
+
+
+def dataset(rows: list[dict[str, Any]] = ROWS) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows)
+
+
+def jsonl(folder: Path) -> Source:
+    dataset().to_json(folder / "a.jsonl")
+    return Source(str(folder / "a.jsonl"))
+
+
+def json_file(folder: Path) -> Source:
+    dataset().to_json(folder / "a.json")
+    return Source(str(folder / "a.json"))
+
+
+def parquet(folder: Path) -> Source:
+    dataset().to_parquet(folder / "a.parquet")
+    return Source(str(folder / "a.parquet"))
+
+
+def csv(folder: Path) -> Source:
+    dataset().to_csv(folder / "a.csv", index=False)
+    return Source(str(folder / "a.csv"))
+
+
+def split_file(folder: Path) -> Source:
+    dataset(ROWS[:1]).to_json(folder / "train.jsonl")
+    dataset().to_json(folder / "validation.jsonl")
+    return Source(str(folder), split="validation")
+
+
+def split_shards(folder: Path) -> Source:
+    dataset(ROWS[:1]).to_json(folder / "validation.jsonl")
+    dataset(ROWS[:3]).to_parquet(folder / "train-00000-of-00002.parquet")
+    dataset(ROWS[3:]).to_parquet(folder / "train-00001-of-00002.parquet")
+    return Source(str(folder))
+
+
+def saved_dataset(folder: Path) -> Source:
+    dataset().save_to_disk(folder / "saved")
+    return Source(str(folder / "saved"))
+
+
+def saved_dict(folder: Path) -> Source:
+    datasets.DatasetDict(train=dataset(ROWS[:1]), test=dataset()).save_to_disk(folder / "saved")
+    return Source(str(folder / "saved"), split="test")
+
+
+@pytest.mark.parametrize("write", [jsonl, json_file, parquet, csv, split_file, split_shards, saved_dataset, saved_dict])
+def test_every_kind_of_source_gives_the_same_records(tmp_path: Path, write: Callable[[Path], Source]) -> None:
+    assert load_records(write(tmp_path), "data.train").to_list() == ROWS
+
+
+def test_a_hub_name_is_passed_on_with_its_name_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or dataset())
+    source = Source("owner/records", split="validation", name="comparisons", revision="abc")
+    assert load_records(source, "data.train").to_list() == ROWS
+    assert calls == [(("owner/records", "comparisons"), {"split": "validation", "revision": "abc"})]
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(1, 1), (3, 3), (4, 4), (9, 4), (None, 4)])
+def test_limit_takes_the_first_records(write_jsonl: Writer, limit: int | None, rows: int) -> None:
+    source = Source(write_jsonl("a.jsonl", ROWS), limit=limit)
+    assert load_records(source, "data.train").to_list() == ROWS[:rows]
+
+
+def test_columns_are_renamed_to_ours(write_jsonl: Writer) -> None:
+    path = write_jsonl("a.jsonl", [{"question": "q", "answer": "a", "prompt_id": 1}])
+    source = Source(path, columns={"prompt": "question", "completion": "answer", "prompt_id": "prompt_id"})
+    assert load_records(source, "data.train").to_list() == [{"prompt": "q", "completion": "a", "prompt_id": 1}]
+
+
+def test_a_rename_onto_a_column_that_exists_is_refused_by_name(write_jsonl: Writer) -> None:
+    path = write_jsonl("a.jsonl", [{"prompt": "p", "question": "q"}])
+    with pytest.raises(UserError, match=r"data\.train\.columns.*prompt"):
+        load_records(Source(path, columns={"prompt": "question"}), "data.train")
+
+
+def test_a_changed_file_is_read_anew(write_jsonl: Writer) -> None:
+    load_records(Source(write_jsonl("a.jsonl", ROWS[:2])), "data.train")
+    assert load_records(Source(write_jsonl("a.jsonl", ROWS)), "data.train").to_list() == ROWS
+
+
+def file_with(name: str, content: str) -> Callable[[Path], Source]:
+    def write(folder: Path) -> Source:
+        (folder / name).write_text(content)
+        return Source(str(folder / name))
+
+    return write
+
+
+def missing(folder: Path) -> Source:
+    return Source(str(folder / "a.jsonl"))
+
+
+def missing_split(folder: Path) -> Source:
+    return Source(split_file(folder).path, split="test")
+
+
+def missing_saved_split(folder: Path) -> Source:
+    return Source(saved_dict(folder).path, split="valid")
+
+
+def wrong_column(folder: Path) -> Source:
+    return Source(jsonl(folder).path, columns={"prompt": "question"})
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (missing, r"there is no file .*a\.jsonl"),
+        (file_with("a.jsonl", ""), r"a\.jsonl is empty"),
+        (file_with("a.csv", "prompt,completion\n"), r"a\.csv"),
+        (file_with("a.txt", "text"), r"a\.txt is none of \.jsonl, \.json, \.parquet, \.csv"),
+        (file_with("a.jsonl", '{"a": 1}\n{"a": '), r"a\.jsonl \(train\) can't be read: .*JSON"),
+        (missing_split, r"has no test\.jsonl, \.parquet or \.csv; it has train\.jsonl, validation\.jsonl"),
+        (missing_saved_split, "has no split 'valid'; it has train, test"),
+        (wrong_column, "has no column 'question'; it has prompt, completion"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, write: Callable[[Path], Source], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.train.*{message}"):
+        load_records(write(tmp_path), "data.train")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_nothing_is_refused(write_jsonl: Writer, limit: int) -> None:
+    with pytest.raises(UserError, match="limit"):
+        load_records(Source(write_jsonl("a.jsonl", ROWS), limit=limit), "data.train")
+
+
+CHOICES = {"tldr": ("post", "summary"), "plain": ("prompt", "completion")}
+
+
+@pytest.mark.parametrize(
+    ("columns", "schema"),
+    [
+        (["post", "summary", "id"], "tldr"),
+        (["completion", "prompt"], "plain"),
+        (["prompt", "completion", "post"], "plain"),
+        (["prompt", "completion", "post", "summary"], "tldr"),
+    ],
+)
+def test_the_schema_follows_from_the_columns(columns: list[str], schema: str) -> None:
+    assert find_columns(dataset([dict.fromkeys(columns, "x")]), CHOICES, "data.train", "a.jsonl") == schema
+
+
+def test_missing_columns_are_reported_beside_those_that_are_there() -> None:
+    there = r"data\.train: a\.jsonl has the columns text, prompt, but needs post, summary or prompt, completion"
+    with pytest.raises(UserError, match=rf"{there}.*data\.train\.columns"):
+        find_columns(dataset([{"text": "x", "prompt": "y"}]), CHOICES, "data.train", "a.jsonl")
+
+
+def test_a_hub_data_set_with_a_script_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found summarize_from_feedback.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"data\.train\.revision to refs/convert/parquet"):
+        load_records(Source("openai/summarize_from_feedback", name="comparisons"), "data.train")
+
+
+def test_a_hub_data_set_is_asked_for_by_name_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def load_dataset(path: str, name: str | None, **kwargs: object) -> datasets.Dataset:
+        asked.update(kwargs, path=path, name=name)
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("openai/summarize_from_feedback", "validation", "comparisons", "refs/convert/parquet")
+    assert len(load_records(source, "data.train")) == 1
+    assert asked == {
+        "path": "openai/summarize_from_feedback", "name": "comparisons", "split": "validation",
+        "revision": "refs/convert/parquet",
+    }  # fmt: skip

@@ -1,0 +1,306 @@
+"""The judge behind an OpenAI-compatible endpoint, against a real HTTP server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlhf.cli.main import main
+from rlhf.errors import UserError
+from rlhf.evaluation.judges import endpoint
+from rlhf.evaluation.judges.endpoint import AGAIN, OpenAIJudge, read_verdict
+
+KEY = "sk-very-secret-0123456789"
+
+
+def truth(prompt: str, times: int = 1) -> str:
+    """An honest judge: the larger number wins, equal ones tie."""
+    texts = [prompt.split(f"### Summary {label}\n")[1].split("\n")[0] for label in "AB"]
+    first, second = (int(text.split()[-1]) for text in texts)
+    label = "A" if first > second else "B" if second > first else "tie"
+    return f"One of them is better.\nPreferred: {label}"
+
+
+def is_true(table: pd.DataFrame) -> bool:
+    """Whether a judged table says what the honest judge thinks."""
+    ours, theirs = (table[side].str.split().str[-1].astype(int) for side in "ab")
+    outcome = (ours > theirs) + 0.5 * (ours == theirs)
+    return bool((table["outcome"] == outcome).all() and (table["a_first"] == table["b_first"]).all())
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "judged.parquet.json").read_text())["summary"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("Better.\nPreferred: A", "first"),
+        ("Preferred: B\n\n", "second"),
+        ("  Preferred: tie  ", "tie"),
+        ("Preferred: A\nPreferred: A", "first"),
+        ("Preferred: A\nPreferred: B", None),
+        ("Preferred: A\nThat is all.", None),
+        ("preferred: A", None),
+        ("Preferred: C", None),
+        ("Preferred: A or B", None),
+        ("**Preferred: A**", None),
+        ("Preferred: <A>", None),
+        ("A", None),
+        ("", None),
+    ],
+)
+def test_an_answer_is_read_strictly(answer: str, verdict: str | None) -> None:
+    assert read_verdict(answer) == verdict
+
+
+def test_every_trouble_at_once_and_the_truth_comes_out(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path
+) -> None:
+    numbers: dict[str, int] = {}
+
+    def script(prompt: str, times: int) -> str | int | bytes | None:
+        number = numbers.setdefault(prompt.removesuffix(f"\n\n{AGAIN}"), len(numbers))
+        if times == 1 and AGAIN not in prompt:
+            troubles = {0: 429, 1: 503, 2: None, 3: b"{not json", 4: b'{"choices": []}', 5: "Both are fine.", 6: ""}
+            if number in troubles:
+                return troubles[number]
+        return truth(prompt)
+
+    server = endpoint(script)
+    words = [*tables(12), *asked(server), "--judge.timeout=0.7", "--judge.concurrency=4"]
+    main([*words, "--judge.prompt_price=2", "--judge.completion_price=10"])
+    table = pd.read_parquet(tmp_path / "judged.parquet")
+    assert len(table) == 12
+    assert is_true(table)
+    assert server.busiest <= 5  # one that the client gave up may still sleep
+    assert len(server.waits) > 0
+    assert min(server.waits) > 0.29  # as the server asked
+    said = summary(tmp_path)
+    sent = sum(server.answered.values())
+    assert sent == 24 + 2  # two could not be read
+    assert set(server.answered.values()) == {1}  # nothing is asked twice
+    assert said["usage"]["answers"] == said["usage"]["answers_now"] == sent
+    assert said["usage"]["prompt_tokens"] == 100 * sent
+    assert said["usage"]["cost"] == pytest.approx(sent * (100 * 2 + 10 * 10) / 1e6)
+    assert said["invalid"] == 0
+    assert said["position_bias"] == 0
+    assert said["order_agreement"] == 1
+
+
+def test_a_judge_of_what_stands_first(endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path) -> None:
+    main([*tables(10), *asked(endpoint(lambda prompt, times: "Preferred: A"))])
+    table, said = pd.read_parquet(tmp_path / "judged.parquet"), summary(tmp_path)
+    assert (table["a_first"] == "a").all()
+    assert (table["b_first"] == "b").all()
+    assert (said["win_rate"], said["position_bias"], said["order_agreement"]) == (0.5, 1, 0)
+
+
+def test_killed_in_the_middle_nothing_is_lost_or_asked_twice(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path
+) -> None:
+    server = endpoint(truth, delay=0.05)
+    words = [*tables(30), *asked(server), "--judge.concurrency=2"]
+    run = subprocess.Popen([sys.executable, "-m", "rlhf", *words], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    answers = tmp_path / "judged.parquet.answers.jsonl"
+    while not answers.exists() or answers.read_text().count("\n") < 10:
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    kept = answers.read_text().count("\n")
+    assert 10 <= kept < 60
+    time.sleep(0.2)  # what is on its way arrives nowhere
+    with answers.open("a") as stream:
+        stream.write('{"key": "torn')
+    before = sum(server.answered.values())
+    server.delay = 0
+    main(words)
+    assert is_true(pd.read_parquet(tmp_path / "judged.parquet"))
+    assert sum(server.answered.values()) - before == 60 - kept
+    assert len(server.answered) == 60
+    assert summary(tmp_path)["usage"]["answers_now"] == 60 - kept
+    assert summary(tmp_path)["usage"]["answers"] == 60
+    main(words)  # finished
+    main([*words, f"--output={tmp_path}/again.csv", f"--answers={answers}"])  # another table, the same questions
+    assert sum(server.answered.values()) - before == 60 - kept
+
+
+def test_an_unreadable_answer_is_asked_again_with_a_note_then_invalid(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(prompt: str, times: int) -> str:
+        return "I prefer neither." if "Post number 3" in prompt or "Post number 0" in prompt else truth(prompt)
+
+    server = endpoint(script)
+    words = [*tables(5), *asked(server), "--judge.attempts=3"]
+    main(words)
+    table = pd.read_parquet(tmp_path / "judged.parquet").set_index("query")
+    assert table["outcome"].isna().tolist() == [True, False, False, True, False]
+    assert (table.loc["Post number 3", ["a_first", "b_first"]] == "invalid").all()
+    assert summary(tmp_path)["invalid"] == 2
+    tries = {prompt: times for prompt, times in server.seen.items() if "Post number 3" in prompt}
+    assert sorted(tries.values()) == [1, 1, 2, 2]
+    assert all((AGAIN in prompt) == (times == 2) for prompt, times in tries.items())
+    before = sum(server.seen.values())
+    main([*words, f"--output={tmp_path}/b.csv", f"--answers={tmp_path}/judged.parquet.answers.jsonl"])
+    assert sum(server.seen.values()) == before  # invalid, too, is known
+    assert "WARNING" not in capsys.readouterr().err
+    main([*tables(4), *asked(server), f"--output={tmp_path}/c.csv", "--judge.temperature=1"])
+    capsys.readouterr()
+
+
+def test_mostly_invalid_is_said_aloud(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = lambda prompt, times: truth(prompt) if "Post number 3" in prompt else "?"  # noqa: E731
+    main([*tables(4), *asked(endpoint(script)), "--judge.attempts=1"])
+    assert "WARNING: 3 of 4 rows are invalid" in capsys.readouterr().err
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which a command is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_rubbish_throughout_stops_early(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    server = endpoint(lambda prompt, times: "As a language model I like both.")
+    words = [*tables(100), *asked(server), "--judge.attempts=2"]
+    said = refusal(words, capsys)
+    assert "not one of 20 questions got an answer that can be read" in said
+    assert "I like both" in said
+    assert sum(server.seen.values()) <= 2 * (20 + 2 * 8)
+    assert not (tmp_path / "judged.parquet").exists()
+    few = [word.replace("ours", "few") for word in words]
+    pd.read_parquet(tmp_path / "ours.parquet").head(2).to_parquet(tmp_path / "few.parquet")
+    assert "not one of 4 questions" in refusal(few, capsys)
+
+
+def test_a_refused_prompt_is_invalid_and_a_refused_request_stops(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main([*tables(3), *asked(endpoint(lambda p, times: 400 if "Post number 1" in p else truth(p)))])
+    assert summary(tmp_path)["invalid"] == 1
+    for status in (401, 404):
+        words = [*tables(3), *asked(endpoint(lambda prompt, times, status=status: status))]
+        assert f"Error code: {status}" in refusal([*words, f"--output={tmp_path}/{status}.csv"], capsys)
+    words = [*tables(3), *asked(endpoint(lambda prompt, times: 400)), f"--output={tmp_path}/400.csv"]
+    said = refusal(words, capsys)
+    assert "status 400" in said
+    assert KEY not in said
+
+
+def test_an_endpoint_that_is_silent_says_so_soon(
+    tables: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(endpoint, "_PROBE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes calls and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        judge = ["--judge=OpenAIJudge", "--judge.model=m", "--judge.api_key_variable=null", f"--judge.base_url={url}"]
+        start = time.monotonic()
+        said = refusal([*tables(3), *judge], capsys)
+    assert f"no answer from the endpoint {url}: Request timed out" in said
+    assert time.monotonic() - start < 5
+
+
+def test_an_endpoint_that_is_down_says_so_soon(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = endpoint(truth)
+    words = [*tables(3), *asked(server)]
+    words[-1] = "--judge.base_url=http://someone:password@127.0.0.1:9/v1"
+    start = time.monotonic()
+    said = refusal(words, capsys)
+    assert "no answer from the endpoint http://127.0.0.1:9/v1" in said
+    assert "0 of 6 questions are answered" in said
+    assert "password" not in said
+    assert time.monotonic() - start < 5
+
+
+def test_an_endpoint_that_goes_away_keeps_what_it_answered(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gone = [True]
+    server = endpoint(lambda prompt, times: 503 if gone[0] and sum(server.seen.values()) > 8 else truth(prompt))
+    words = [*tables(10), *asked(server), "--judge.retries=0", "--judge.concurrency=1"]
+    assert "8 of 20 questions are answered" in refusal(words, capsys)
+    gone[0] = False
+    main(words)
+    assert is_true(pd.read_parquet(tmp_path / "judged.parquet"))
+    assert set(server.answered.values()) == {1}
+
+
+def test_no_key(tables: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    words = [*tables(3), "--judge=OpenAIJudge", "--judge.model=m"]
+    said = refusal(words, capsys)
+    assert "the environment variable OPENAI_API_KEY holds no key" in said
+    assert "api_key_variable to null" in said
+
+
+def test_a_local_server_needs_no_key(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = endpoint(truth)
+    words = [*tables(3), *asked(server), "--judge.api_key_variable=null"]
+    main(words)
+    assert is_true(pd.read_parquet(tmp_path / "judged.parquet"))
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer none"}
+
+
+def test_the_key_is_nowhere(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    server = endpoint(lambda prompt, times: f"You are {KEY}.\n{truth(prompt)}")
+    main([*tables(4), *asked(server)])
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    refusal([*tables(4), *asked(endpoint(lambda prompt, times: 401)), f"--output={tmp_path}/b.csv"], capsys)
+    shown = capsys.readouterr()
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert KEY not in shown.out + shown.err
+    assert KEY.encode() not in written
+    assert b"***" in written
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"template": "{query} {first}"}, "judge.template must have the fields"),
+        ({"template": "{query} {first} {second} {third}"}, "judge.template must have the fields"),
+        ({"template": "{query"}, "judge.template is no format string"),
+        ({"concurrency": 0}, "judge.concurrency is 0"),
+        ({"attempts": 0}, "judge.attempts is 0"),
+        ({"timeout": 0.0}, "judge.timeout is 0.0"),
+        ({"retries": -1}, "judge.retries is -1"),
+        ({"request": {"stream": True}}, "judge.request: stream"),
+        ({"prompt_price": 1.0}, "give both"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        OpenAIJudge("m", "http://127.0.0.1:9", api_key_variable=None, **settings)
+
+
+def test_what_a_request_holds(endpoint: Callable[..., Any], tables: Any, asked: Any) -> None:
+    judge = OpenAIJudge("m", api_key_variable=None, temperature=None, request={"reasoning_effort": "low"})
+    assert judge.request == {"max_tokens": 512, "reasoning_effort": "low"}
+    assert judge.settings() == OpenAIJudge("m", api_key_variable=None, temperature=None, attempts=9, timeout=1,
+                                           request={"reasoning_effort": "low"}).settings()  # fmt: skip

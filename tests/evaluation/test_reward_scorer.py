@@ -1,0 +1,31 @@
+"""Numbers for responses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.synthetic.domains import REDDIT
+from rlhf.synthetic.gold_score import gold_score
+from rlhf.synthetic.posts import demonstrations
+
+
+def test_reward_is_read_at_eos_of_the_joint_text(model_path: str, reward_path: str) -> None:
+    tokenizer = load_tokenizer(model_path)
+    scores = RewardScorer(reward_path, batch_size=2)(["a b", "c", "d"], [" d", " e f g", ""])
+    model = ScalarModel.from_pretrained(reward_path, "model")
+    for text, score in zip(["a b d", "c e f g", "d"], scores, strict=True):
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        assert model.score(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
+
+
+def test_gold_scores_only_where_all_records_have_facts() -> None:
+    records = list(demonstrations(3, 1, "v"))
+    texts = [record["summary"] for record in records]
+    columns = gold_columns(texts, records, gold=texts, nothing=[""] * 3)
+    assert columns["gold"] == [gold_score(r["summary"], r["facts"], REDDIT.slots).score for r in records]
+    assert columns["nothing"] == [0, 0, 0]
+    assert gold_columns(texts, [*records[:2], {"id": 3}], gold=texts) == {}

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlhf.errors import UserError
+from rlhf.models import backbone
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.loading import checkpoint_activations
+from rlhf.models.memory import Phase, Workload, estimate, networks
+from rlhf.models.output_layer import logprobs_at
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.ops.sequences import model_inputs
+from rlhf.sampling import sampler
+from rlhf.sampling.sampler import sample, uniforms
+
+ROOT = Path(__file__).parents[2]
+QUERY, RESPONSE, VOCABULARY = 64, 16, 1600
+# How the networks hold their weights on one process: `bf16-mixed` is autocast, but bfloat16 weights under ZeRO.
+FLOAT32 = {"strategy": "single", "precision": "32-true"}
+AUTOCAST = {"strategy": "single", "precision": "bf16-mixed"}
+BFLOAT16 = {"strategy": "zero2", "precision": "bf16-mixed"}
+
+
+@pytest.fixture(autouse=True)
+def padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate is of padded rows; packed ones need less."""
+    for user in (backbone, sampler):
+        monkeypatch.setattr(user, "packs", lambda _: False)
+
+
+def pythia(hidden: int, layers: int, heads: int, vocabulary: int) -> Any:
+    from transformers import GPTNeoXConfig
+
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return GPTNeoXConfig(**shape, intermediate_size=4 * hidden, vocab_size=vocabulary)
+
+
+def llama(layers: int = 6) -> Any:
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**shape, intermediate_size=344, vocab_size=VOCABULARY)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {"gpt_neox": lambda: pythia(128, 6, 4, VOCABULARY), "llama": llama}
+
+
+def build(config: Any, how: dict[str, str]) -> ActorCritic:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    dtype = torch.bfloat16 if how == BFLOAT16 else torch.float32
+    labelled = copy.deepcopy(config)
+    labelled.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(labelled, dtype=dtype)
+    return ActorCritic(AutoModelForCausalLM.from_config(config, dtype=dtype), ScalarModel(classifier))
+
+
+def autocast(how: dict[str, str]) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=how == AUTOCAST)
+
+
+def batch(rows: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(1, VOCABULARY, (rows, QUERY + RESPONSE))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return ids, mask
+
+
+def forward(models: ActorCritic, stage: str, rows: int) -> Tensor:
+    ids, mask = batch(2 * rows if stage == "reward" else rows)
+    if stage == "ppo":
+        now = models(ids[:, :QUERY], mask[:, :QUERY], ids[:, QUERY:], mask[:, QUERY:], 0.7)
+        return now.logprobs.sum() + now.values.sum()
+    if stage == "sft":
+        mask = mask.flip(1)  # padded on the right
+        places = mask[:, 1:].nonzero(as_tuple=True)
+        return -logprobs_at(models.policy, ids, mask, places, ids[:, 1:][places])[0].sum()
+    return models.critic.score(ids, mask).sum()
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes in tensors that were made inside and are still alive."""
+
+    def __init__(self, models: ActorCritic) -> None:
+        super().__init__()
+        known = [*models.parameters(), *models.buffers(), *(p.grad for p in models.parameters() if p.grad is not None)]
+        self.alive: dict[int, Any] = {t.untyped_storage()._cdata: t for t in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                self.watch(tensor.untyped_storage())
+        return out
+
+    def watch(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def made(phase: Phase) -> int:
+    """What a forward and a backward make: all but what is there before."""
+    return phase.activations + phase.logits + phase.kv_cache + phase.weight_copies
+
+
+def workload(stage: str, how: dict[str, str], **settings: Any) -> Workload:
+    rows = {"micro_batch": 4, "inference_batch": 4, "query_length": QUERY, "response_length": RESPONSE}
+    return Workload(stage, **how, **{**rows, **settings})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ((2048, 16, 8, 50304), 1_011_781_632),
+        ((2560, 32, 32, 50304), 2_775_208_960),
+        ((4096, 32, 32, 50432), 6_857_302_016),
+    ],
+)
+def test_pythia_has_as_many_parameters_as_published(shape: tuple[int, int, int, int], parameters: int) -> None:
+    hidden, vocabulary = shape[0], shape[3]
+    language_model, scalar_model, backbone = networks(pythia(*shape))
+    assert language_model.parameters == parameters
+    assert backbone.parameters == parameters - hidden * vocabulary  # without the output layer
+    assert scalar_model.parameters == backbone.parameters + hidden + 1  # with a head and its bias
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_weights_gradients_and_states_are_those_of_a_real_step(kind: str, stage: str) -> None:
+    models = build(CONFIGS[kind](), FLOAT32)
+    trained = {"sft": models.policy, "reward": models.critic, "ppo": models}[stage]
+    optimizer = torch.optim.AdamW(trained.parameters())
+    forward(models, stage, 1).backward()
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    found = estimate(CONFIGS[kind](), workload(stage, FLOAT32)).phases["training"]
+    assert found.weights == sum(p.nbytes for p in trained.parameters())
+    assert found.gradients == sum(p.grad.nbytes for p in trained.parameters() if p.grad is not None)
+    assert found.optimizer_states == sum(v.nbytes for v in states)
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_cache_is_that_of_a_real_forward(kind: str, how: dict[str, str]) -> None:
+    from transformers import DynamicCache
+
+    config = CONFIGS[kind]()
+    models, cache = build(config, how), DynamicCache(config=config)
+    with torch.no_grad(), autocast(how):
+        models.policy(**model_inputs(*batch(3)), past_key_values=cache, use_cache=True)
+    found = estimate(config, workload("ppo", how, inference_batch=3)).phases["sampling"]
+    assert found.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_zero_shares_out_gradients_and_states() -> None:
+    config = CONFIGS["gpt_neox"]()
+    n = networks(config)[0].parameters
+    mixed = estimate(config, workload("sft", BFLOAT16, world_size=8)).phases
+    share = -(-n // 8)
+    assert (mixed["training"].weights, mixed["training"].optimizer_states) == (2 * n, 12 * share)
+    assert (mixed["training"].gradients, mixed["sampling"].gradients) == (4 * share, 0)
+    full = {**BFLOAT16, "precision": "32-true"}
+    whole = estimate(config, workload("sft", full, world_size=8)).phases["training"]
+    assert (whole.weights, whole.optimizer_states, whole.gradients) == (4 * n, 12 * share, 4 * share)
+    assert whole.buffers == mixed["training"].buffers * 2 + 4 * share  # and the last sum
+    assert mixed["training"].buffers == 2 * 2 * n  # a bucket is at most the model
+    buckets = estimate(config, workload("sft", BFLOAT16, world_size=8, bucket_size=10**6)).phases
+    assert buckets["training"].buffers == 2 * 2 * 10**6 < 2 * 2 * n
+    embedding = estimate(pythia(256, 2, 4, 50304), workload("sft", BFLOAT16, bucket_size=10**6)).phases["training"]
+    assert embedding.buffers == 2 * 2 * 256 * 50304
+    offloaded = estimate(config, workload("sft", BFLOAT16, world_size=8, offload_optimizer=True)).phases
+    assert offloaded["training"].optimizer_states == offloaded["step"].buffers == 0
+
+
+def test_ddp_holds_gradients_twice_unless_they_are_views_of_its_buckets() -> None:
+    config, ddp = CONFIGS["gpt_neox"](), {"strategy": "ddp", "precision": "32-true"}
+    n = networks(config)[0].parameters
+    for phase in estimate(config, workload("sft", ddp, world_size=2)).phases.values():
+        assert phase.gradients == 4 * n
+        assert phase.buffers >= 4 * n
+    views = estimate(config, workload("sft", ddp, world_size=2, gradient_as_bucket_view=True)).phases
+    assert views["training"].buffers == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- measured
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_activations_are_what_autograd_keeps(kind: str, how: dict[str, str]) -> None:
+    models, kept = build(CONFIGS[kind](), how), {}
+    weights = {p.untyped_storage()._cdata for p in models.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.update({storage._cdata: storage} if storage._cdata not in weights else {})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(how):
+        loss = forward(models, "reward", 4)
+    saved = sum(storage.nbytes() for storage in kept.values())
+    found = estimate(CONFIGS[kind](), workload("reward", how)).phases["training"]
+    assert 0.8 < (found.activations + found.weight_copies) / saved < 1.2
+    del loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "how"),
+    [
+        ("gpt_neox", "sft", FLOAT32),
+        ("gpt_neox", "reward", AUTOCAST),
+        ("gpt_neox", "ppo", BFLOAT16),
+        ("gpt_neox", "ppo", AUTOCAST),
+        ("llama", "sft", BFLOAT16),
+        ("llama", "ppo", FLOAT32),
+        ("llama", "reward", AUTOCAST),
+    ],
+)
+def test_a_micro_batch_of_training_makes_what_is_estimated(kind: str, stage: str, how: dict[str, str]) -> None:
+    models = build(CONFIGS[kind](), how)
+    for parameter in models.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with PeakMemory(models) as measured:
+        with autocast(how):
+            loss = forward(models, stage, 4)
+        loss.backward()
+    found = made(estimate(CONFIGS[kind](), workload(stage, how)).phases["training"])
+    assert 0.8 < found / measured.peak < 1.15
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_checkpointing_keeps_the_inputs_of_layers_only(stage: str) -> None:
+    models = build(CONFIGS["gpt_neox"](), BFLOAT16)
+    for parameter in models.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    checkpoint_activations(models.policy)
+    checkpoint_activations(models.critic.model)
+    with PeakMemory(models) as measured:
+        forward(models, stage, 4).backward()
+    settings = workload(stage, BFLOAT16, activation_checkpointing=True)
+    found = made(estimate(CONFIGS["gpt_neox"](), settings).phases["training"])
+    assert 0.95 < found / measured.peak < 1.35
+    assert 2.5 * found < made(estimate(CONFIGS["gpt_neox"](), workload(stage, BFLOAT16)).phases["training"])
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_forward_without_gradients_makes_what_is_estimated(stage: str, how: dict[str, str]) -> None:
+    models = build(CONFIGS["gpt_neox"](), how)
+    with torch.no_grad(), PeakMemory(models) as measured, autocast(how):
+        forward(models, stage, 4)
+    found = made(estimate(CONFIGS["gpt_neox"](), workload(stage, how)).phases["scoring"])
+    assert 0.85 < found / measured.peak < 1.15
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str]) -> None:
+    models = build(CONFIGS[kind](), how)
+    queries, mask = (tensor[:, :QUERY] for tensor in batch(4))
+    with PeakMemory(models) as measured, autocast(how):
+        settings: dict[str, Any] = {"temperature": 0.7, "eos_id": -1, "pad_id": 0}
+        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), **settings)
+    found = made(estimate(CONFIGS[kind](), workload("sft", how)).phases["sampling"])
+    assert 0.9 < found / measured.peak < 1.45
+
+
+# ----------------------------------------------------------------------------------------------------- what adds up
+
+
+def test_frozen_models_count_where_they_are() -> None:
+    config = pythia(256, 6, 4, 50304)
+    language_model, scalar_model, _ = networks(config)
+
+    def frozen(**placements: Any) -> tuple[int, int]:
+        phases = estimate(config, workload("ppo", BFLOAT16, **placements)).phases
+        elsewhere = {phases[name].frozen_models for name in ("sampling", "training", "step")}
+        return phases["scoring"].frozen_models, *elsewhere  # type: ignore[return-value]
+
+    both, larger = 2 * (language_model.parameters + scalar_model.parameters), 2 * language_model.parameters
+    assert frozen() == (both, both)
+    assert frozen(reference="cpu", reward="cpu") == (larger, 0)
+    assert frozen(reference="cpu", reward="device") == (both, 2 * scalar_model.parameters)
+    assert frozen(reference="device", reward=None) == (larger, larger)
+    assert frozen(reference="zero3", reward=None) == (larger, 0)  # so small that it is gathered as a whole
+    big = estimate(pythia(4096, 32, 32, 50432), workload("ppo", BFLOAT16, reference="zero3", reward=None))
+    assert 2 * 50432 * 4096 < big.phases["scoring"].frozen_models < 0.1 * big.phases["scoring"].weights
+
+
+def test_the_peak_is_that_of_the_largest_phase() -> None:
+    config = CONFIGS["gpt_neox"]()
+    small = workload("ppo", BFLOAT16, micro_batch=1, inference_batch=1)
+    for settings, phase in (({"micro_batch": 400}, "training"), ({"inference_batch": 4000}, "sampling")):
+        found = estimate(config, replace(small, **settings))
+        assert found.peak_phase == phase
+        assert found.peak == found.phases[phase].total == max(p.total for p in found.phases.values())
+    assert "sampling" not in estimate(config, workload("reward", BFLOAT16)).phases
+
+
+@pytest.mark.parametrize(("setting", "value"), [("strategy", "fsdp"), ("precision", "bf16-true")])
+def test_what_is_not_known_is_refused(setting: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.{setting} is '{value}'"):
+        Workload("ppo", **{setting: value})  # type: ignore[arg-type]
+
+
+def test_the_table_of_the_docs_is_what_its_snippet_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/memory.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(snippet, {})
+    assert len(printed.getvalue().splitlines()) == 11
+    assert printed.getvalue() in text

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from rlhf import files
+from rlhf.errors import UserError
+from rlhf.report.curve_files import curve_rows, last_quarter, read_curves
+
+
+def test_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
+    for steps, value in (((1, 2, 3), 1.0), ((3, 4), 2.0)):
+        logger = TensorBoardLogger(tmp_path, name="", version=files.CURVES)
+        for step in steps:
+            logger.log_metrics({"score": value}, step)
+        logger.finalize("success")
+    curve = read_curves(tmp_path)["score"]
+    assert curve.to_dict() == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a finished run"):
+        read_curves(tmp_path)
+
+
+def test_curves_of_several_runs_and_their_last_quarter(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        logger = TensorBoardLogger(tmp_path / name, name="", version=files.CURVES)
+        for step in range(1, 9):
+            logger.log_metrics({"kl": value * step, "other": 0.0}, 10 * step)
+        logger.finalize("success")
+    rows = curve_rows(
+        {("1b", 1, "ppo"): str(tmp_path / "one"), ("1b", 2, "ppo"): str(tmp_path / "two")}, ["kl", "none"]
+    )
+    assert len(rows) == 16
+    assert rows[rows["seed"] == 2]["value"].tolist() == [2.0 * step for step in range(1, 9)]
+    assert last_quarter(rows)["value"].tolist() == [7.5, 15.0]  # points 7 and 8 of 8
+    nothing = curve_rows({}, ["kl"])
+    assert list(nothing) == list(rows)
+    assert last_quarter(nothing).empty
