@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import string
 import threading
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from typing_extensions import override
 
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.interface import Answers, Judge, Pair, Winner
 
 Verdict = Literal["first", "second", "tie", "invalid"]
 
-_RUBBISH = 20  # so many questions without one readable answer, and the judge is given up
+_RUBBISH = 20  # after so many questions without one readable answer the judge is given up
 
 
 class Question(NamedTuple):
-    """Which is better, the first or the second response? `key` says where its answers are kept."""
+    """The question which of two responses is better; `key` identifies its answers in the file."""
 
     key: str
     query: str
@@ -34,8 +37,8 @@ class Entry:
     """One answer in the file.
 
     Attributes:
-        verdict: what it says; None where it could not be read.
-        text: the answer, as it came.
+        verdict: the verdict; None if it could not be read.
+        text: the whole answer.
         prompt_tokens, completion_tokens: as the endpoint counted them.
     """
 
@@ -46,13 +49,10 @@ class Entry:
 
 
 class AnswerFile:
-    """Answers in a file of JSON lines; each is on disk before the next one is asked for.
+    """Answers in a file of JSON lines; each is on disk before the next question is asked.
 
-    A last line that a killed run left unfinished is passed over. Several tables, and several runs at a time, may share
-    a file.
-
-    Args:
-        file: the file; its folder must be there.
+    A last line that a killed run left unfinished is skipped. Several tables, and several runs at a time, may share a
+    file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -67,11 +67,11 @@ class AnswerFile:
                 continue  # torn
 
     def of(self, key: str) -> list[Entry]:
-        """The answers to a question, in the order in which they came."""
+        """Returns the answers to a question, the earliest first."""
         return self._entries.get(key, [])
 
     def append(self, key: str, entry: Entry) -> None:
-        """Keep an answer. Any thread may."""
+        """Keeps an answer, from any thread."""
         line = json.dumps({"key": key, **vars(entry)}) + "\n"
         with self._lock:
             with self.file.open("ab+") as stream:
@@ -81,7 +81,7 @@ class AnswerFile:
             self._entries.setdefault(key, []).append(entry)
 
 
-def _last_byte(stream: Any) -> bytes:
+def _last_byte(stream: BinaryIO) -> bytes:
     stream.seek(-1, 2)
     return stream.read(1)
 
@@ -89,38 +89,45 @@ def _last_byte(stream: Any) -> bytes:
 class AskingJudge(Judge):
     """A judge that is asked about each pair twice, once per order, and whose answers are kept.
 
-    `attempts` answers that can't be read make a question invalid.
+    Args:
+        template: the question, with `{query}`, `{first}` and `{second}`.
+        attempts: answers that cannot be read until a question counts as invalid.
     """
 
-    attempts: int = 1
     _answers: AnswerFile
-    _problem: str = ""  # what went wrong last, where that was no answer
 
-    def prepare(self, answers: Path) -> None:
-        """Read the answers that are there.
-
-        Raises:
-            UserError: the file can't be written; that must not come out when the first answer is paid for.
-        """
+    def __init__(self, template: str, attempts: int = 1) -> None:
         try:
-            answers.parent.mkdir(parents=True, exist_ok=True)
-            answers.open("ab").close()
-        except OSError as error:
-            raise UserError(f"answers: the file {answers} can't be written: {error.strerror}.") from error
-        self._answers = AnswerFile(answers)
+            fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise UserError(f"judge.template is not a format string: {error}.") from error
+        if fields != {"query", "first", "second"}:
+            raise UserError("judge.template must have the fields {query}, {first} and {second}, and no others.")
+        self.template = template
+        self._attempts = attempts  # private, since it changes no answer
+        self._problem = ""  # the last thing that went wrong without being an answer
         self._asked: list[Question] = []
-        self._known: dict[str, int] = {}
+        self._known: dict[str, int] = {}  # answers to each question before this run
 
     @abstractmethod
     def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Verdict], None, None]:
-        """Ask, keep every answer with `self._answers.append`, and yield verdicts as they come, in any order."""
+        """Asks, keeps every answer with `self._answers.append`, and yields verdicts as they come, in any order."""
 
+    def prompt(self, question: Question) -> str:
+        """Returns the text of a question."""
+        return self.template.format(query=question.query, first=question.first, second=question.second)
+
+    @override
+    def prepare(self, answers: Path) -> None:
+        try:  # before the first answer is paid for
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            answers.open("ab").close()
+        except OSError as error:
+            raise UserError(f"answers: the file {answers} cannot be written: {error.strerror}.") from error
+        self._answers = AnswerFile(answers)
+
+    @override
     def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
-        """Ask what is not yet answered, in both orders.
-
-        Raises:
-            UserError: not one of the first questions got an answer that can be read.
-        """
         from rich.progress import track
 
         settings = self.settings()
@@ -131,7 +138,7 @@ class AskingJudge(Judge):
         self._give_up(verdicts)
         left = [question for question in self._asked if question.key not in verdicts]
         count, done = len(self._asked), len(verdicts)
-        with closing(self.ask(left)) as answers:  # an error here must stop what goes on behind it
+        with closing(self.ask(left)) as answers:  # so that an error here stops the threads behind it
             for question, verdict in track(answers, f"Asking {self.name}", count, done, transient=True) if left else ():
                 verdicts[question.key] = verdict
                 self._give_up(verdicts)
@@ -140,29 +147,25 @@ class AskingJudge(Judge):
         ]
 
     def verdict(self, question: Question) -> Verdict | None:
-        """What the kept answers say; None where it must be asked (again)."""
+        """Returns the verdict of the kept answers; None if the question must be asked (again)."""
         entries = self._answers.of(question.key)
         readable = [entry.verdict for entry in entries if entry.verdict is not None]
         if readable:
             return readable[0]
-        return "invalid" if len(entries) >= self.attempts else None
+        return "invalid" if len(entries) >= self._attempts else None
 
+    @override
     def usage(self) -> dict[str, float]:
-        """Answers and tokens, of the whole table and of this run."""
-        whole = [entry for q in self._asked for entry in self._answers.of(q.key)]
-        now = [entry for q in self._asked for entry in self._answers.of(q.key)[self._known[q.key] :]]
-        return {
-            f"{name}{suffix}": value
-            for suffix, entries in (("", whole), ("_now", now))
-            for name, value in (
-                ("answers", len(entries)),
-                ("prompt_tokens", sum(entry.prompt_tokens for entry in entries)),
-                ("completion_tokens", sum(entry.completion_tokens for entry in entries)),
-            )
-        }
+        usage: dict[str, float] = {}
+        for suffix, known in (("", {}), ("_now", self._known)):  # of the whole table, and of this run
+            entries = [entry for q in self._asked for entry in self._answers.of(q.key)[known.get(q.key, 0) :]]
+            usage[f"answers{suffix}"] = len(entries)
+            usage[f"prompt_tokens{suffix}"] = sum(entry.prompt_tokens for entry in entries)
+            usage[f"completion_tokens{suffix}"] = sum(entry.completion_tokens for entry in entries)
+        return usage
 
     def _give_up(self, verdicts: dict[str, Verdict]) -> None:
-        """Stop, where nothing that can be read has come so far."""
+        """Stops if the first questions have not got one answer that can be read."""
         if len(verdicts) < min(_RUBBISH, len(self._asked)) or set(verdicts.values()) != {"invalid"}:
             return
         texts = [entry.text for key in verdicts for entry in self._answers.of(key)]
@@ -179,5 +182,5 @@ def _question(settings: dict[str, Any], query: str, first: str, second: str) -> 
 
 
 def _winner(verdict: Verdict, first: Winner, second: Winner) -> Winner:
-    """Which candidate a verdict means, by who stood where."""
+    """Translates a verdict about the order to the candidates that were first and second."""
     return {"first": first, "second": second, "tie": "tie", "invalid": "invalid"}[verdict]
