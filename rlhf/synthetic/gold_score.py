@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.synthetic.domains import all_slots
+from rlhf.synthetic.domains import ALL_SLOTS
 
 FREE_WORDS = 30
 PER_WORD = 0.1
@@ -45,4 +45,4 @@ def gold_score(summary: str, facts: Mapping[str, str], slots: Mapping[str, Seque
 def gold_scores(queries: list[str], responses: list[str], records: Sequence[Mapping[str, Any]]) -> list[float]:
     """Computes gold scores as a reward function, for `model.evaluation_function` on the embedded data."""
     facts = [{slot: value for slot, value in record["facts"].items() if value is not None} for record in records]
-    return [gold_score(text, known, all_slots()).score for text, known in zip(responses, facts, strict=True)]
+    return [gold_score(text, known, ALL_SLOTS).score for text, known in zip(responses, facts, strict=True)]
