@@ -63,9 +63,7 @@ def generate(
         reward: export of a reward model, for the columns `score` and `reference_score`.
 
     Returns:
-        The table, a row per query: `id`, `query`, `response`, `reference` (texts), `tokens`, `reference_tokens` (with
-        EOS), `has_eos`, `record` (JSON); with a reward model `score` and `reference_score`; on embedded data `gold` and
-        `gold_reference`.
+        The table, a row per query, with the columns that docs/evaluation.md describes.
     """
     config = load_config(model, "model")
     check_language_model(config, model, "model")
@@ -151,7 +149,5 @@ def _scorer(path: str, batch_size: int) -> Callable[[list[Row]], pd.DataFrame]:
 
 def _with_gold(table: pd.DataFrame) -> pd.DataFrame:
     """Adds the gold scores of embedded data, and moves `record` to the end."""
-    records = [json.loads(record) for record in table["record"]]
-    texts = {"gold": table["response"].tolist(), "gold_reference": table["reference"].tolist()}
-    gold = gold_columns(table["query"].tolist(), records, **texts)
+    gold = gold_columns(table, gold="response", gold_reference="reference")
     return table.drop(columns="record").assign(**gold, record=table["record"])

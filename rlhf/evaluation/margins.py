@@ -2,10 +2,10 @@
 
 # Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
-import json
 from dataclasses import asdict
 from functools import partial
 
+import numpy as np
 import pandas as pd
 from pydantic import PositiveInt
 
@@ -39,9 +39,7 @@ def margins(
         batch_size: texts that go through the model at a time.
 
     Returns:
-        The table, a row per pair: `split` (`posts`, or `news` for CNN/DM pairs), `batch`, `confidence`,
-        `chosen_policy`, `rejected_policy`, `margin` (reward of the chosen response minus that of the rejected one) and,
-        on embedded data, `gold_margin`.
+        The table, a row per pair, with the columns that docs/evaluation.md describes.
     """
     check_reward_model(load_config(reward, "reward"), reward, "reward")
     with ranks() as processes:
@@ -61,13 +59,11 @@ def margins(
 
 
 def _margins(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
-    queries, chosen, rejected = ([row[name] for row in rows] for name in ("query", "chosen_text", "rejected_text"))
-    named = {name: [row[name] for row in rows] for name in ("batch", "confidence", "chosen_policy", "rejected_policy")}
-    margin = [a - b for a, b in zip(scorer(queries, chosen), scorer(queries, rejected), strict=True)]
-    split = ["news" if "cnndm" in batch else "posts" for batch in named["batch"]]
-    table = pd.DataFrame({"split": split, **named, "margin": margin}).astype({"confidence": "Int64"})
-    records = [json.loads(row["record"]) for row in rows]
-    gold = gold_columns(queries, records, chosen=chosen, rejected=rejected)
-    if gold:
-        table["gold_margin"] = [a - b for a, b in zip(gold["chosen"], gold["rejected"], strict=True)]
+    texts = pd.DataFrame(rows)
+    table = texts[["batch", "confidence", "chosen_policy", "rejected_policy"]].astype({"confidence": "Int64"})
+    table.insert(0, "split", np.where(table["batch"].str.contains("cnndm"), "news", "posts"))
+    chosen, rejected = (scorer(texts["query"], texts[name]) for name in ("chosen_text", "rejected_text"))
+    table["margin"] = np.subtract(chosen, rejected)
+    if gold := gold_columns(texts, chosen="chosen_text", rejected="rejected_text"):
+        table["gold_margin"] = np.subtract(gold["chosen"], gold["rejected"])
     return table

@@ -72,16 +72,13 @@ def judge(
         only_shared: judge only the queries that both tables have; otherwise tables with different queries are an error.
 
     Returns:
-        The table, a row per query: `id`, `query`, `a`, `b` (texts), `a_name`, `b_name`, `judge`; `a_first`, `b_first`
-        (which candidate won when A, when B came first: `a`, `b`, `tie` or `invalid`); `outcome` (mean over both orders
-        of 1, 0.5 or 0 for A; missing if either is invalid); `asked` (whether the judge was); and if the tables have
-        them `a_tokens`, `b_tokens`, `a_score`, `b_score`, `a_gold`, `b_gold`, `a_has_eos`.
+        The table, a row per query, with the columns that docs/evaluation.md describes.
     """
     file = Path(output)
     tables = [read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b))]
     joined = _join(tables[0], tables[1], a, b, only_shared)
-    contents = files.fingerprint([joined.to_csv(index=False)])
-    settings = {"tables": contents, "a": a.label, "b": b.label, "judge": judge.settings()}
+    contents = joined.to_csv(index=False)
+    settings = {"tables": files.fingerprint([contents]), "a": a.label, "b": b.label, "judge": judge.settings()}
     if claim(file, settings):
         _show(read_notes(file)["summary"])
         return read_table(file, "output")
@@ -184,8 +181,7 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         **{name: str(table[name].iloc[0]) for name in ("a_name", "b_name", "judge")},
         **{name: int(rates[name]) for name in ("rows", "ties", "invalid")},
         **{name: _known(rates[name]) for name in ("win_rate", "low", "high", "position_bias")},
-        "empty_a": int((table["a"].str.strip() == "").sum()),
-        "empty_b": int((table["b"].str.strip() == "").sum()),
+        **{f"empty_{side}": int((table[side].str.strip() == "").sum()) for side in "ab"},
         "by_rule": len(table) - len(asked),
         "order_agreement": _known((valid["a_first"] == valid["b_first"]).mean()),
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch.distributed as dist
 
 from rlhf.errors import UserError
 from rlhf.evaluation.tables import claim, parts_of, read_table, write_table
@@ -29,8 +30,6 @@ class Ranks:
 
     def wait(self) -> None:
         """Waits until all processes are here."""
-        import torch.distributed as dist
-
         if self.size == 1:
             return
         try:
@@ -57,8 +56,6 @@ def ranks() -> Iterator[Ranks]:
     if size == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), size)
@@ -73,11 +70,8 @@ class Parts:
     Parts of another size, from an earlier run, are ignored and deleted at the end. A finished table is kept.
 
     Args:
-        output: file of the table.
         settings: what the table depends on, as JSON values.
         rows: what each row of the table is made from.
-        size: rows of a part.
-        processes: the processes that share the parts.
     """
 
     def __init__(self, output: str, settings: Mapping[str, Any], rows: list[Row], size: int, processes: Ranks) -> None:
@@ -110,11 +104,7 @@ class Parts:
         self.processes.wait()
 
     def merge(self, finish: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table) -> pd.DataFrame:
-        """Writes the table, deletes the parts, and returns the table.
-
-        Args:
-            finish: makes the last columns.
-        """
+        """Writes the table, with the last columns by `finish`, deletes the parts, and returns the table."""
         if not self.finished and self.processes.rank == 0:
             columns = [pd.concat([self._read(s, n) for n in self.numbers], ignore_index=True) for s in self.steps]
             write_table(finish(pd.concat(columns, axis=1)), self.output)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
 
+import pandas as pd
 import torch
 
 from rlhf.data.texts import encode
@@ -19,7 +20,6 @@ class RewardScorer:
     """A reward model that reads texts.
 
     Args:
-        path: export of a reward model.
         setting: how the user names it, for messages.
         batch_size: texts that go through the model at a time.
     """
@@ -42,15 +42,14 @@ class RewardScorer:
         return scores
 
 
-def gold_columns(queries: list[str], records: list[dict[str, Any]], **texts: list[str]) -> dict[str, list[float]]:
-    """Computes the gold scores of columns of texts, if all records have the hidden facts of the embedded data.
+def gold_columns(table: pd.DataFrame, **columns: str) -> dict[str, list[float]]:
+    """Computes gold scores of a table with `query` and `record` (JSON), if all records have hidden facts.
 
     Args:
-        texts: for each new column, the texts to score.
-
-    Returns:
-        The new columns; none if a record has no hidden facts.
+        columns: for each new column, the column with the texts to score.
     """
+    records = [json.loads(record) for record in table["record"]]
     if not all(isinstance(record.get("facts"), dict) for record in records):
         return {}
-    return {name: gold_scores(queries, responses, records) for name, responses in texts.items()}
+    queries = table["query"].tolist()
+    return {new: gold_scores(queries, table[texts].tolist(), records) for new, texts in columns.items()}

@@ -67,24 +67,16 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def paired_difference(x: pd.Series, y: pd.Series) -> tuple[Estimate, int]:
-    """Computes the mean of x - y over the queries that both have, with the paired bootstrap interval.
+    """Computes the mean of x - y with its paired bootstrap interval, and counts the queries that both have.
 
-    Args:
-        x, y: numbers indexed by query; NaN counts as missing.
-
-    Returns:
-        The difference, and the number of queries.
+    Both are indexed by query; NaN counts as missing.
     """
     differences = (x - y).dropna()
     return mean_interval(differences.to_numpy()), len(differences)
 
 
 def win_rates(rows: pd.DataFrame, keys: Sequence[str] = tuple(KEYS)) -> pd.DataFrame:
-    """Computes the win rate of every group of judged rows, with counts.
-
-    Args:
-        rows: judged rows; a NaN `outcome` is invalid and counts in `invalid` only.
-        keys: columns to group by.
+    """Computes the win rate of every group of judged rows; a row without `outcome` counts in `invalid` only.
 
     Returns:
         The keys, `rows`, `invalid`, `wins`, `ties`, `losses`, `win_rate` (mean outcome), Wilson's `low` and `high`, and
@@ -123,15 +115,10 @@ def position_bias(rows: pd.DataFrame) -> float:
 
 
 def over_seeds(table: pd.DataFrame, values: Sequence[str], keys: Sequence[str]) -> pd.DataFrame:
-    """Computes mean and standard deviation (n - 1) over seeds; with one seed the deviation is NaN.
-
-    Args:
-        table: a row per seed.
-        values: columns to summarise; each gives `<name>` and `<name>_std`.
-        keys: columns to group by.
+    """Computes mean and standard deviation (n - 1) of values over seeds; with one seed the deviation is NaN.
 
     Returns:
-        The keys, `seeds` and two columns per value.
+        The keys, `seeds`, and for each value `<name>` and `<name>_std`.
     """
     columns = {"seeds": ("seed", "nunique")}
     for name in values:

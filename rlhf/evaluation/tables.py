@@ -28,9 +28,6 @@ def read_table(path: str | Path, setting: str, needed: Sequence[str] = ()) -> pd
     Args:
         setting: how the user names this table, for messages.
         needed: columns that it must have. If `query` is one of them, no two rows may have the same query.
-
-    Raises:
-        UserError: the file is missing, cannot be read, is empty, lacks a column, or has a query twice.
     """
     file = Path(path)
     check_suffix(file, setting)

@@ -134,27 +134,29 @@ class OpenAIJudge(AskingJudge):
     def usage(self) -> dict[str, float]:
         usage = super().usage()
         prompt, completion = self._prices
-        if prompt is None or completion is None:
-            return usage
-        costs = {
-            f"cost{of}": (usage[f"prompt_tokens{of}"] * prompt + usage[f"completion_tokens{of}"] * completion) / 1e6
-            for of in ("", "_now")
-        }
-        return usage | costs
+        if prompt is not None and completion is not None:
+            for of in ("", "_now"):
+                price = usage[f"prompt_tokens{of}"] * prompt + usage[f"completion_tokens{of}"] * completion
+                usage[f"cost{of}"] = price / 1e6
+        return usage
 
     def _probe(self) -> None:
         """Finds within seconds that the endpoint is down or refuses the key. It need not be able to list its models."""
         import openai
 
         try:
-            self._client.with_options(max_retries=0, timeout=_timeout(_PROBE)).models.with_raw_response.list()
+            self._client.with_options(
+                max_retries=0, timeout=openai.Timeout(_PROBE, connect=_CONNECT)
+            ).models.with_raw_response.list()
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._stopped(error) from None
         except openai.APIStatusError:
             pass
 
     def _decide(self, question: Question) -> Verdict:
-        """Asks until an answer can be read, or `attempts` could not."""
+        """Asks until an answer can be read, `attempts` could not, or the endpoint refuses this question."""
+        import openai
+
         malformed = 0  # replies that hold no answer: not kept, so that the next run asks again
         while (verdict := self.verdict(question)) is None:
             tried = len(self._answers.of(question.key)) + malformed
@@ -162,47 +164,31 @@ class OpenAIJudge(AskingJudge):
                 raise self._error or CancelledError
             if tried >= self._attempts:
                 return "invalid"
-            prompt = self.prompt(question)
-            body = self._post(f"{prompt}\n\n{AGAIN}" if tried else prompt)
-            if body is None:
+            prompt = self.prompt(question) + (f"\n\n{AGAIN}" if tried else "")
+            try:
+                reply = self._client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=self.request
+                )
+            except openai.OpenAIError as error:
+                if getattr(error, "status_code", None) not in _REFUSED:
+                    raise self._stopped(error) from None
+                self._problem = self._cleaned(str(error))
                 return "invalid"
-            entry = self._entry(body)
-            if entry is None:
+            try:
+                entry = self._entry(reply.text)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 malformed += 1
-                self._problem = f"a reply of another form: {self._cleaned(body)}"
+                self._problem = f"a reply of another form: {self._cleaned(reply.text)}"
             else:
                 self._answers.append(question.key, entry)
         return verdict
 
-    def _post(self, prompt: str) -> str | None:
-        """Returns the reply of the endpoint to a prompt; None if it refuses this prompt.
-
-        Raises:
-            UserError: it refuses every prompt, or is gone.
-        """
-        import openai
-
-        try:
-            reply = self._client.chat.completions.with_raw_response.create(
-                model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=self.request
-            )
-            return reply.text
-        except openai.OpenAIError as error:
-            if getattr(error, "status_code", None) not in _REFUSED:
-                raise self._stopped(error) from None
-            self._problem = self._cleaned(str(error))
-            return None
-
-    def _entry(self, body: str) -> Entry | None:
-        """Reads the answer in a reply; None if the reply does not follow the protocol."""
-        try:
-            reply = json.loads(body)
-            text = reply["choices"][0]["message"].get("content") or ""
-            usage = reply.get("usage") or {}
-            counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-            return Entry(read_verdict(text), self._cleaned(text, None), *counts)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return None
+    def _entry(self, body: str) -> Entry:
+        reply = json.loads(body)
+        text = reply["choices"][0]["message"].get("content") or ""
+        usage = reply.get("usage") or {}
+        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        return Entry(read_verdict(text), self._cleaned(text, None), *counts)
 
     def _stopped(self, error: Exception) -> UserError:
         """Stops all threads, and returns the error for an endpoint that gives no answers."""
@@ -234,13 +220,8 @@ def _read_key(variable: str | None) -> str:
 
 def _client(key: str, base_url: str | None, timeout: float, retries: int) -> Any:
     try:
-        from openai import OpenAI
+        from openai import OpenAI, Timeout
     except ImportError as error:
         raise UserError("judge: OpenAIJudge needs the package openai; install it with `pip install openai`.") from error
-    return OpenAI(api_key=key or "none", base_url=base_url, timeout=_timeout(timeout), max_retries=retries)
-
-
-def _timeout(seconds: float) -> Any:
-    from openai import Timeout
-
-    return Timeout(seconds, connect=min(seconds, _CONNECT))
+    limits = Timeout(timeout, connect=min(timeout, _CONNECT))
+    return OpenAI(api_key=key or "none", base_url=base_url, timeout=limits, max_retries=retries)

@@ -54,10 +54,9 @@ class Judge(ABC):
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 
     def prepare(self, answers: Path) -> None:  # noqa: B027  (most judges have nothing to prepare)
-        """Prepares the judge, once, before the first pair. Refuse here what would otherwise fail later.
+        """Prepares the judge before the first pair, and refuses what would otherwise fail later.
 
-        Args:
-            answers: file for answers that are expensive, so that the next run finds them again.
+        Answers that are expensive can be kept in the file `answers`, for the next run.
         """
 
     @abstractmethod

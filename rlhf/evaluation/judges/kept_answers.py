@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from typing_extensions import override
 
@@ -19,7 +19,8 @@ from rlhf.errors import UserError
 from rlhf.evaluation.judges.interface import Answers, Judge, Pair, Winner
 
 Verdict = Literal["first", "second", "tie", "invalid"]
-
+_A_FIRST: dict[Verdict, Winner] = {"first": "a", "second": "b", "tie": "tie", "invalid": "invalid"}
+_B_FIRST: dict[Verdict, Winner] = {"first": "b", "second": "a", "tie": "tie", "invalid": "invalid"}
 _RUBBISH = 20  # after so many questions without one readable answer the judge is given up
 
 
@@ -34,15 +35,9 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One answer in the file.
+    """One answer in the file, with its tokens as the endpoint counted them."""
 
-    Attributes:
-        verdict: the verdict; None if it could not be read.
-        text: the whole answer.
-        prompt_tokens, completion_tokens: as the endpoint counted them.
-    """
-
-    verdict: Verdict | None
+    verdict: Verdict | None  # None if it could not be read
     text: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -75,15 +70,11 @@ class AnswerFile:
         line = json.dumps({"key": key, **vars(entry)}) + "\n"
         with self._lock:
             with self.file.open("ab+") as stream:
-                if stream.tell() and _last_byte(stream) != b"\n":
+                stream.seek(max(0, stream.tell() - 1))
+                if stream.read(1) not in (b"", b"\n"):
                     line = "\n" + line  # ends a torn line
                 stream.write(line.encode())
             self._entries.setdefault(key, []).append(entry)
-
-
-def _last_byte(stream: BinaryIO) -> bytes:
-    stream.seek(-1, 2)
-    return stream.read(1)
 
 
 class AskingJudge(Judge):
@@ -93,8 +84,6 @@ class AskingJudge(Judge):
         template: the question, with `{query}`, `{first}` and `{second}`.
         attempts: answers that cannot be read until a question counts as invalid.
     """
-
-    _answers: AnswerFile
 
     def __init__(self, template: str, attempts: int = 1) -> None:
         try:
@@ -142,9 +131,7 @@ class AskingJudge(Judge):
             for question, verdict in track(answers, f"Asking {self.name}", count, done, transient=True) if left else ():
                 verdicts[question.key] = verdict
                 self._give_up(verdicts)
-        return [
-            Answers(_winner(verdicts[one.key], "a", "b"), _winner(verdicts[two.key], "b", "a")) for one, two in both
-        ]
+        return [Answers(_A_FIRST[verdicts[one.key]], _B_FIRST[verdicts[two.key]]) for one, two in both]
 
     def verdict(self, question: Question) -> Verdict | None:
         """Returns the verdict of the kept answers; None if the question must be asked (again)."""
@@ -179,8 +166,3 @@ class AskingJudge(Judge):
 def _question(settings: dict[str, Any], query: str, first: str, second: str) -> Question:
     content = json.dumps([settings, query, first, second], sort_keys=True)
     return Question(hashlib.sha256(content.encode()).hexdigest(), query, first, second)
-
-
-def _winner(verdict: Verdict, first: Winner, second: Winner) -> Winner:
-    """Translates a verdict about the order to the candidates that were first and second."""
-    return {"first": first, "second": second, "tie": "tie", "invalid": "invalid"}[verdict]

@@ -3,6 +3,7 @@
 # Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 from collections.abc import Generator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,37 +88,33 @@ class LocalJudge(AskingJudge):
     @override
     def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Verdict], None, None]:
         tokenizer = load_tokenizer(self._model, PAD_TOKEN, "judge.model")
-        prepared = [(question, *self._sequences(tokenizer, question)) for question in questions]
+        pairs = [[encode(tokenizer, self.prompt(question) + label) for label in self.labels] for question in questions]
         model: Any = load_causal_lm(self._model, "judge.model", getattr(torch, self.dtype))
-        longest = max(len(ids) for _, *pair, _ in prepared for ids in pair)
+        longest = max(len(ids) for pair in pairs for ids in pair)
         check_context(model.config, longest, "judge: the longest question", "shorten judge.template")
         model = model.to(str(best_device())).eval()
-        for start in range(0, len(prepared), self._batch_size):
-            batch = prepared[start : start + self._batch_size]
-            sequences = [ids for _, *pair, _ in batch for ids in pair]
-            logprobs = label_logprobs(model, sequences, [shared for *_, shared in batch for _ in range(2)])
-            for (question, *_), (first, second) in zip(batch, logprobs.view(-1, 2).tolist(), strict=True):
+        for start in range(0, len(pairs), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            logprobs = label_logprobs(model, pairs[part]).tolist()
+            for question, (first, second) in zip(questions[part], logprobs, strict=True):
                 verdict: Verdict = "first" if first > second else "second" if second > first else "tie"
                 self._answers.append(question.key, Entry(verdict, f"{first:.4f} {second:.4f}"))
                 yield question, verdict
 
-    def _sequences(self, tokenizer: Any, question: Question) -> tuple[list[int], list[int], int]:
-        """Returns the token ids of the question with each label, and the number of tokens that they share."""
-        first, second = (encode(tokenizer, self.prompt(question) + label) for label in self.labels)
-        differing = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-        return first, second, next(differing, min(len(first), len(second)))
-
 
 @torch.no_grad()
-def label_logprobs(model: Any, sequences: list[list[int]], shared: list[int]) -> Tensor:
-    """Computes the log-probability of each sequence after its first `shared` tokens, `(len(sequences),)`.
+def label_logprobs(model: Any, pairs: list[list[list[int]]]) -> Tensor:
+    """Computes the log-probabilities of the two labels after each question, `(len(pairs), 2)`.
 
-    The first tokens are common to the sequences of a question, so their probability does not matter.
+    A pair has the token ids of a question with either label; a label is what follows the tokens that both share.
     """
-    ids, mask = (x.to(model.device) for x in pad_sequences(sequences, 0, "left"))
-    own = torch.tensor([len(s) - n for s, n in zip(sequences, shared, strict=True)], device=ids.device)
-    kept = int(own.max())
+    ids, mask = (x.to(model.device) for x in pad_sequences([ids for pair in pairs for ids in pair], 0, "left"))
+    own = []  # tokens of each label
+    for first, second in pairs:
+        shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
+        own += [len(first) - shared, len(second) - shared]
+    kept = max(own)
     logits = model(**model_inputs(ids, mask), use_cache=False, logits_to_keep=kept + 1).logits[:, :-1]
     logprobs, _ = token_logprobs(logits, ids[:, -kept:])
-    counted = torch.arange(kept, device=ids.device) >= kept - own.unsqueeze(1)
-    return (logprobs * counted).sum(-1)
+    counted = torch.arange(kept, device=model.device) >= kept - torch.tensor(own, device=model.device).unsqueeze(1)
+    return (logprobs * counted).sum(-1).view(-1, 2)

@@ -40,8 +40,6 @@ class RewardJudge(ScoringJudge):
         batch_size: texts that go through the model at a time.
     """
 
-    _scorer: RewardScorer
-
     def __init__(self, model: str, batch_size: PositiveInt = 64) -> None:
         self._model, self._batch_size = model, batch_size
 
