@@ -1,4 +1,4 @@
-"""Embedded data: posts told from hidden facts, demonstrations, labelled comparisons. No download, any size, seeded.
+"""Embedded data: posts written from hidden facts, demonstrations, labelled comparisons. No download, any size, seeded.
 
 A demonstration is one sentence; like the authors of real TL;DRs, its writer always says what happened and what is asked
 and leaves out each other fact more often than not. Comparisons pair summaries of named policies of different quality;
@@ -78,21 +78,16 @@ _WRITERS = (reference, complete, fact_dropped, fact_invented, rambling, off_topi
 POLICIES: dict[str, Callable[[Domain, Facts, random.Random], str]] = {writer.__name__: writer for writer in _WRITERS}
 
 
-def _rng(seed: int, kind: str, index: int) -> random.Random:
-    return random.Random(f"{seed}/{kind}/{index}")
-
-
 def demonstrations(n: int, seed: int, split: str, writers: Sequence[str] = ("reference",)) -> Iterator[dict[str, Any]]:
     """Generates TL;DR records `id, subreddit, title, post, summary`, with the hidden `facts`.
 
     Args:
-        n: number of records.
         seed: seed of everything; splits with the same seed share no post.
         split: name of the split, part of the id.
         writers: policies that write the summaries, each as often as the others.
     """
     for index in range(n):
-        rng = _rng(seed, split, index)
+        rng = random.Random(f"{seed}/{split}/{index}")
         facts = draw_facts(REDDIT, rng)
         post = write_post(REDDIT, facts, rng)
         yield {
@@ -124,7 +119,6 @@ def comparisons(
     """Generates comparisons in OpenAI's format, with the hidden `facts`.
 
     Args:
-        n: number of pairs.
         seed: seed of everything; splits with the same seed share no post.
         split: name of the split, part of the record.
         noise: temperature of the labeller in units of the gold score; 0 gives clean labels.
@@ -133,7 +127,7 @@ def comparisons(
     """
     index = written = 0
     while written < n:
-        rng = _rng(seed, f"comparison/{split}/{batch}", index)
+        rng = random.Random(f"{seed}/comparison/{split}/{batch}/{index}")
         index += 1
         facts = draw_facts(domain, rng)
         post = write_post(domain, facts, rng)

@@ -46,7 +46,7 @@ _PROBE = 10.0  # seconds
 
 
 def read_verdict(answer: str) -> Verdict | None:
-    """Reads the verdict of an answer, whose last line must be `Preferred: A`, `Preferred: B` or `Preferred: tie`.
+    """Reads the verdict in the last line of an answer: `Preferred: A`, `Preferred: B` or `Preferred: tie`.
 
     Returns:
         None if the last line is anything else, or if an earlier such line contradicts it.

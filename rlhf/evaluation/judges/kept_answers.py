@@ -1,4 +1,4 @@
-"""Judges that are asked a question per order, whose answers are kept in a file."""
+"""Judges that are asked about each pair in both orders, and keep the answers in a file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class AnswerFile:
 
 
 class AskingJudge(Judge):
-    """A judge that is asked about each pair twice, once per order, and whose answers are kept.
+    """Asks about each pair twice, once per order, and keeps the answers.
 
     Args:
         template: the question, with `{query}`, `{first}` and `{second}`.

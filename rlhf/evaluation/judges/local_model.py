@@ -1,4 +1,4 @@
-"""A causal language model of one's own as a judge, by the probabilities of two labels."""
+"""A local causal language model as a judge, by the probabilities of two labels."""
 
 # Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 

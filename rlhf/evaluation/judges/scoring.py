@@ -19,7 +19,7 @@ from rlhf.synthetic.gold_score import gold_scores
 class GoldJudge(ScoringJudge):
     """Prefers the higher gold score: facts of the post covered, minus facts invented, minus excess words.
 
-    Works on embedded data only, whose records have the hidden facts.
+    Works on embedded data only, since other records have no hidden facts.
     """
 
     @override
