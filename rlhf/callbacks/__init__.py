@@ -9,6 +9,6 @@ C = TypeVar("C")
 
 
 def unless_given(given: Iterable[object], *defaults: C) -> list[C]:
-    """Those defaults in whose place no callback of the same class, or of a subclass, is given."""
+    """Returns those defaults that no given callback of the same class, or of a subclass, replaces."""
     given = list(given)
     return [d for d in defaults if not any(isinstance(g, type(d)) for g in given)]

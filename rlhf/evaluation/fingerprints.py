@@ -28,7 +28,7 @@ def of_model(path: str, setting: str) -> str:
         path: folder or hub name.
         setting: how the user names it, for messages.
     """
-    from rlhf.callbacks.export import MANIFEST
+    from rlhf.files import MANIFEST
     from rlhf.models.loading import load_config
 
     config = load_config(path, setting)
