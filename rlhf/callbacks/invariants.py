@@ -74,20 +74,20 @@ class Invariants(Callback):
     def __post_init__(self) -> None:
         self.findings: dict[str, Finding] = {}
         self._warned: set[str] = set()
+        self._largest: dict[str, float] = {}  # of this epoch
         self._bad_losses = torch.zeros(0)
         self._examples = ExampleCounter()
 
     # --------------------------------------------------------------------------------------------------- judgement
 
-    def judge(self, module: Stage, finding: Finding) -> None:
-        """Logs a finding, which must be the same on all processes, and acts on it."""
+    def judge(self, finding: Finding) -> None:
+        """Keeps a finding, which must be the same on all processes, and acts on it."""
         if getattr(self, finding.name) == "off":
             return
         known = self.findings.get(finding.name)
         if known is None or known.holds:
             self.findings[finding.name] = finding
-        name = f"invariants/{finding.name}"
-        module.log(name, finding.value, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1)
+        self._largest[finding.name] = max(finding.value, self._largest.get(finding.name, finding.value))
         self.act(finding)
 
     def act(self, finding: Finding) -> None:
@@ -104,19 +104,19 @@ class Invariants(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.__post_init__()
+        self.findings, self._warned, self._examples = {}, set(), ExampleCounter()
         self._bad_losses = torch.zeros((), device=pl_module.device)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = stage(pl_module)
+        module, self._largest = stage(pl_module), {}
         if not self._examples.epochs:
             frozen = [p for model in module.frozen_models for p in model.parameters()]
             self._check_ranks(trainer, module, [*module.parameters(), *frozen])
             if trainer.current_epoch == 0 and module.kind == "ppo" and (finding := self._demonstrations(module)):
-                self.judge(module, finding)
+                self.judge(finding)
         if self.dropout != "off":
-            self.judge(module, Finding("dropout", float(active_dropout(pl_module)), 0))
+            self.judge(Finding("dropout", float(active_dropout(pl_module)), 0))
         self._examples.start()
 
     @override
@@ -126,12 +126,12 @@ class Invariants(Callback):
         module, limits = stage(pl_module), tolerance(trainer.precision)
         if module.kind == "ppo":  # before anything is learnt from the rollout
             for finding in self._measure_rollout(trainer, ppo_stage(pl_module)):
-                self.judge(module, finding)
+                self.judge(finding)
         if trainer.current_epoch == 0 and self.padding_side != "off":
             difference = module.padding_side_difference(batch)
             if difference is not None:
                 value = module.reduce_max(difference).item()
-                self.judge(module, Finding("padding_side", value, limits.reward, fatal=10 * limits.reward))
+                self.judge(Finding("padding_side", value, limits.reward, fatal=10 * limits.reward))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -145,7 +145,7 @@ class Invariants(Callback):
         module = stage(pl_module)
         if module.kind == "ppo" and done == trainer.accumulate_grad_batches and self.ratio != "off":
             value = module.reduce_max(ppo_stage(pl_module).ratio_deviation).item()
-            self.judge(module, Finding("ratio", value, tolerance(trainer.precision).ratio))
+            self.judge(Finding("ratio", value, tolerance(trainer.precision).ratio))
         if not isinstance(trainer.strategy, DeepSpeedStrategy):
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             self._check_finite(trainer, module, nn.utils.get_total_norm(gradients))
@@ -165,7 +165,17 @@ class Invariants(Callback):
         module = stage(pl_module)
         self._check_ranks(trainer, module, list(module.parameters()))
         if self.once_per_epoch != "off":
-            self.judge(module, Finding("once_per_epoch", self._examples.count_wrong(trainer, pl_module), 0))
+            self.judge(Finding("once_per_epoch", self._examples.count_wrong(trainer, pl_module), 0))
+        curves = {f"invariants/{name}": value for name, value in self._largest.items()}
+        module.log_dict(curves, sync_dist=True, reduce_fx="max")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"largest": self._largest}  # a stop in the middle of an epoch loses nothing of its curves
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._largest = state_dict["largest"]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,7 +193,7 @@ class Invariants(Callback):
         if trainer.world_size > 1 and self.ranks != "off":
             own = fingerprints(tensors).to(module.device)
             largest, smallest = module.reduce_max(torch.stack([own, -own]))
-            self.judge(module, Finding("ranks", float((largest != -smallest).sum()), 0))
+            self.judge(Finding("ranks", float((largest != -smallest).sum()), 0))
 
     def _check_finite(self, trainer: Trainer, module: Stage, norm: Tensor) -> None:
         every_step = module.kind != "ppo"
@@ -195,7 +205,7 @@ class Invariants(Callback):
             bad = bad + ~norm.isfinite()
         self._bad_losses = torch.zeros_like(self._bad_losses)
         if self.finite != "off":
-            self.judge(module, Finding("finite", module.reduce_sum(bad).item(), 0))
+            self.judge(Finding("finite", module.reduce_sum(bad).item(), 0))
 
     def _demonstrations(self, module: Stage) -> Finding | None:
         rewards = module.demonstration_rewards() if self.demonstration_reward != "off" else None
