@@ -31,8 +31,7 @@ def accuracy_table(pairs: Iterable[dict[str, Any]]) -> pd.DataFrame:
         groups = [("all", "", part)]
         for column in ("batch", "confidence"):
             groups += [(column, value, group) for value, group in part.groupby(column)]
-        for kind, value, group in groups:
-            rows.append((split, kind, value, len(group), *proportion(group["correct"].mean(), len(group))))
+        rows += [(split, kind, value, len(g), *proportion(g["correct"].mean(), len(g))) for kind, value, g in groups]
     return pd.DataFrame(rows, columns=["split", "group", "value", "pairs", "accuracy", "low", "high"])
 
 
@@ -61,24 +60,20 @@ class AccuracyTable(Callback):
         pairs = [pair for part in parts for pair in part]
         if trainer.sanity_checking or not trainer.is_global_zero or not pairs:
             return
+        from rich.console import Console
+        from rich.table import Table
+
         table = accuracy_table(pairs)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = "    " + table.to_string(index=False).replace("\n", "\n    ")
                 logger.experiment.add_text("accuracy", text, trainer.global_step)
-        self._print(table)
-
-    on_test_start = on_validation_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_end = on_validation_end
-
-    @staticmethod
-    def _print(table: pd.DataFrame) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
         shown = Table("split", "group", "pairs", "accuracy", "95% interval", title="Reward model")
         for row in table.itertuples():
             group, interval = f"{row.group} {row.value}".strip(), f"{row.low:.3f} to {row.high:.3f}"
             shown.add_row(row.split, group, str(row.pairs), f"{row.accuracy:.3f}", interval)
         Console(markup=False, emoji=False, highlight=False).print(shown)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end

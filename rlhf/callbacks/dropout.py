@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 _HINTS = ("dropout", "drop_rate", "drop_prob", "pdrop", "layerdrop")
 
 
-def _places(model: nn.Module) -> Iterator[tuple[object, str]]:
+def dropout_places(model: nn.Module) -> Iterator[tuple[object, str]]:
     """Yields objects and their attributes that hold a dropout which is on.
 
     Dropout hides in three places: `nn.Dropout` modules, probabilities held as plain floats by modules (attention
@@ -34,14 +34,9 @@ def _places(model: nn.Module) -> Iterator[tuple[object, str]]:
                     yield holder, name
 
 
-def active_dropout(model: nn.Module) -> int:
-    """Counts the places where dropout is on."""
-    return sum(1 for _ in _places(model))
-
-
 def disable_dropout(model: nn.Module) -> int:
     """Sets every dropout of a model to 0, and returns in how many places it was on."""
-    places = list(_places(model))
+    places = list(dropout_places(model))
     for holder, name in places:
         setattr(holder, name, 0.0)
     return len(places)

@@ -1,7 +1,5 @@
 """Exports in Hugging Face format: what the next stage, and plain transformers, can load."""
 
-# Without `from __future__ import annotations`, which hides the bounds of numbers from jsonargparse.
-
 import json
 from pathlib import Path
 

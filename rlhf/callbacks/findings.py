@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -92,14 +90,13 @@ INVARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One measurement of an invariant."""
 
     name: str
     value: float
     limit: float
-    fatal: float = math.inf  # beyond it, the value is an error even if only a warning is asked for
+    fatal: float = float("inf")  # beyond it, the value is an error even if only a warning is asked for
 
     @property
     def holds(self) -> bool:

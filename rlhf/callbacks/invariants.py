@@ -1,7 +1,5 @@
 """Checks what must hold while a stage trains (docs/details.md), and logs it as curves."""
 
-# Without `from __future__ import annotations`, which hides the bounds of numbers from jsonargparse.
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +12,11 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from typing_extensions import override
 
-from rlhf.callbacks.dropout import active_dropout
-from rlhf.callbacks.example_counter import ExampleCounter
+from rlhf.callbacks.dropout import dropout_places
 from rlhf.callbacks.findings import Finding, tolerance
 from rlhf.errors import UserError
 from rlhf.ops.masking import masked_moments
-from rlhf.protocols import PPOStage, Stage, ppo_stage, rollout_data, stage
-from rlhf.sampling.rollout import Rollout
+from rlhf.protocols import PPOStage, Stage, ppo_stage, rollout_data, stage, stage_data
 
 Severity = Literal["off", "warn", "error"]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,6 +26,50 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
     """Computes one number per tensor that is the same if the bits are the same; `(K,)` int64 on the CPU."""
     sums = [t.detach().contiguous().view(_BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return torch.stack([s.cpu() for s in sums])
+
+
+class ExampleCounter:
+    """Counts the examples of the current epoch and, in PPO, the prompts since the start.
+
+    Attributes:
+        epochs: how many epochs were begun.
+    """
+
+    def __init__(self) -> None:
+        self.epochs = 0
+        self._rows: list[int] = []
+        self._batches = 0
+        self._prompts = torch.zeros(())
+
+    def start(self) -> None:
+        """Begins an epoch."""
+        self.epochs += 1
+        self._rows, self._batches = [], 0
+
+    def add(self, batch: Any) -> None:
+        """Counts the rows of a batch."""
+        self._rows += batch["rows"] if isinstance(batch, dict) else batch.rows
+        self._batches += 1
+
+    def count_wrong(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Counts the examples of all ranks that were seen too often or, in a complete epoch, too seldom."""
+        module, rows = stage(pl_module), len(stage_data(trainer).splits["train"])
+        whole = self._batches == len(trainer.train_dataloader)  # type: ignore[arg-type]
+
+        def histogram(seen: list[int], total: int) -> Tensor:
+            return torch.bincount(torch.tensor(seen, dtype=torch.long), minlength=total).to(module.device)
+
+        def wrong(counts: Tensor, times: int) -> Tensor:
+            return (counts != times if whole else counts > times).sum()
+
+        if module.kind != "ppo":
+            return float(wrong(module.reduce_sum(histogram(self._rows, rows)), 1))
+        data = rollout_data(trainer)
+        episodes = wrong(histogram(self._rows, len(data.last_rollout)), ppo_stage(pl_module).ppo.ppo_epochs)
+        # Prompts come in shuffled passes: in a stretch of them, counts differ by 1, or by 2 if it began within one.
+        self._prompts = self._prompts + module.reduce_sum(histogram(data.last_prompts, rows))
+        spread = 1 if self.epochs == trainer.current_epoch + 1 else 2
+        return float(module.reduce_sum(episodes) + (self._prompts > self._prompts.min() + spread).sum())
 
 
 @dataclass(eq=False)
@@ -78,8 +118,6 @@ class Invariants(Callback):
         self._bad_losses = torch.zeros(0)
         self._examples = ExampleCounter()
 
-    # --------------------------------------------------------------------------------------------------- judgement
-
     def judge(self, finding: Finding) -> None:
         """Keeps a finding, which must be the same on all processes, and acts on it."""
         if getattr(self, finding.name) == "off":
@@ -100,8 +138,6 @@ class Invariants(Callback):
             self._warned.add(finding.name)
             rank_zero_warn(f"{finding} This warning is not repeated; the curve invariants/{finding.name} continues.")
 
-    # ------------------------------------------------------------------------------------------------------- hooks
-
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.findings, self._warned, self._examples = {}, set(), ExampleCounter()
@@ -116,7 +152,7 @@ class Invariants(Callback):
             if trainer.current_epoch == 0 and module.kind == "ppo" and (finding := self._demonstrations(module)):
                 self.judge(finding)
         if self.dropout != "off":
-            self.judge(Finding("dropout", float(active_dropout(pl_module)), 0))
+            self.judge(Finding("dropout", float(len(list(dropout_places(pl_module)))), 0))
         self._examples.start()
 
     @override
@@ -127,11 +163,10 @@ class Invariants(Callback):
         if module.kind == "ppo":  # before anything is learnt from the rollout
             for finding in self._measure_rollout(trainer, ppo_stage(pl_module)):
                 self.judge(finding)
-        if trainer.current_epoch == 0 and self.padding_side != "off":
-            difference = module.padding_side_difference(batch)
-            if difference is not None:
-                value = module.reduce_max(difference).item()
-                self.judge(Finding("padding_side", value, limits.reward, fatal=10 * limits.reward))
+        measured = trainer.current_epoch == 0 and self.padding_side != "off"
+        if measured and (difference := module.padding_side_difference(batch)) is not None:
+            value = module.reduce_max(difference).item()
+            self.judge(Finding("padding_side", value, limits.reward, fatal=10 * limits.reward))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -187,8 +222,6 @@ class Invariants(Callback):
                 logger.log_metrics({f"invariants/{finding.name}": finding.value}, trainer.global_step)
             self.act(finding)
 
-    # ------------------------------------------------------------------------------------------------ measurements
-
     def _check_ranks(self, trainer: Trainer, module: Stage, tensors: list[Tensor]) -> None:
         if trainer.world_size > 1 and self.ranks != "off":
             own = fingerprints(tensors).to(module.device)
@@ -196,10 +229,8 @@ class Invariants(Callback):
             self.judge(Finding("ranks", float((largest != -smallest).sum()), 0))
 
     def _check_finite(self, trainer: Trainer, module: Stage, norm: Tensor) -> None:
-        every_step = module.kind != "ppo"
-        module.log(
-            "grad_norm", norm, on_step=every_step, on_epoch=not every_step, sync_dist=not every_step, batch_size=1
-        )
+        stepwise = module.kind != "ppo"
+        module.log("grad_norm", norm, on_step=stepwise, on_epoch=not stepwise, sync_dist=not stepwise, batch_size=1)
         bad = self._bad_losses
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps by itself
             bad = bad + ~norm.isfinite()
@@ -232,19 +263,11 @@ class Invariants(Callback):
         if module.starts_at_reference:
             distance = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).abs().max()
             yield Finding("first_kl", module.reduce_max(distance).item(), limits.ratio)
-        if module.critic_starts_at_reward:
-            error, defined = _value_error(rollout)
-            if module.reduce_sum(defined) > 0:
-                yield Finding("first_value", module.reduce_max(error).item(), limits.reward)
-
-
-def _value_error(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Computes the largest distance of the value of a finished response from its score, and counts such responses.
-
-    The distance is in units of the largest score (at least 1). Only responses with EOS are finished, and only those
-    shorter than the rollout have a value there.
-    """
-    after = rollout.lengths.clamp(max=rollout.values.shape[1] - 1).unsqueeze(1)
-    defined = rollout.has_eos & (rollout.lengths < rollout.values.shape[1]) & rollout.value_mask.gather(1, after)[:, 0]
-    error = torch.where(defined, rollout.values.gather(1, after)[:, 0] - rollout.scores, 0.0).abs().max()
-    return error / torch.where(defined, rollout.scores, 0.0).abs().max().clamp(min=1), defined.sum()
+        if module.critic_starts_at_reward:  # only a finished response shorter than the rollout has a value after it
+            width = rollout.values.shape[1]
+            after = rollout.lengths.clamp(max=width - 1).unsqueeze(1)
+            defined = rollout.has_eos & (rollout.lengths < width) & rollout.value_mask.gather(1, after)[:, 0]
+            error = torch.where(defined, rollout.values.gather(1, after)[:, 0] - rollout.scores, 0.0).abs().max()
+            scale = torch.where(defined, rollout.scores, 0.0).abs().max().clamp(min=1)
+            if module.reduce_sum(defined.sum()) > 0:
+                yield Finding("first_value", module.reduce_max(error / scale).item(), limits.reward)

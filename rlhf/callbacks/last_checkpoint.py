@@ -1,7 +1,5 @@
 """When the checkpoint of a run is written, such that a run stopped at any moment resumes to the same bits."""
 
-# Without `from __future__ import annotations`, which hides the bounds of numbers from jsonargparse.
-
 import signal
 import threading
 from pathlib import Path
@@ -37,17 +35,11 @@ class LastCheckpoint(Callback):
     def __init__(self, every_n_epochs: PositiveInt = 1, every_n_steps: PositiveInt = 200) -> None:
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
+        self._path = Path()
         self._signal = 0
         self._saved = self._saved_epochs = 0
         self._within: Literal["epoch", "step"] | None = None
         self._record: dict[str, Any] = {}
-
-    @staticmethod
-    def path(trainer: Trainer) -> Path:
-        """Returns where the checkpoint of a run is."""
-        return Path(trainer.default_root_dir) / files.CHECKPOINTS / LAST
-
-    # ----------------------------------------------------------------------------------------------------- when
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,6 +49,7 @@ class LastCheckpoint(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._path = Path(trainer.default_root_dir) / files.CHECKPOINTS / LAST
         self._record = record(trainer, pl_module)
 
     @override
@@ -109,58 +102,53 @@ class LastCheckpoint(Callback):
 
     def _agreed_signal(self, trainer: Trainer, module: Stage) -> int:
         """Returns the signal that any process received, 0 if none did. Called on all ranks."""
-        if trainer.world_size == 1:
-            return self._signal
-        return int(module.reduce_max(torch.tensor(self._signal, device=module.device)).item())
+        one = trainer.world_size == 1
+        return self._signal if one else int(module.reduce_max(torch.tensor(self._signal, device=module.device)).item())
 
     def _stop(self, trainer: Trainer, number: int, where: str) -> NoReturn:
         if trainer.is_global_zero:
-            last = find_last(self.path(trainer).parent)
+            last = find_last(self._path.parent)
             found = f"Resume from {last} with --ckpt_path last." if last else "There is no checkpoint yet."
             print(f"\nStopped by {signal.Signals(number).name} {where}. {found}", flush=True)
         # Processes that Lightning started end with 0; otherwise it would kill the first one, which started them.
         launched = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
         raise SIGTERMException(0 if launched and trainer.local_rank > 0 else 128 + number)
 
-    # ------------------------------------------------------------------------------------------------------ how
-
     def _save(self, trainer: Trainer, module: Stage, within: Literal["epoch", "step"]) -> None:
         """Writes a checkpoint if there is something new. Called on all ranks, between two epochs or two steps."""
         if trainer.fast_dev_run or trainer.global_step == self._saved:  # type: ignore[attr-defined]
             return
         self._saved, self._saved_epochs, self._within = trainer.global_step, trainer.current_epoch, within
-        final = self.path(trainer)
         in_parts = isinstance(trainer.strategy, DeepSpeedStrategy)
-        target = files.partial_path(final) if in_parts else final
+        target = files.partial_path(self._path) if in_parts else self._path
 
         def prepare() -> None:
             if trainer.is_global_zero:
                 for folder in filter(None, (getattr(logger, "log_dir", None) for logger in trainer.loggers)):
                     for path in Path(folder).glob("*"):  # the curves up to here
                         files.sync(path)
-                files.remove(files.partial_path(final))  # what an earlier process left
-                (target if in_parts else final.parent).mkdir(parents=True, exist_ok=True)
+                files.remove(files.partial_path(self._path))  # what an earlier process left
+                (target if in_parts else target.parent).mkdir(parents=True, exist_ok=True)
 
         def publish() -> None:
             if in_parts and trainer.is_global_zero:
-                files.publish(target, final)
+                files.publish(target, self._path)
 
         errors: list[OSError] = []
         for step in (prepare, lambda: save_together(trainer, target), publish):
             with files.suppress_os_errors(errors):
                 step()
             if failed_anywhere(module, bool(errors)):
-                self._warn(trainer, final, errors)
+                self._warn(trainer, errors)
                 break
         self._within = None
 
-    @staticmethod
-    def _warn(trainer: Trainer, final: Path, errors: list[OSError]) -> None:
+    def _warn(self, trainer: Trainer, errors: list[OSError]) -> None:
         if trainer.is_global_zero:
             with files.suppress_os_errors():
-                files.remove(files.partial_path(final))
+                files.remove(files.partial_path(self._path))
             why = f": {errors[0]}" if errors else ""
-            last = find_last(final.parent)
+            last = find_last(self._path.parent)
             before = f"The one before it is intact: {last}." if last else "There is none before it."
             rank_zero_warn(
                 f"The checkpoint after step {trainer.global_step} could not be written{why}. {before} Training "

@@ -42,17 +42,21 @@ class PPOCurves(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data, curves, costs = rollout_data(trainer), self.curves(trainer, pl_module), self._costs(pl_module)
-        tokens = float(data.last_rollout.lengths.sum()) * trainer.world_size
-        rates = {
-            "eps": data.batch_size / costs["seconds/update"],
-            "tokens_per_second/sampling": tokens / costs["seconds/sampling"],
+        data, curves, phases = rollout_data(trainer), self.curves(trainer, pl_module), ppo_stage(pl_module).seconds
+        update = time.perf_counter() - self._start - self._validation
+        costs = {
+            **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
+            "seconds/training": update - sum(phases.values()),
+            "seconds/update": update,
+            "memory/peak_gib": peak_memory_gib(pl_module.device),
         }
+        tokens = float(data.last_rollout.lengths.sum()) * trainer.world_size
+        rates = {"eps": data.batch_size / update, "tokens_per_second/sampling": tokens / phases["sampling"]}
         pl_module.log_dict(curves, sync_dist=True)
         pl_module.log_dict(costs, sync_dist=True, reduce_fx="max")
         pl_module.log_dict(rates, sync_dist=True, reduce_fx="min")
-        for name, curve in (("reward", "objective/rlhf_reward"), ("kl", "objective/kl")):
-            pl_module.log(name, curves[curve], sync_dist=True, prog_bar=True, logger=False)
+        shown = {"reward": curves["objective/rlhf_reward"], "kl": curves["objective/kl"]}
+        pl_module.log_dict(shown, sync_dist=True, prog_bar=True, logger=False)
         pl_module.log("step", float(self._episodes(trainer)))
 
     @override
@@ -99,15 +103,4 @@ class PPOCurves(Callback):
             "val/num_eos_tokens": curves["rollout/eos_share"] * data.batch_size,
             "lr": self._learning_rate,
             "episode": float(self._episodes(trainer)),
-        }
-
-    def _costs(self, pl_module: LightningModule) -> dict[str, float]:
-        """Measures the seconds of every phase, and memory."""
-        update = time.perf_counter() - self._start - self._validation
-        phases = ppo_stage(pl_module).seconds
-        return {
-            **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
-            "seconds/training": update - sum(phases.values()),
-            "seconds/update": update,
-            "memory/peak_gib": peak_memory_gib(pl_module.device),
         }

@@ -1,7 +1,5 @@
 """One progress bar for the whole stage, or plain lines where there is no terminal."""
 
-# Without `from __future__ import annotations`, which hides the bounds of numbers from jsonargparse.
-
 import time
 from typing import Any
 
@@ -41,9 +39,9 @@ class StageProgress(ProgressBar):
         if self._enabled and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=console)
-            unit, done, total = self._position(trainer, pl_module)
-            self._task = self._bar.add_task(unit, total=total, completed=done, shown="")
+            self._task = self._bar.add_task("", shown="")
             self._bar.start()
+            self._show(trainer, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -60,31 +58,25 @@ class StageProgress(ProgressBar):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if stage(pl_module).kind == "ppo":
             self._show(trainer, pl_module)
-        self._close()
+        if self._bar is not None:
+            self._bar.stop()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
-
-    @staticmethod
-    def _position(trainer: Trainer, pl_module: LightningModule) -> tuple[str, int, int]:
-        if stage(pl_module).kind == "ppo":
-            return "update", trainer.current_epoch, trainer.max_epochs or 0
-        return "step", trainer.global_step, int(trainer.estimated_stepping_batches)
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
-        unit, done, total = self._position(trainer, pl_module)
+        if stage(pl_module).kind == "ppo":
+            unit, done, total = "update", trainer.current_epoch, trainer.max_epochs or 0
+        else:
+            unit, done, total = "step", trainer.global_step, int(trainer.estimated_stepping_batches)
         metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
         shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, shown=shown)
+            self._bar.update(self._task, description=unit, completed=done, total=total, shown=shown)
         elif time.monotonic() - self._last >= self.every_seconds or done == total:
             self._last = time.monotonic()
             print(f"{unit} {done}/{total}  {shown}", flush=True)

@@ -1,7 +1,5 @@
 """A table of samples, to look at what a model writes."""
 
-# Without `from __future__ import annotations`, which hides the bounds of numbers from jsonargparse.
-
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,22 +39,17 @@ class SampleTable(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._samples:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", self._markdown(), trainer.global_step)
-        if self.console:
-            self._print()
-
-    def _markdown(self) -> str:
-        rows = [[cell.replace("\n", "<br>").replace("|", "\\|") for cell in sample] for sample in self._samples]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows))
-
-    def _print(self) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*COLUMNS, show_lines=True)
-        for query, response, reference, score in self._samples:
-            end = query if len(query) <= 240 else "… " + query[-240:]
-            table.add_row(end, response.strip(), reference.strip(), score)
-        Console(markup=False, emoji=False, highlight=False).print(table)
+        rows = [[cell.replace("\n", "<br>").replace("|", "\\|") for cell in sample] for sample in self._samples]
+        text = "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", text, trainer.global_step)
+        if self.console:
+            table = Table(*COLUMNS, show_lines=True)
+            for query, response, reference, score in self._samples:
+                end = query if len(query) <= 240 else "… " + query[-240:]
+                table.add_row(end, response.strip(), reference.strip(), score)
+            Console(markup=False, emoji=False, highlight=False).print(table)

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.callbacks.example_counter import ExampleCounter
 from rlhf.callbacks.findings import INVARIANTS, Finding, tolerance
-from rlhf.callbacks.invariants import Invariants, fingerprints
+from rlhf.callbacks.invariants import ExampleCounter, Invariants, fingerprints
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
