@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from statistics import median
 from typing import Any, Literal
@@ -87,7 +87,7 @@ class Watch(Invariants):
         """In the place of the Trainer's own, with its settings."""
         watch = cls()
         for given in [c for c in trainer.callbacks if isinstance(c, Invariants)]:
-            watch.severity, watch.highest_kl = given.severity, given.highest_kl
+            vars(watch).update({field.name: getattr(given, field.name) for field in fields(Invariants)})
             trainer.callbacks.remove(given)
         return watch
 

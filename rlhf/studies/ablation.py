@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf import files
-from rlhf.callbacks.export import is_complete
 from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
@@ -69,7 +68,7 @@ def ablate(
     titles = [f"[{number}/{len(stages)}]" for number in range(1, len(stages) + 1)]
     work = zip(stages.values(), titles, strict=True)
     failed = run_jobs([Job(run.name, partial(runner.run_stage, run, title)) for run, title in work], processes)
-    done = {key: out / run.name for key, run in stages.items() if is_complete(out / run.name / "export")}
+    done = {key: out / run.name for key, run in stages.items() if files.is_complete(out / run.name / "export")}
     if any(name == DEFAULT for name, _ in done):
         points = read_points(done)
         write_result(points, out)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from rlhf import files
-from rlhf.callbacks.export import is_complete
 from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.report.lengths import Unit
@@ -194,7 +193,7 @@ class _Member:
         if not self.checkpoints:
             return []
         folder = self.runner.run / str(_exporting(self.checkpoints))
-        return sorted(int(path.name.partition("-")[2]) for path in folder.glob("export-*") if is_complete(path))
+        return sorted(int(path.name.partition("-")[2]) for path in folder.glob("export-*") if files.is_complete(path))
 
     def finished(self) -> bool:
         """Whether all stages are, those of checkpoints aside."""
