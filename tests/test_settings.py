@@ -192,7 +192,7 @@ def test_settings_arrive_from_yaml(module: type, data: type, number: int, folder
         else:
             assert getattr(cli.model, name) == value, name
     for name, value in arrived(data, number).items():
-        place = cli.datamodule.sources if name in ("train", "validation", "test") else vars(cli.datamodule)
+        place = cli.datamodule.sources if name in cli.datamodule.sources else vars(cli.datamodule)
         assert place[name] == value, name
     assert {name: getattr(cli.trainer, name) for name in trainer} == trainer
     assert cli.model.seed == 5 + number

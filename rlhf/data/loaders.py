@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 from typing_extensions import override
 
@@ -71,17 +71,36 @@ class Plan(NamedTuple):
     share: float | None = None
 
 
-class Plans(DistributedSampler[Plan], SequentialSampler):  # type: ignore[misc]
-    """Base of the samplers, which yield one micro-batch at a time.
+@dataclass(eq=False)
+class Plans(DistributedSampler[Plan], SequentialSampler):
+    """Yields the plans of one epoch, which may differ from epoch to epoch.
 
     Lightning replaces any other sampler where there are several processes (unless it is a `DistributedSampler`) and
     under `trainer.overfit_batches` (unless it is a `SequentialSampler`).
     """
 
+    count: int
+    make: Callable[[], list[Plan]]
 
-@dataclass(eq=False)
-class TrainPlans(Plans):
-    """Plans the micro-batches of one epoch; every example exactly once over all ranks (D13).
+    @override
+    def __len__(self) -> int:
+        return self.count
+
+    @override
+    def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
+        return iter(self.make())
+
+
+def train_plans(
+    weights: Sequence[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    accumulate: int,
+    rank: int,
+    world_size: int,
+    epoch: int,
+) -> list[Plan]:
+    """Plans the micro-batches of an epoch; every example exactly once over all ranks (D13).
 
     All ranks shuffle alike, cut into global batches, and take long and short rows of each. A global batch always
     becomes `accumulate` micro-batches per rank, formed by length. So does the smaller last one, so that no gradient is
@@ -90,49 +109,14 @@ class TrainPlans(Plans):
     Args:
         weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
         lengths: per row the number of tokens that go through the model.
-        progress: returns the current epoch and how many of its micro-batches are done, for runs that are resumed.
     """
-
-    weights: Sequence[int]
-    lengths: Sequence[int]
-    batch_size: int
-    accumulate: int
-    rank: int
-    world_size: int
-    progress: Callable[[], tuple[int, int]]
-
-    @override
-    def __len__(self) -> int:
-        return math.ceil(len(self.weights) / self.batch_size) * self.accumulate
-
-    @override
-    def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
-        epoch, done = self.progress()
-        for step, rows in enumerate(global_batches(len(self.weights), self.batch_size, epoch)):
-            if (step + 1) * self.accumulate <= done:
-                continue
-            share = sum(self.weights[r] for r in rows) / (self.accumulate * self.world_size)
-            mine = rank_rows(rows, self.lengths, self.rank, self.world_size)
-            for micro, group in enumerate(split([self.lengths[r] for r in mine], self.accumulate)):
-                if step * self.accumulate + micro >= done:
-                    yield Plan([mine[n] for n in group] or rows[:1], bool(group), share)
-
-
-@dataclass(eq=False)
-class EvaluationPlans(Plans):
-    """Plans batches of `size` rows, in order."""
-
-    rows: Sequence[int]
-    size: int
-
-    @override
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.size)
-
-    @override
-    def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
-        for start in range(0, len(self.rows), self.size):
-            yield Plan([*self.rows[start : start + self.size]])
+    plans = []
+    for rows in global_batches(len(weights), batch_size, epoch):
+        share = sum(weights[r] for r in rows) / (accumulate * world_size)
+        mine = rank_rows(rows, lengths, rank, world_size)
+        for group in split([lengths[r] for r in mine], accumulate):
+            plans.append(Plan([mine[n] for n in group] or rows[:1], bool(group), share))
+    return plans
 
 
 class PlannedBatches(Dataset[Batch]):
@@ -163,16 +147,17 @@ class Loader(DataLoader[Batch]):
         """Does nothing."""
 
 
-def loader(rows: datasets.Dataset, plans: Plans, collate: Collate, device: torch.device) -> Loader:
-    """Creates the loader of a split, with workers and pinned memory if the device is a GPU."""
+def loader(rows: datasets.Dataset, plans: Plans, collate: Collate, trainer: Trainer) -> Loader:
+    """Creates the loader of a split, with workers and pinned memory if the Trainer's device is a GPU."""
+    device = trainer.strategy.root_device.type
     return Loader(
         PlannedBatches(rows, collate),
         sampler=plans,
         batch_size=None,
         generator=torch.Generator(),  # else iter() would draw from the random state of the run
-        num_workers=WORKERS.get(device.type, 0),
+        num_workers=WORKERS.get(device, 0),
         worker_init_fn=_leave_signals_to_the_trainer,
-        pin_memory=device.type == "cuda",
+        pin_memory=device == "cuda",
     )
 
 

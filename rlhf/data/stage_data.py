@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from pydantic import PositiveInt
 from typing_extensions import override
 
-from rlhf.data import loaders
-from rlhf.data.loaders import Collate, EvaluationPlans, Loader, TrainPlans
+from rlhf.data.loaders import Collate, Loader, Plan, Plans, accumulation, global_batches, loader, rank_rows, train_plans
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.token_budget import auto_tokens
@@ -130,7 +130,7 @@ class StageDataModule(LightningDataModule):
         """Sets the Trainer's `accumulate_grad_batches`, the one place where batch sizes are divided."""
         trainer, budget, setting = self._trainer, self.max_tokens_per_micro_batch, "data.max_tokens_per_micro_batch"
         size = self.micro_batch_size if budget is None else 1
-        derived = loaders.accumulation(self.batch_size, size, trainer.world_size, self.minibatches)
+        derived = accumulation(self.batch_size, size, trainer.world_size, self.minibatches)
         if budget is None:
             setting = "data.micro_batch_size"
         else:
@@ -165,31 +165,30 @@ class StageDataModule(LightningDataModule):
         _, tokens = self.train_sizes()
         world_size = self._trainer.world_size
         for epoch in range(epochs):
-            for rows in loaders.global_batches(len(tokens), self.batch_size, epoch):
+            for rows in global_batches(len(tokens), self.batch_size, epoch):
                 for rank in range(world_size):
-                    yield [tokens[row] for row in loaders.rank_rows(rows, tokens, rank, world_size)]
+                    yield [tokens[row] for row in rank_rows(rows, tokens, rank, world_size)]
 
     @override
     def train_dataloader(self) -> Any:
         trainer, progress = self._trainer, self._trainer.fit_loop.epoch_loop.batch_progress
-        plans = TrainPlans(
-            *self.train_sizes(),
-            self.batch_size,
-            trainer.accumulate_grad_batches,
-            trainer.global_rank,
-            trainer.world_size,
-            lambda: (trainer.current_epoch, progress.current.ready),
-        )
-        device = trainer.strategy.root_device
-        return loaders.loader(self.splits["train"], plans, self.collate("train"), device)
+        weights, tokens = self.train_sizes()
+        sizes = (self.batch_size, trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
+
+        def plans_left() -> list[Plan]:
+            return train_plans(weights, tokens, *sizes, trainer.current_epoch)[progress.current.ready :]
+
+        count = math.ceil(len(weights) / self.batch_size) * trainer.accumulate_grad_batches
+        return loader(self.splits["train"], Plans(count, plans_left), self.collate("train"), trainer)
 
     def in_order(self, rows: Dataset, collate: Collate) -> Loader:
         """Returns the loader of rows in order, shared among the processes."""
-        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        world_size, size = self._trainer.world_size, self.eval_batch_size
         if len(rows) < world_size:
             raise UserError(f"{len(rows)} rows cannot be shared by {world_size} processes; use fewer, or more rows.")
-        plans = EvaluationPlans(range(rank, len(rows), world_size), self.eval_batch_size)
-        return loaders.loader(rows, plans, collate, self._trainer.strategy.root_device)
+        own = range(self._trainer.global_rank, len(rows), world_size)
+        plans = [Plan([*own[start : start + size]]) for start in range(0, len(own), size)]
+        return loader(rows, Plans(len(plans), lambda: plans), collate, self._trainer)
 
     def evaluation_loaders(self, *names: str) -> list[Loader]:
         """Returns the loader of the first of some splits that is there, and that of its CNN/DM pairs."""
