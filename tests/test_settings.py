@@ -122,8 +122,7 @@ ROUNDS = max(len(values) for settings in SETTINGS.values() for values in setting
 def parameters(kind: type) -> dict[str, tuple[Any, Any]]:
     """Default and type of every setting."""
     types = get_type_hints(kind if is_dataclass(kind) else kind.__init__)
-    signature = inspect.signature(kind.__init__).parameters
-    return {name: (p.default, types[name]) for name, p in signature.items() if name != "self"}
+    return {name: (p.default, types[name]) for name, p in inspect.signature(kind).parameters.items()}
 
 
 def choices(hint: Any) -> list[Any]:
