@@ -7,6 +7,9 @@ import os
 import platform
 import resource
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +60,17 @@ def peak_resident_gib() -> float:
     """Returns the most memory that this process has held, in GiB."""
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
+    """Measures how long the block takes, until the device has done its work, and keeps it as `seconds[phase]`."""
+    import torch
+
+    start = time.perf_counter()
+    yield
+    torch.get_device_module(device).synchronize()
+    seconds[phase] = time.perf_counter() - start
 
 
 def keep_freed_memory() -> None:

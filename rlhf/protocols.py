@@ -120,6 +120,10 @@ class PPOStage(Stage, Protocol):
         """The details of PPO."""
 
     @property
+    def placements(self) -> tuple[Placement, Placement]:
+        """Where reference and reward model are kept."""
+
+    @property
     def starts_at_reference(self) -> bool:
         """Whether policy and reference are the same model before the first update."""
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.rouge import rouge
+from rlhf.evaluation.rouge import rouge
 
 
 def test_rouge_of_equal_and_of_disjoint_texts() -> None:

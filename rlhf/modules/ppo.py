@@ -1,26 +1,47 @@
-"""PPO: one Trainer epoch is one update; `rollout` makes the experience, `training_step` is the loss."""
+"""PPO: one Trainer epoch is one update; `rollout` collects the experience, `training_step` is the loss."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from typing_extensions import override
 
+from rlhf.callbacks.critic_warmup import CriticWarmup
 from rlhf.callbacks.ppo_curves import PPOCurves
 from rlhf.callbacks.sample_table import SampleTable
 from rlhf.errors import UserError
-from rlhf.models.actor_critic import Evaluation
-from rlhf.models.loading import save_pretrained
-from rlhf.modules.experience import ExperienceModule
-from rlhf.ops.kl_control import AdaptiveKL
+from rlhf.hardware import timed
+from rlhf.models.actor_critic import Evaluation, join, response_logprobs
+from rlhf.models.frozen import FrozenModel, Placement
+from rlhf.models.loading import check_pad_in_embedding, embedding_rows, load_causal_lm, save_pretrained
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, load_actor_critic
+from rlhf.modules.reward_functions import RewardFunction, call_reward_function
+from rlhf.modules.settings import Optimization, PPOSettings
+from rlhf.modules.stage_module import StageModule
+from rlhf.ops.advantages import gae
+from rlhf.ops.kl_control import AdaptiveKL, kl_control
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
-from rlhf.ops.masking import masked_sum
-from rlhf.sampling.rollout import Rollout
+from rlhf.ops.masking import identity, whiten
+from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
+from rlhf.protocols import rollout_data
+from rlhf.sampling.cuda_graphs import sample_in_graph
+from rlhf.sampling.grouping import as_many_everywhere, by_length
+from rlhf.sampling.responses import respond
+from rlhf.sampling.rollout import Rollout, in_groups
+from rlhf.sampling.sampler import sample, uniforms
+from rlhf.seeding import generator
+from rlhf.strategies import Zero2Strategy
 
 
-class PPOModule(ExperienceModule):
+class PPOModule(StageModule):
     """Trains a policy and a critic with PPO.
 
     To change what it does, subclass it and override one of: `sample_responses`, `score_responses`, `keep_episodes`,
@@ -28,14 +49,14 @@ class PPOModule(ExperienceModule):
 
     Args:
         model_path: the SFT model that the policy starts from (D24).
-        reward_path: the reward model, which the critic starts from too. Null: the reward is `reward_function` alone,
+        reward_path: the reward model, from which the critic starts too. Null: the reward is `reward_function` alone,
             and the critic starts from the policy's backbone with a new head.
         reward_function: a function `(queries, responses, records) -> rewards`, one number per episode, by its import
             path (`my_package.my_reward`). With `reward_path` it is added to the model's reward.
         evaluation_function: a score for validation only, of the same form; never trained on.
         reference_path: the reference policy, by default `model_path`.
-        reference_placement: `device`; `cpu` to keep the reference in CPU memory between its uses; `zero3` to share it
-            out among the processes, in CPU memory, as the paper does (D38; needs trainer.strategy zero2).
+        reference_placement: `device`; `cpu` to keep the reference in CPU memory between its uses; `zero3` to shard it
+            over the processes, in CPU memory, as the paper does (D38; needs trainer.strategy zero2).
         reward_placement: the same for the reward model.
         ppo: the details of PPO.
         optimization: learning rate, schedule (stepping once per update), loss reduction.
@@ -44,21 +65,269 @@ class PPOModule(ExperienceModule):
             keeping them.
     """
 
-    # ---------------------------------------------------------------------------------------------------- training
+    kind = "ppo"
+    schedule_interval = "epoch"
 
+    def __init__(
+        self,
+        model_path: str,
+        reward_path: str | None = None,
+        reward_function: RewardFunction | None = None,
+        evaluation_function: RewardFunction | None = None,
+        reference_path: str | None = None,
+        reference_placement: Placement = "device",
+        reward_placement: Placement = "device",
+        ppo: PPOSettings = PPOSettings(),
+        optimization: Optimization = Optimization(schedule="linear"),
+        pad_token: str | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        self.reward_path = reward_path
+        self.reward_function = reward_function
+        self.evaluation_function = evaluation_function
+        self.reference_path = reference_path or model_path
+        self.reference_placement = reference_placement
+        self.reward_placement = reward_placement
+        self.ppo = ppo
+        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
+        check_models(model_path, self.reference_path, reward_path, self.tokenizer)
+        if reward_path is None and reward_function is None and not self._scores_its_own_way:
+            raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
+        self.actor_critic: Any = None
+        self.reference: FrozenModel[Any] | None = None
+        self.reward_model: FrozenModel[ScalarModel] | None = None
+        self.kl_control = kl_control(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
+        self.seconds: dict[str, float] = {}
+
+    @property
+    @override
+    def response_room(self) -> int:
+        return self.ppo.response_length
+
+    @property
+    def placements(self) -> tuple[Placement, Placement]:
+        """Where reference and reward model are kept."""
+        return self.reference_placement, self.reward_placement
+
+    @property
+    def _scores_its_own_way(self) -> bool:
+        return is_overridden("score_responses", self, PPOModule)
+
+    # ------------------------------------------------------------------------------------------------------- models
+
+    @override
+    def configure_model(self) -> None:
+        if self.actor_critic is None:
+            self.actor_critic = load_actor_critic(
+                self.model_path, self.reward_path, self.seed, self.activation_checkpointing, self.weights_dtype,
+                self.weights_device,
+            )  # fmt: skip
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        zero3 = "zero3" in self.placements
+        if zero3 and not isinstance(self.trainer.strategy, Zero2Strategy):
+            raise UserError(
+                "model.reference_placement and model.reward_placement zero3 need trainer.strategy zero2; use cpu."
+            )
+
+    @override
+    def on_fit_start(self) -> None:
+        dtype = next(self.actor_critic.policy.parameters()).dtype  # the policy's, so that the first KL is exactly 0
+        if self.reference is None and self.trainer.training:
+            reference = load_causal_lm(self.reference_path, REFERENCE, dtype)
+            self.reference = FrozenModel(reference, self.reference_placement)
+        if self.reward_model is None and self.reward_path is not None:
+            reward_model = ScalarModel.from_pretrained(self.reward_path, REWARD, dtype)
+            self.reward_model = FrozenModel(reward_model, self.reward_placement)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    @property
+    @override
+    def frozen_models(self) -> list[FrozenModel[Any]]:
+        return [model for model in (self.reference, self.reward_model) if model is not None]
+
+    @override
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Lists the policy's parameters, then all others, so that the policy can wait for the critic."""
+        # The policy first: CriticWarmup holds it.
         trained = [p for p in self.parameters() if p.requires_grad]
         policy = set(self.actor_critic.policy.parameters())
         return [[p for p in trained if p in policy], [p for p in trained if p not in policy]]
 
+    # --------------------------------------------------------------------------------------------- what should hold
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether policy and reference are the same model before the first update (D24)."""
+        return self.reference_path == self.model_path
+
+    @property
+    def critic_starts_at_reward(self) -> bool:
+        """Whether values equal rewards before the first update (D24)."""
+        return self.reward_path is not None and self.reward_function is None and not self._scores_its_own_way
+
+    @override
+    def padding_side_difference(self, batch: Rollout) -> Tensor | None:
+        if self.reward_model is None:
+            return None
+        with self.reward_model.on(self.device) as model, self.autocast():
+            return model.padding_side_difference(*join(*batch.inputs))
+
+    @override
+    def demonstration_rewards(self) -> Tensor | None:
+        batches = rollout_data(self.trainer).demonstration_dataloader()
+        if self.reward_model is None or batches is None:
+            return None
+        with self.reward_model.on(self.device) as model:
+            return self.score_batches(model, batches)
+
+    # ------------------------------------------------------------------------------------------------------ rollout
+
+    @torch.no_grad()
+    def rollout(self, batch: dict[str, Any], update: int) -> Rollout:
+        """Collects one batch of experience, from prompts to advantages.
+
+        Args:
+            batch: `queries (N, P)` padded on the left, `query_mask (N, P)`, `texts`: per row `query`, `reference`,
+                `record`; `chunk`: how many of the longest rows go through a model at a time, and more of shorter ones.
+            update: the number of this update; it seeds the sampling.
+        """
+        # 1. Sample responses; everything after the first EOS is PAD.
+        tokens = batch["chunk"] * (batch["queries"].shape[1] + self.ppo.response_length)
+        with self._timed("sampling"):
+            episodes = self._respond(batch, self.ppo.temperature, tokens, update)
+        mask, value_mask = episodes.mask, episodes.value_mask
+        groups = self._groups(episodes, tokens)
+        # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
+        with self._timed("values"), self.autocast():
+            episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
+            episodes.values = torch.where(value_mask, values, 0.0)
+        assert self.reference is not None
+        with self._timed("reference"), self.reference.on(self.device) as reference, self.autocast():
+            episodes.ref_logprobs, _ = in_groups(episodes, groups, partial(self._logprobs_of, reference))
+        # 3. One score per response; the EOS trick.
+        with self._timed("reward"):
+            episodes.scores = self._score(episodes, groups)
+            if (penalty := self.ppo.missing_eos_score) is not None:
+                episodes.scores = penalise_missing_eos(episodes.scores, episodes.has_eos, penalty, self.ppo.missing_eos)
+        with self._timed("advantages"):
+            # 4. Episodes that are not to be learned from.
+            keep = self.keep_episodes(episodes).to(self.device).unsqueeze(1)
+            episodes.mask, episodes.value_mask = mask & keep, value_mask & keep
+            # 5. Rewards per token: the KL penalty, and the score.
+            kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
+            episodes.kl = torch.where(mask, kl, 0.0)
+            episodes.rewards = self.token_rewards(episodes)
+            if self.ppo.whiten_rewards:
+                episodes.rewards = whiten(episodes.rewards, episodes.value_mask, False, self.reduce_sum)
+            # 6. Advantages and returns.
+            advantages, returns = gae(episodes.rewards, episodes.values, self.ppo.gamma, self.ppo.lam)
+            episodes.returns = torch.where(episodes.value_mask, returns, 0.0)
+            episodes.advantages = self._whitened(advantages, episodes.mask)
+        return episodes
+
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+        """Samples token ids `(n, r)` for left-padded queries `(n, P)`. Override this to sample with another engine.
+
+        Args:
+            uniforms: `(n, response_length)`, the random numbers of each row. An engine that draws its own may take its
+                seed from them.
+        """
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        draw = sample_in_graph if self.ppo.cuda_graphs else sample
+        policy = self.actor_critic.policy
+        return draw(policy, queries, query_mask, uniforms, temperature=temperature, eos_id=eos, pad_id=pad)
+
+    def score_responses(self, episodes: Rollout) -> Tensor:
+        """Computes the reward of every episode, `(N,)`: by model, function, or both. Override it for your own.
+
+        Args:
+            episodes: with `queries`, `responses`, their masks, `lengths`, `has_eos`, and `texts`.
+        """
+        scores = torch.zeros(len(episodes), device=self.device)
+        if self.reward_model is not None:
+            ids, mask = join(*episodes.inputs)
+            with self.reward_model.on(self.device) as model, self.autocast():
+                scores = model.score(ids, mask)
+        if self.reward_function is not None:
+            scores = scores + call_reward_function(self.reward_function, episodes.texts, self.device)
+        return scores
+
+    def keep_episodes(self, episodes: Rollout) -> Tensor:
+        """Chooses the episodes to learn from, bool `(N,)`; by default all.
+
+        The others count in no loss and no whitening. The curves of the rollout show all episodes.
+        """
+        return torch.ones(len(episodes), dtype=torch.bool, device=self.device)
+
+    def token_rewards(self, episodes: Rollout) -> Tensor:
+        """Computes rewards per token `(N, R)` from `kl (N, R)` and `scores (N,)` (D28, D29)."""
+        index = score_index(episodes.lengths, episodes.responses.shape[1], self.ppo.score_position)
+        return token_rewards(episodes.kl, episodes.scores, index, episodes.mask, self.kl_control.coefficient)
+
+    def respond(self, batch: dict[str, Any], seed: int) -> Rollout:
+        """Samples responses at the evaluation temperature and scores them, without the EOS trick."""
+        tokens = len(batch["queries"]) * (batch["queries"].shape[1] + self.ppo.response_length)
+        episodes = self._respond(batch, self.ppo.evaluation_temperature, tokens, 0, seed)
+        episodes.scores = self._score(episodes, self._groups(episodes, tokens))
+        return episodes
+
+    # -------------------------------------------------------------------------------------------- rollout, in parts
+
+    def _respond(self, batch: dict[str, Any], temperature: float, tokens: int, *seed: int) -> Rollout:
+        """Samples responses in groups of at most `tokens` tokens with padding."""
+
+        def draw(queries: Tensor, query_mask: Tensor, numbers: Tensor) -> Tensor:
+            with self.autocast():
+                return self.sample_responses(queries, query_mask, temperature, numbers)
+
+        random = generator(self.device, *seed, self.global_rank)
+        numbers = uniforms(len(batch["queries"]), self.ppo.response_length, random)
+        return respond(draw, batch, numbers, tokens, self.tokenizer, self.ppo.score_position)
+
+    def _groups(self, episodes: Rollout, tokens: int) -> list[list[int]]:
+        lengths = episodes.total_lengths()
+        if "zero3" in self.placements:
+            return as_many_everywhere(lengths, tokens, self.reduce_max, self.device)
+        return by_length(lengths, tokens)
+
+    def _timed(self, phase: str) -> AbstractContextManager[None]:
+        return timed(self.seconds, phase, self.device)
+
+    def _networks(self, part: Rollout) -> Evaluation:
+        return self.actor_critic(*part.inputs, self.ppo.temperature)
+
+    def _logprobs_of(self, policy: Any, part: Rollout) -> tuple[Tensor, Tensor]:
+        return response_logprobs(policy, *part.inputs, self.ppo.temperature)
+
+    def _score(self, episodes: Rollout, groups: list[list[int]]) -> Tensor:
+        def scores(part: Rollout) -> tuple[Tensor]:
+            values = self.score_responses(part).to(self.device, torch.float32)
+            if values.shape != (len(part),):
+                raise UserError(f"score_responses returned shape {tuple(values.shape)} for {len(part)} episodes.")
+            return (values,)
+
+        with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
+            return in_groups(episodes, groups, scores)[0]
+
+    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        if self.ppo.whiten_advantages == "off":
+            return torch.where(mask, advantages, 0.0)
+        reduce = self.reduce_sum if self.ppo.whiten_advantages == "global" else identity
+        return whiten(advantages, mask, reduce=reduce)
+
+    # ----------------------------------------------------------------------------------------------------- training
+
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """The loss of a micro-batch, and its statistics per token: `(B, R)` values and the mask of those that count.
+        """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.
 
         The variance of the ratio is taken around 1, its expectation under the sampling policy.
 
         Args:
-            now: what the networks say of the responses, each `(B, R)`.
+            now: what the networks say of the responses.
             batch: a slice of the rollout.
         """
         p, mask, value_mask = self.ppo, batch.mask, batch.value_mask
@@ -73,111 +342,80 @@ class PPOModule(ExperienceModule):
         loss = (actor if warm else 0.0 * actor) + p.value_coefficient * critic
         log_ratio = (now.logprobs - batch.logprobs).detach()
         ratio = log_ratio.exp()
-        statistics = {
+        return loss, {
             "policy/approxkl_avg": (0.5 * log_ratio**2, mask),
             "policy/clipfrac_avg": (policy_clipped.float(), mask),
-            "policy/entropy_avg": (now.entropy.detach(), mask),
-            "loss/policy_avg": (policy.detach(), mask),
+            "policy/entropy_avg": (now.entropy, mask),
+            "loss/policy_avg": (policy, mask),
             "val/ratio": (ratio, mask),
             "val/ratio_var": ((ratio - 1) ** 2, mask),
-            "loss/value_avg": (value.detach(), value_mask),
+            "loss/value_avg": (value, value_mask),
             "val/clipfrac_avg": (value_clipped.float(), value_mask),
         }
-        return loss, statistics
 
+    @override
     def on_train_epoch_start(self) -> None:
-        """Begins an update: no statistics yet, and the policy waits or starts."""
-        self._sums: dict[str, Tensor] = {}
         self.ratio_deviation = torch.zeros((), device=self.device)
-        self._hold_policy()
 
-    def _hold_policy(self) -> None:
-        """Holds the policy while the critic learns alone; then makes AdamW forget the steps that it was held in.
-
-        Without a learning rate, neither weight decay nor rounding moves a weight. The schedule sets the rate anew after
-        every update. The states belong to parameters, or under ZeRO to this process's part of all of them.
-        """
-        if not self.ppo.critic_warmup:
-            return
-        optimizer = self.trainer.optimizers[0]
-        if len(optimizer.param_groups) < 2:
-            raise UserError(
-                "model.ppo.critic_warmup needs an optimizer whose first group of parameters is the policy; give yours "
-                "the groups of parameter_groups()."
-            )
-        policy, update = optimizer.param_groups[0], self.trainer.current_epoch
-        if update < self.ppo.critic_warmup:
-            policy["lr"] = 0.0
-        elif update == self.ppo.critic_warmup:
-            for parameter in policy["params"]:
-                for state in optimizer.state.get(parameter, {}).values():
-                    state.zero_()  # moments, and the count of steps that corrects their bias
-
+    @override
     def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
-        """The loss of one micro-batch of the current rollout."""
         now = self._networks(batch)
         loss, statistics = self.loss(now, batch)
         for name, (values, mask) in statistics.items():
-            sums = torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)])
-            self._sums[name] = self._sums.get(name, 0) + sums
+            self.epoch_means.add(name, values, mask)
         if batch_idx < self.trainer.accumulate_grad_batches:
             deviation = torch.where(batch.mask, (now.logprobs - batch.logprobs).detach().expm1().abs(), 0.0).max()
             self.ratio_deviation = torch.maximum(self.ratio_deviation, deviation)
         return loss
 
+    @override
     def on_train_epoch_end(self) -> None:
-        """The update is over: log its statistics over all ranks, and adapt the KL coefficient to its KL."""
+        super().on_train_epoch_end()
         self.trainer.optimizers[0].zero_grad()  # the next rollout can use their memory
-        sums = self.reduce_sum(torch.stack(list(self._sums.values())))
-        means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        self.log_dict(dict(zip(self._sums, means, strict=True)), sync_dist=True)
         self.log("val/ratio_max_deviation", self.ratio_deviation, sync_dist=True, reduce_fx="max")
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = rollout_data(self.trainer)
         kl = self.reduce_sum(data.last_rollout.kl.sum(1).mean()) / self.trainer.world_size
         self.kl_control.update(kl.item(), data.batch_size)
 
-    def configure_callbacks(self) -> list[Any]:
-        """With the curves of PPO and tables of samples."""
-        return super().configure_callbacks() + self.unless_given(PPOCurves(), SampleTable())
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        warmup = [CriticWarmup(self.ppo.critic_warmup)] if self.ppo.critic_warmup else []
+        return super().configure_callbacks() + self.unless_given(PPOCurves(), SampleTable(), *warmup)
 
-    # -------------------------------------------------------------------------------------------------- evaluation
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Responses to the whole validation subset: score, share with EOS, length (D37)."""
-        return self._validate(batch, batch_idx, "validation")
+    # -------------------------------------------------------------------------- evaluation, checkpoints, export
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """As validation, on the test split."""
-        return self._validate(batch, batch_idx, "test")
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A response for every query, with its score."""
-        episodes = self.respond(batch, batch_idx)
-        rows = zip(episodes.texts, episodes.scores.tolist(), episodes.has_eos.tolist(), strict=True)
-        columns = ("query", "response", "reference")
-        return [{**{c: t[c] for c in columns}, "score": s, "has_eos": e} for t, s, e in rows]
-
-    def _validate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Any]:
+    @override
+    def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
         episodes = self.respond(batch, batch_idx)
         values = {"score": episodes.scores, "eos": episodes.has_eos.float(), "length": episodes.lengths.float()}
         if self.evaluation_function is not None:
-            values[self.evaluation_function.__name__] = self._call(self.evaluation_function, episodes.texts)
+            name = self.evaluation_function.__name__
+            values[name] = call_reward_function(self.evaluation_function, episodes.texts, self.device)
         for name, value in values.items():
             self.log(f"{split}/{name}", value.mean(), batch_size=len(episodes), sync_dist=True)
         scores = episodes.scores.tolist()
         return {"samples": [{**text, "score": score} for text, score in zip(episodes.texts, scores, strict=True)]}
 
-    # --------------------------------------------------------------------------------------- checkpoints and export
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        episodes = self.respond(batch, batch_idx)
+        rows = zip(episodes.texts, episodes.scores.tolist(), episodes.has_eos.tolist(), strict=True)
+        columns = ("query", "response", "reference")
+        return [{**{c: t[c] for c in columns}, "score": s, "has_eos": e} for t, s, e in rows]
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The KL coefficient, where it adapts."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coefficient"] = self.kl_control.coefficient
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """An adapted KL coefficient goes on from where it was."""
+        super().on_load_checkpoint(checkpoint)
         if isinstance(self.kl_control, AdaptiveKL):
             self.kl_control.coefficient = checkpoint["kl_coefficient"]
 
+    @override
     def save_export(self, folder: Path) -> None:
-        """The policy, and the critic in a folder `critic` beside it."""
+        # The policy, and the critic in the folder `critic` beside it.
         save_pretrained(self.actor_critic.policy, self.tokenizer, folder)
         self.actor_critic.critic.save(folder / "critic", self.tokenizer)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from rlhf.checks import above, at_least, at_most
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
 from rlhf.ops.rewards import KLEstimator, MissingEOS, ScorePosition
 
-LossReduction = Literal["minibatch", "microbatch"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="model.optimization"))
 class Optimization:
-    """AdamW and its schedule (D11): the paper's values, the same in all three stages.
+    """AdamW and its schedule: the paper's values, the same in all three stages (D11).
 
     Attributes:
         learning_rate: the highest learning rate.
@@ -25,20 +28,15 @@ class Optimization:
             `microbatch` averages the means of the micro-batches, as the reference does (D14).
     """
 
-    learning_rate: float = 3e-6
-    eps: float = 1e-5
-    weight_decay: float = 0.01
+    learning_rate: Positive = 3e-6
+    eps: NonNegative = 1e-5
+    weight_decay: NonNegative = 0.01
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    loss_reduction: LossReduction = "minibatch"
-
-    def __post_init__(self) -> None:
-        above("model.optimization.learning_rate", self.learning_rate, 0)
-        for name in ("eps", "weight_decay", "warmup_steps"):
-            at_least(f"model.optimization.{name}", getattr(self, name), 0)
+    warmup_steps: NonNegativeInt = 0
+    loss_reduction: Literal["minibatch", "microbatch"] = "minibatch"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="model.ppo"))
 class PPOSettings:
     """The details of PPO; the defaults are the paper's.
 
@@ -47,62 +45,48 @@ class PPOSettings:
         temperature: of the sampling and of all log-probabilities (D25, D26).
         ppo_epochs: passes over each batch (D33).
         minibatches: optimizer steps per pass (D33).
-        gamma, lam: of the advantage estimation (D31).
-        kl_coefficient: of the KL penalty in the reward; the start value where it adapts (D28).
+        gamma: discount of the advantage estimation (D31).
+        lam: lambda of the advantage estimation (D31).
+        kl_coefficient: weight of the KL penalty in the reward; the initial value if it adapts (D28).
         kl_estimator: `k1`, `k2`, `k3` or `abs` (D28).
         kl_target: mean KL per response in nats to adapt the coefficient to; null keeps it fixed.
         kl_horizon: episodes over which the coefficient adapts.
-        missing_eos_score: score of a response without EOS (D27); null switches the EOS trick off.
+        missing_eos_score: score of a response without EOS; null switches the EOS trick off (D27).
         missing_eos: `replace` the score by that value, or `subtract` it (D27).
-        score_position: the score lands `after_eos` or on the `eos` (D29).
+        score_position: add the score to the token `after_eos` or to the `eos` (D29).
         whiten_rewards: scale the rewards to variance 1, keeping their mean (D30).
-        whiten_advantages: over the `global` batch, each `rank`'s own, or `off` (D32).
-        clip: of the policy's ratio (D34).
-        value_clip: of the value; null: no clipping (D34).
+        whiten_advantages: over the `global` batch, over each `rank`'s own, or `off` (D32).
+        clip: clipping range of the policy's ratio (D34).
+        value_clip: clipping range of the value; null: no clipping (D34).
         value_coefficient: weight of the value loss (D34).
         entropy_coefficient: weight of an entropy bonus (D35).
-        critic_warmup: updates at the beginning in which the critic learns alone. The policy's weights stay as they are
-            to the last bit, and AdamW begins with it afterwards as with a new one; the schedule of the learning rate
-            counts these updates. The paper has none; with a large learning rate the policy would follow the first,
-            wrong values.
+        critic_warmup: updates at the beginning in which only the critic learns. The policy's weights stay bit-equal,
+            and AdamW starts afresh for them afterwards; the learning-rate schedule counts these updates. The paper has
+            none; at a large learning rate the policy would follow the first, wrong values.
         evaluation_temperature: of the samples in validation (D37).
         cuda_graphs: sample with a cache of fixed size and, on a GPU, replay one captured step instead of launching its
-            kernels anew. The same responses up to rounding. Not yet run on a GPU, so it is off.
+            kernels again. The same responses up to rounding. Off, because it has not run on a GPU yet.
     """
 
-    response_length: int = 53
-    temperature: float = 0.7
-    ppo_epochs: int = 4
-    minibatches: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
-    kl_coefficient: float = 0.05
+    response_length: PositiveInt = 53
+    temperature: Positive = 0.7
+    ppo_epochs: PositiveInt = 4
+    minibatches: PositiveInt = 1
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    kl_coefficient: NonNegative = 0.05
     kl_estimator: KLEstimator = "k1"
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
+    kl_target: Positive | None = None
+    kl_horizon: PositiveInt = 10_000
     missing_eos_score: float | None = -1.0
     missing_eos: MissingEOS = "replace"
     score_position: ScorePosition = "after_eos"
     whiten_rewards: bool = False
     whiten_advantages: Literal["global", "rank", "off"] = "global"
-    clip: float = 0.2
-    value_clip: float | None = 0.2
-    value_coefficient: float = 0.1
+    clip: Positive = 0.2
+    value_clip: Positive | None = 0.2
+    value_coefficient: NonNegative = 0.1
     entropy_coefficient: float = 0.0
-    critic_warmup: int = 0
-    evaluation_temperature: float = 0.01
+    critic_warmup: NonNegativeInt = 0
+    evaluation_temperature: Positive = 0.01
     cuda_graphs: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("response_length", "ppo_epochs", "minibatches", "kl_horizon"):
-            at_least(f"model.ppo.{name}", getattr(self, name), 1)
-        for name in ("gamma", "lam", "kl_coefficient", "value_coefficient", "critic_warmup"):
-            at_least(f"model.ppo.{name}", getattr(self, name), 0)
-        for name in ("gamma", "lam"):
-            at_most(f"model.ppo.{name}", getattr(self, name), 1)
-        for name in ("temperature", "evaluation_temperature", "clip"):
-            above(f"model.ppo.{name}", getattr(self, name), 0)
-        for name in ("kl_target", "value_clip"):
-            value = getattr(self, name)
-            if value is not None:
-                above(f"model.ppo.{name}", value, 0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from lightning.pytorch import Callback
+from pydantic import PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf.callbacks.sample_table import SampleTable
-from rlhf.checks import above, at_least
-from rlhf.hardware import accumulator_dtype
+from rlhf.evaluation.rouge import rouge
 from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
@@ -20,11 +21,10 @@ from rlhf.models.loading import (
     save_pretrained,
 )
 from rlhf.models.output_layer import logprobs_at
-from rlhf.modules.settings import Optimization
+from rlhf.modules.settings import Optimization, Positive
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
 from rlhf.ops.masking import masked_mean
-from rlhf.rouge import ROUGE, rouge
 from rlhf.sampling.sampler import sample, uniforms
 from rlhf.seeding import generator
 
@@ -34,13 +34,13 @@ class SFTModule(StageModule):
 
     Args:
         model_path: the base model; a folder or a hub name.
-        loss_on: `all` takes the cross-entropy on query and response alike, as the paper does (D15); `response` on the
-            response only.
+        loss_on: `all` takes the cross-entropy of query and response alike, as the paper does (D15); `response` that of
+            the response only.
         response_length: longest sample in validation, in tokens.
         temperature: of the samples in validation (D16).
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own, or `[PAD]`.
-        resize_embeddings: add rows to the embedding when PAD has none. The paper does not need it.
+        resize_embeddings: add rows to the embedding if PAD has none. The paper does not need it.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
@@ -50,8 +50,8 @@ class SFTModule(StageModule):
         self,
         model_path: str,
         loss_on: Literal["all", "response"] = "all",
-        response_length: int = 53,
-        temperature: float = 0.01,
+        response_length: PositiveInt = 53,
+        temperature: Positive = 0.01,
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
         resize_embeddings: bool = False,
@@ -62,20 +62,18 @@ class SFTModule(StageModule):
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings
-        at_least("model.response_length", response_length, 1)
-        above("model.temperature", temperature, 0)
         check_language_model(self.model_config, model_path, "model.model_path")
         if not resize_embeddings:
             check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         self.model: Any = None
 
     @property
+    @override
     def response_room(self) -> int:
-        """Samples of validation."""
         return self.response_length
 
+    @override
     def configure_model(self) -> None:
-        """Load the model, once."""
         if self.model is not None:
             return
         model: Any = load_causal_lm(self.model_path, dtype=self.weights_dtype)
@@ -85,53 +83,49 @@ class SFTModule(StageModule):
         if self.activation_checkpointing:
             checkpoint_activations(self.model)
 
-    # ---------------------------------------------------------------------------------------------------- training
+    # ----------------------------------------------------------------------------------------------------- training
 
     def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy per predicted token and which of them count, `(B, T - 1)` each; 0 where they do not.
-
-        Override this for another language-model loss.
+        """Computes the cross-entropy of each predicted token. Override this for another language-model loss.
 
         Args:
             batch: `input_ids`, `attention_mask`, `loss_mask`, all `(B, T)` with padding on the right.
+
+        Returns:
+            The losses and a mask of the tokens that count, `(B, T - 1)` each; other losses are 0.
         """
         ids, mask = batch["input_ids"], batch["loss_mask"][:, 1:].bool()
         places = mask.nonzero(as_tuple=True)
         logprobs, _ = logprobs_at(self.model, ids, batch["attention_mask"], places, ids[:, 1:][places])
         return logprobs.new_zeros(mask.shape).index_put(places, -logprobs), mask
 
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of one micro-batch."""
-        self.log_learning_rate()
         losses, mask = self.token_losses(batch)
-        tokens = mask.sum()
-        mean = masked_mean(losses.detach(), mask)
-        self.log("loss/sft", mean, on_step=False, on_epoch=True, batch_size=int(tokens), sync_dist=True)
-        self.log("loss/sft_step", mean, prog_bar=True, batch_size=int(tokens))
-        return masked_total(losses, mask, self.normaliser(tokens, batch["share"]))
+        self.epoch_means.add("loss/sft", losses, mask)
+        self.log("loss/sft_step", masked_mean(losses.detach(), mask), prog_bar=True, batch_size=1)
+        self.log("lr", self.learning_rate, batch_size=1)
+        return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
 
-    # -------------------------------------------------------------------------------------------------- evaluation
+    # --------------------------------------------------------------------------------------------------- evaluation
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Loss, and ROUGE of samples against the references, over the whole split (D16); returns the `samples`."""
-        return self._evaluate(batch, batch_idx, "validation")
+    @override
+    def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
+        losses, mask = self.token_losses(batch)
+        self.log(f"{split}/loss", masked_mean(losses, mask), batch_size=int(mask.sum()), sync_dist=True, prog_bar=True)
+        samples = self.predict_step(batch, batch_idx)
+        scores = rouge([s["response"] for s in samples], [s["reference"] for s in samples])
+        self.log_dict({f"{split}/{k}": v for k, v in scores.items()}, batch_size=len(samples), sync_dist=True)
+        return {"samples": samples}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """As validation, on the test split."""
-        return self._evaluate(batch, batch_idx, "test")
-
+    @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A sample for every query."""
         responses = self.respond(batch, batch_idx)
         rows = zip(batch["query"], responses, batch["reference"], strict=True)
         return [{"query": q, "response": r, "reference": t} for q, r, t in rows]
 
-    def configure_callbacks(self) -> list[Any]:
-        """With tables of samples."""
-        return super().configure_callbacks() + self.unless_given(SampleTable())
-
     def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Texts sampled for the left-padded `queries (B, P)` of a batch."""
+        """Samples a text for each of the left-padded `queries (B, P)` of a batch."""
         queries, random = batch["queries"], generator(self.device, self.global_rank, batch_idx)
         with self.autocast():
             responses = sample(
@@ -145,38 +139,10 @@ class SFTModule(StageModule):
             )
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
-    def on_validation_start(self) -> None:
-        """Start a new split."""
-        self._rouge = torch.zeros(len(ROUGE) + 1, device=self.device, dtype=accumulator_dtype(self.device))
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return super().configure_callbacks() + self.unless_given(SampleTable())
 
-    on_test_start = on_validation_start
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ROUGE-1, ROUGE-2 and ROUGE-L of the whole split."""
-        self._log_rouge("validation")
-
-    def on_test_epoch_end(self) -> None:
-        """Log ROUGE-1, ROUGE-2 and ROUGE-L of the whole split."""
-        self._log_rouge("test")
-
-    def _evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Any]:
-        losses, mask = self.token_losses(batch)
-        tokens = mask.sum()
-        mean = masked_mean(losses, mask)
-        self.log(f"{split}/loss", mean, batch_size=int(tokens), sync_dist=True, prog_bar=True)
-        samples = self.predict_step(batch, batch_idx)
-        scores = rouge([s["response"] for s in samples], [s["reference"] for s in samples])
-        sums = [scores[name] * len(samples) for name in ROUGE]
-        self._rouge += torch.tensor([*sums, len(samples)], device=self.device, dtype=accumulator_dtype(self.device))
-        return {"samples": samples}
-
-    def _log_rouge(self, split: str) -> None:
-        *sums, rows = self.reduce_sum(self._rouge).tolist()
-        for name, total in zip(ROUGE, sums, strict=True):
-            self.log(f"{split}/{name}", total / max(rows, 1), sync_dist=True)
-
-    # ------------------------------------------------------------------------------------------------------ export
-
+    @override
     def save_export(self, folder: Path) -> None:
-        """The language model and its tokenizer."""
         save_pretrained(self.model, self.tokenizer, folder)

@@ -1,36 +1,43 @@
-"""What the three stages share: tokenizer, optimizer, schedule, ranks, export."""
+"""What the three stages share: tokenizer, optimizer, schedule, ranks, evaluation, export."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
-from rlhf.hardware import bound_primitive_cache, keep_freed_memory
+from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config, load_tokenizer
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules.epoch_means import EpochMeans
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
 from rlhf.strategies import check_strategy, engine_dtype
+
+EPOCH_MEANS = "epoch_means"  # their key in a checkpoint
 
 
 class StageModule(LightningModule):
     """Base of `SFTModule`, `RewardModule` and `PPOModule`.
 
     Args:
-        model_path: folder of a Hugging Face model (an export of an earlier stage), or a hub name.
+        model_path: folder of a Hugging Face model (for example an export of an earlier stage), or a hub name.
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with, see `rlhf.models.loading.load_tokenizer`.
-        activation_checkpointing: keep the inputs of layers only and compute the rest again in the backward pass: a
+        activation_checkpointing: keep only the inputs of layers and compute the rest again in the backward pass: a
             third more computation for far less memory.
     """
 
@@ -46,26 +53,31 @@ class StageModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.tokenizer = load_tokenizer(model_path, pad_token)
         self.model_config = load_config(model_path, "model.model_path")
+        self.epoch_means = EpochMeans()
 
+    @override
     def setup(self, stage: str) -> None:
-        """Refuse a strategy or precision that would make results wrong; on a CPU, settle what memory is kept."""
         check_strategy(self.trainer)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
             bound_primitive_cache()
 
-    # ------------------------------------------------------------------------------------- to be given by a stage
+    # --------------------------------------------------------------------------------------- to be given by a stage
+
+    @abstractmethod
+    def evaluate(self, batch: Any, batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
+        """Logs the metrics of a batch of validation or test as `<split>/<name>`, and returns rows for callbacks."""
 
     @abstractmethod
     def save_export(self, folder: Path) -> None:
-        """Write what the next stage needs into `folder`. Called on rank 0 only."""
+        """Writes what the next stage needs into `folder`. Called on rank 0 only."""
 
     def prepare_export(self) -> None:
-        """What all ranks must do before an export."""
+        """Does what all ranks must do before an export."""
 
     @property
     def response_room(self) -> int:
-        """How many tokens this stage may append to a query by sampling."""
+        """How many tokens this stage may sample after a query."""
         return 0
 
     @property
@@ -74,79 +86,88 @@ class StageModule(LightningModule):
         return []
 
     def padding_side_difference(self, batch: Any) -> Tensor | None:
-        """How much the rewards of a training batch depend on the side of the padding (D20), where there are rewards."""
+        """Measures how much the rewards of a training batch depend on the side of the padding, if there are any."""
         return None
 
     def demonstration_rewards(self) -> Tensor | None:
-        """This rank's rewards of some demonstrations, whose mean should be 0 (D21), where there are any."""
+        """Computes this rank's rewards of some demonstrations, whose mean should be 0, if there are any."""
         return None
 
-    # ---------------------------------------------------------------------------------------------------- loading
+    @torch.no_grad()
+    def score_batches(
+        self, model: ScalarModel, batches: Iterable[dict[str, Tensor]], limit: int | None = None
+    ) -> Tensor:
+        """Computes the rewards of batches of whole sequences, `(n,)`, until there are `limit` of them."""
+        scores: list[Tensor] = []
+        with self.autocast():
+            for batch in batches:
+                ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+                scores.append(model.score(ids, mask))
+                if limit is not None and sum(map(len, scores)) >= limit:
+                    break
+        return torch.cat(scores).to(accumulator_dtype(self.device))
+
+    # ------------------------------------------------------------------------------------------------------ loading
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """In which trained weights are loaded; float32 where there is no Trainer yet."""
+        """The precision in which trained weights are loaded; float32 if there is no Trainer yet."""
         return torch.float32 if self._trainer is None else engine_dtype(self._trainer)
 
     @property
     def weights_device(self) -> torch.device:
-        """Where they go at once, so that no process holds all of its models in CPU memory."""
+        """The device that weights are moved to at once, so that no process holds all its models in CPU memory."""
         return torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
 
-    # ----------------------------------------------------------------------------------------------------- ranks
+    # -------------------------------------------------------------------------------------------------------- ranks
 
     def reduce_sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return x
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        """Sums a tensor over all ranks."""
+        return self._reduce(x, dist.ReduceOp.SUM)
 
     def reduce_max(self, x: Tensor) -> Tensor:
-        """The maximum of a tensor over all ranks, element by element."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return x
-        x = x.clone()
-        dist.all_reduce(x, dist.ReduceOp.MAX)
+        """Takes the maximum of a tensor over all ranks, element by element."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    @staticmethod
+    def _reduce(x: Tensor, operation: Any) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            x = x.clone()
+            dist.all_reduce(x, operation)
         return x
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which `training_step` runs, for forwards that Lightning does not wrap (rollouts)."""
+        """Returns the precision context of `training_step`, for forwards that Lightning does not wrap (rollouts)."""
         return self.trainer.precision_plugin.forward_context()
 
-    # ------------------------------------------------------------------------------------------------ optimization
+    # ------------------------------------------------------------------------------------------------- optimization
 
-    def normaliser(self, own: Tensor | int, share: float) -> Tensor | float:
-        """What a micro-batch divides its summed loss by (D14).
+    def normaliser(self, own: Tensor, share: float) -> Tensor | float:
+        """Returns what a micro-batch divides its summed loss by (D14).
 
         Args:
-            own: number of real tokens (pairs) in this micro-batch.
+            own: number of real tokens (or pairs) in this micro-batch.
             share: their average number per micro-batch of the global batch, over accumulation and ranks.
         """
-        return share if self.optimization.loss_reduction == "minibatch" else max(int(own), 1)
+        return share if self.optimization.loss_reduction == "minibatch" else own.clamp(min=1)
 
     @property
     def learning_rate(self) -> float:
-        """Returns the current learning rate: the highest of all groups, as one may be held at 0."""
+        """The current learning rate: the highest of all parameter groups, since one may be held at 0."""
         return max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
 
-    def log_learning_rate(self) -> None:
-        """A point of the curve `lr`."""
-        self.log("lr", self.learning_rate, batch_size=1)
-
     def total_schedule_steps(self) -> int:
-        """How often the schedule steps: optimizer steps, or PPO updates."""
+        """Returns how often the learning-rate schedule steps: once per optimizer step, or per PPO update."""
         if self.schedule_interval == "epoch":
             return max(1, self.trainer.max_epochs or 1)
         return int(self.trainer.estimated_stepping_batches)
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Lists every parameter that is trained, in groups that the optimizer can treat apart."""
+        """Lists every trained parameter, in groups that the optimizer can treat apart."""
         return [[p for p in self.parameters() if p.requires_grad]]
 
+    @override
     def configure_optimizers(self) -> Any:
-        """AdamW over every parameter that is trained, with the schedule of `Optimization`."""
         from transformers import get_scheduler
 
         o = self.optimization
@@ -155,21 +176,50 @@ class StageModule(LightningModule):
             lr=o.learning_rate,
             eps=o.eps,
             weight_decay=o.weight_decay,
-            fused=self.trainer.precision != "16-mixed",  # whose scaler and clipping want the gradients themselves
+            fused=self._fused(),
         )
         name = "constant_with_warmup" if o.schedule == "constant" else o.schedule
         scheduler = get_scheduler(name, optimizer, o.warmup_steps, self.total_schedule_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule_interval}}
 
-    def configure_callbacks(self) -> list[Any]:
-        """Callbacks that every stage has; one of the same class in `trainer.callbacks` takes its place."""
+    def _fused(self) -> bool:
+        """Whether AdamW may be fused: Lightning refuses to clip or unscale the gradients of such an optimizer."""
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return not (mixed and (self.trainer.gradient_clip_val or self.trainer.precision == "16-mixed"))
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
         return self.unless_given(DisableDropout(), Invariants())
 
-    def unless_given(self, *callbacks: Any) -> list[Any]:
-        """Those callbacks that the Trainer does not have already."""
+    def unless_given(self, *callbacks: Callback) -> list[Callback]:
+        """Returns those callbacks that `trainer.callbacks` does not replace by one of the same class."""
         return unless_given(getattr(self.trainer, "callbacks", ()), *callbacks)
 
     @property
     def seed(self) -> int:
         """The seed of the run."""
         return shared_seed()
+
+    # --------------------------------------------------------------------------------------- evaluation, checkpoints
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.evaluate(batch, batch_idx, "validation")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.evaluate(batch, batch_idx, "test")
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        # Every rank logs the same mean; sync_dist keeps Lightning from warning.
+        self.log_dict(self.epoch_means.pop(self.reduce_sum), sync_dist=True)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[EPOCH_MEANS] = self.epoch_means.state()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training:
+            self.epoch_means.load(checkpoint.get(EPOCH_MEANS, [{}]), self.global_rank, self.trainer.world_size)

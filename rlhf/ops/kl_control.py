@@ -28,3 +28,8 @@ class AdaptiveKL:
         """Adapts the coefficient to the mean KL per response, in nats, of a batch."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coefficient *= 1 + error * episodes / self.horizon
+
+
+def kl_control(coefficient: float, target: float | None, horizon: int) -> FixedKL | AdaptiveKL:
+    """Returns a fixed coefficient, or one that adapts if there is a target."""
+    return FixedKL(coefficient) if target is None else AdaptiveKL(coefficient, target, horizon)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf.evaluation.rouge import ROUGE, rouge
 from rlhf.evaluation.statistics import KEYS, mean_interval
-from rlhf.rouge import ROUGE, rouge
 
 if TYPE_CHECKING:
     import pandas as pd

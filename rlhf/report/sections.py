@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlhf.evaluation.rouge import ROUGE
 from rlhf.evaluation.statistics import over_seeds
 from rlhf.report.analysis import PANELS, Analysis, Evidence
 from rlhf.report.collapse import alarms
@@ -24,7 +25,6 @@ from rlhf.report.page import Page
 from rlhf.report.plots import plot_curves
 from rlhf.report.runs import Baseline
 from rlhf.report.summary import progress, samples
-from rlhf.rouge import ROUGE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
 
 SHORTEST = 0.8  # so padding is less than a fifth of a group, and about a tenth in all
 
@@ -49,6 +52,19 @@ def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
     ends = list(itertools.accumulate(sizes, initial=0))
     groups = [sorted(rows[start:end]) for start, end in itertools.pairwise(ends)]
     return groups + [[] for _ in range(parts - len(groups))]
+
+
+def as_many_everywhere(
+    lengths: Sequence[int], tokens: int, reduce_max: Callable[[Tensor], Tensor], device: torch.device
+) -> list[list[int]]:
+    """Groups rows as `by_length` does, but into the same number of groups on every rank.
+
+    Args:
+        reduce_max: takes the maximum of a tensor over ranks.
+    """
+    own = torch.tensor([len(by_length(lengths, tokens)), -len(lengths)], device=device)
+    most, fewest_rows = reduce_max(own).tolist()
+    return split(lengths, min(most, -fewest_rows))
 
 
 def parts_needed(lengths: Sequence[int], tokens: int) -> int:

@@ -78,6 +78,11 @@ class Rollout:
         """All tensors on `device`, their precision unchanged."""
         return self._map(lambda _, tensor: tensor.to(device, **kwargs), self.texts)
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the networks read: `queries`, `query_mask`, `responses` and `mask`."""
+        return self.queries, self.query_mask, self.responses, self.mask
+
     def total_lengths(self) -> list[int]:
         """Tokens of each query and response together."""
         return (self.query_mask.sum(1) + self.lengths).tolist()

@@ -335,7 +335,7 @@ def test_sampling_is_at_its_temperature_and_validation_at_its_own(
         temperatures.append(settings["temperature"])
         return sample(*args, **settings)
 
-    monkeypatch.setattr("rlhf.modules.experience.sample", spy)
+    monkeypatch.setattr("rlhf.modules.ppo.sample", spy)
     module = PPOModule(model_path, reward_path, ppo=replace(SETTINGS, evaluation_temperature=0.02))
     trainer().fit(module, rollout_data(rollout_batch_size=8))
     assert temperatures == [0.7, 0.02]

@@ -307,17 +307,17 @@ class TwoRanks(PPOModule):
         self.barrier.wait()
         return total
 
-    def _sample_groups(self, *args: Any) -> Tensor:
+    def sample_responses(self, *args: Any) -> Tensor:
         with self.one_at_a_time:
-            return super()._sample_groups(*args)
+            return super().sample_responses(*args)
 
-    def _evaluate(self, part: Rollout) -> Any:
+    def _networks(self, part: Rollout) -> Any:
         with self.one_at_a_time:
-            return super()._evaluate(part)
+            return super()._networks(part)
 
-    def _reference_logprobs(self, *args: Any) -> Tensor:
+    def _logprobs_of(self, *args: Any) -> Any:
         with self.one_at_a_time:
-            return super()._reference_logprobs(*args)
+            return super()._logprobs_of(*args)
 
     def _score(self, *args: Any) -> Tensor:
         with self.one_at_a_time:

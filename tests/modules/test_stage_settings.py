@@ -125,6 +125,14 @@ def test_gradients_are_clipped(fit: Make, stage: str) -> None:
     assert not torch.equal(by_value, free)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_clipped_in_mixed_precision_too(fit: Make, stage: str) -> None:
+    # Lightning refuses to clip the gradients of a fused optimizer there.
+    norm = fit(stage, precision="bf16-mixed")[0].gradients[0].norm().item()
+    clipped = fit(stage, precision="bf16-mixed", gradient_clip_val=norm / 3)[0].gradients[0]
+    assert clipped.norm().item() == pytest.approx(norm / 3, rel=1e-3)
+
+
 @pytest.mark.parametrize(("stage", "passes"), [("SFT", 1), ("reward", 1), ("PPO", 3)])
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_micro_batches_make_no_steps_of_their_own(

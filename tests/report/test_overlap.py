@@ -3,8 +3,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from rlhf.evaluation.rouge import rouge
 from rlhf.report.overlap import rouge_rows, rouge_table
-from rlhf.rouge import rouge
 
 
 def test_rouge_of_rows_has_the_mean_of_the_split() -> None:

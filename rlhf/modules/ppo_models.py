@@ -1,0 +1,59 @@
+"""The models of PPO: checks of all, and the two that are trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf.errors import UserError
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.loading import (
+    check_language_model,
+    check_reward_model,
+    checkpoint_activations,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
+from rlhf.models.scalar_model import ScalarModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POLICY, REFERENCE, REWARD = "model.model_path", "model.reference_path", "model.reward_path"
+
+
+def check_models(
+    model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuses models that PPO cannot use together, before any of them is loaded."""
+    for path, setting in ((model_path, POLICY), (reference_path, REFERENCE)):
+        check_language_model(load_config(path, setting), path, setting)
+    if reward_path is not None:
+        check_reward_model(load_config(reward_path, REWARD), reward_path, REWARD)
+        if load_tokenizer(reward_path, tokenizer.pad_token, REWARD).get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}; train it from the same "
+                "SFT model."
+            )
+
+
+def load_actor_critic(
+    model_path: str, reward_path: str | None, seed: int, checkpointing: bool, dtype: torch.dtype, device: torch.device
+) -> ActorCritic:
+    """Loads the policy, and the critic from the reward model or, if there is none, from the policy's backbone (D24).
+
+    Args:
+        seed: of the critic's new head in the latter case.
+        checkpointing: whether activations are computed again in the backward pass.
+    """
+    if reward_path is not None:
+        critic = ScalarModel.from_pretrained(reward_path, REWARD, dtype).to(device)
+    else:
+        critic = ScalarModel.from_policy(model_path, seed, dtype=dtype).to(device)
+    policy = load_causal_lm(model_path, dtype=dtype)
+    if checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(critic.model)
+    return ActorCritic(policy.to(device), critic)  # type: ignore[arg-type]
