@@ -28,7 +28,7 @@ from rlhf.models.loading import (
     load_tokenizer,
 )
 from rlhf.ops.sequences import pad_sequences, response_lengths
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -170,10 +170,8 @@ class _Policy:
 
         rows, tokenizer, first = slice_of(self.rows, number, self.batch_size), self.tokenizer, number * self.batch_size
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-        tokens = sample(
-            model, ids.to(device), mask.to(device), self._random(first, len(rows)).to(device),
-            temperature=self.temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        numbers, decoding = self._random(first, len(rows)).to(device), Decoding.of(tokenizer, self.temperature)
+        tokens = sample(model, ids.to(device), mask.to(device), numbers, decoding)
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({
             "id": [_id_of(row, index) for index, row in enumerate(rows, first)],

@@ -1,4 +1,4 @@
-"""Which rows go through a model together: rows of similar length, since a group costs its rows x its longest."""
+"""Groups of rows that go through a model together: of similar length, since a group costs its rows x its longest."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-SHORTEST = 0.8  # so padding is less than a fifth of a group, and about a tenth in all
+SHORTEST = 0.8  # so padding is less than a fifth of a group, and about a tenth overall
 
 
 def by_length(lengths: Sequence[int], tokens: int, shortest: float = SHORTEST) -> list[list[int]]:
-    """Row numbers in groups of similar length, those of the longest first, none of more than `tokens` with padding.
+    """Groups rows by length, the longest first, so that no group has more than `tokens` with padding.
 
     A row that is longer than that has a group of its own.
 
@@ -31,9 +31,9 @@ def by_length(lengths: Sequence[int], tokens: int, shortest: float = SHORTEST) -
 
 
 def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Row numbers in `parts` groups of similar length, so that the costliest (rows x longest) costs the least.
+    """Splits rows into groups by length, so that the most expensive one (rows x longest) is as cheap as possible.
 
-    Where there are fewer rows than parts, the last groups are empty.
+    If there are fewer rows than parts, the last groups are empty.
     """
     rows = sorted(range(len(lengths)), key=lambda r: -lengths[r])
     ordered = [lengths[r] for r in rows]
@@ -68,7 +68,7 @@ def as_many_everywhere(
 
 
 def parts_needed(lengths: Sequence[int], tokens: int) -> int:
-    """The smallest number of groups of at most `tokens` each, with padding. No length is larger than `tokens`."""
+    """Returns the smallest number of groups of at most `tokens` each, with padding. No length may exceed `tokens`."""
     return len(_sizes(sorted(lengths, reverse=True), tokens))
 
 
