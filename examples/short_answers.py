@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.modules import PPOModule
-from rlhf.sampling.rollout import Rollout
+from rlhf import PPOModule, Rollout
 
 
 class ShortAnswersPPO(PPOModule):
@@ -22,11 +21,11 @@ class ShortAnswersPPO(PPOModule):
         self.price = price
 
     def score_responses(self, episodes: Rollout) -> Tensor:
-        """The reward of every episode, `(N,)`."""
+        """Computes the reward of every episode, `(N,)`."""
         words = [len(text["response"].split()) for text in episodes.texts]
         return super().score_responses(episodes) - self.price * torch.tensor(words, device=self.device)
 
 
 def number_of_words(queries: list[str], responses: list[str], records: list[dict]) -> list[float]:
-    """A plain reward function, for `model.reward_function`: minus the number of words."""
+    """Returns minus the number of words; a plain function for `model.reward_function`."""
     return [-float(len(response.split())) for response in responses]

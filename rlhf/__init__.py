@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf.modules.reward import RewardModule
     from rlhf.modules.settings import Optimization, PPOSettings
     from rlhf.modules.sft import SFTModule
+    from rlhf.sampling.rollout import Rollout
     from rlhf.strategies import Zero2Strategy
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOME = {
     "PPOSettings": "modules.settings",
     "PreferenceDataModule": "data.comparisons",
     "RewardModule": "modules.reward",
+    "Rollout": "sampling.rollout",
     "RolloutDataModule": "data.prompts",
     "SFTDataModule": "data.demonstrations",
     "SFTModule": "modules.sft",

@@ -24,12 +24,16 @@ from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
 from rlhf.cli.parsing import parse
+from rlhf.data.comparisons import PreferenceDataModule
+from rlhf.data.demonstrations import SFTDataModule
+from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
 from rlhf.strategies import check_strategy
 from rlhf.studies.pipeline import DEFAULT_SEED
 
+FOUND_BY_NAME = (SFTDataModule, PreferenceDataModule, RolloutDataModule)  # as the modules are: by their import
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
 ONE_UPDATE: dict[str, Any] = {
     "enable_checkpointing": False,
