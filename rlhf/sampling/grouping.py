@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,14 +38,10 @@ def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     rows = sorted(range(len(lengths)), key=lambda r: -lengths[r])
     ordered = [lengths[r] for r in rows]
-    low, high = max(ordered, default=0), max(ordered, default=0) * len(rows)
-    while low < high:  # the smallest limit under which `parts` groups suffice
-        middle = (low + high) // 2
-        if parts_needed(ordered, middle) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    sizes = _sizes(ordered, high)
+    longest = max(ordered, default=0)
+    most = range(longest * len(rows))  # the smallest limit under which `parts` groups suffice is in here
+    limit = bisect_left(most, True, longest, key=lambda tokens: parts_needed(ordered, tokens) <= parts)
+    sizes = [len(group) for group in by_length(ordered, limit, shortest=0)]
     while len(sizes) < min(parts, len(rows)):  # more groups than the limit asks for: halve the largest
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         half = sizes[largest] // 2
@@ -69,13 +66,4 @@ def as_many_everywhere(
 
 def parts_needed(lengths: Sequence[int], tokens: int) -> int:
     """Returns the smallest number of groups of at most `tokens` each, with padding. No length may exceed `tokens`."""
-    return len(_sizes(sorted(lengths, reverse=True), tokens))
-
-
-def _sizes(descending: Sequence[int], tokens: int) -> list[int]:
-    sizes = []
-    start = 0
-    while start < len(descending):
-        sizes.append(min(tokens // descending[start], len(descending) - start))
-        start += sizes[-1]
-    return sizes
+    return len(by_length(lengths, tokens, shortest=0))
