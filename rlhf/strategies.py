@@ -19,7 +19,6 @@ from typing_extensions import override
 from rlhf.errors import UserError
 
 NAME = "zero2"
-BUCKETS = ("allgather_bucket_size", "reduce_bucket_size")
 
 
 class Zero2Strategy(DeepSpeedStrategy):
@@ -38,10 +37,8 @@ class Zero2Strategy(DeepSpeedStrategy):
 
     def __init__(self, grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32", **kwargs: Any) -> None:
         if find_spec("deepspeed") is None:
-            raise UserError(
-                f"trainer.strategy {NAME} needs DeepSpeed, which is not installed here: pip install deepspeed (on "
-                "Linux), or use the strategy ddp."
-            )
+            needed = "needs DeepSpeed, which is not installed here: pip install deepspeed (on Linux), or use ddp."
+            raise UserError(f"trainer.strategy {NAME} {needed}")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         super().__init__(stage=2, **kwargs)
@@ -90,7 +87,8 @@ class Zero2Strategy(DeepSpeedStrategy):
                 parameter.data = parameter.data.reshape(1)
         total = sum(p.numel() for p in parameters)
         zero = self.config["zero_optimization"]
-        zero |= {name: min(zero.get(name, 200_000_000), total + total % 2) for name in BUCKETS}
+        for name in ("allgather_bucket_size", "reduce_bucket_size"):
+            zero[name] = min(zero.get(name, 200_000_000), total + total % 2)
         devices = self.parallel_devices
         if isinstance(self.accelerator, CPUAccelerator):
             self.parallel_devices = [torch.device("cpu", 0)] * self.num_processes

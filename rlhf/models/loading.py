@@ -122,20 +122,15 @@ def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dt
 
 
 def from_pretrained(
-    auto_class: Any,
-    path: str,
-    config: PreTrainedConfig,
-    setting: str,
-    dtype: torch.dtype,
-    may_miss: frozenset[str] = frozenset(),
+    auto_class: Any, path: str, config: PreTrainedConfig, setting: str, dtype: torch.dtype, new: str | None = None
 ) -> PreTrainedModel:
-    """Loads a model with all its weights but those that `may_miss`; transformers would initialise missing ones."""
+    """Loads a model with all its weights but a `new` one; transformers would initialise others that are missing."""
     try:
         with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
             model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{setting}: the model {path} cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(set(report["missing_keys"]) - may_miss)
+    missing = sorted(set(report["missing_keys"]) - {new})
     if missing:
         raise UserError(
             f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "

@@ -90,7 +90,8 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
     f = _Formula(config, workload)
     pairs = 2 if workload.stage == "reward" else 1
     micro, rows = pairs * workload.micro_batch, pairs * workload.inference_batch
-    always = Phase(f.stored * f.parameters, f.optimizer_states(), f.frozen("device"))
+    # Beside the two moments of each value ZeRO keeps a float32 master copy of each rank's share.
+    always = Phase(f.stored * f.parameters, (3 if f.zero else 2) * f.moments, f.frozen("device"))
     stepped = replace(always, gradients=FLOAT32 * f.own, buffers=0 if f.zero else f.reduction())
     # Without ZeRO gradients live until the next forward of training; PPO frees them before its rollout.
     between = always if f.zero or workload.stage == "ppo" else stepped
@@ -99,14 +100,12 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
     moved = always.frozen_models + max(f.frozen("cpu"), f.frozen("zero3"))
     # Logits are computed after the layers, so the larger of the two counts.
     either = {"activations": work} if work > outputs else {"activations": 0, "logits": outputs}
-    kept, logits = f.activations(micro), f.output_layer(micro)
+    kept = {"activations": f.activations(micro), "logits": f.output_layer(micro)}
     phases = {
         "sampling": replace(forward, kv_cache=f.kv_cache(rows)),
         "scoring": replace(forward, frozen_models=moved, **either),
-        "training": replace(
-            stepped, buffers=f.reduction(), weight_copies=f.weight_copies(), activations=kept, logits=logits
-        ),
-        "step": replace(stepped, buffers=stepped.buffers + f.square_roots()),
+        "training": replace(stepped, buffers=f.reduction(), weight_copies=f.weight_copies(), **kept),
+        "step": replace(stepped, buffers=stepped.buffers + f.moments),  # square roots of all second moments at once
     }
     if workload.stage == "reward":
         del phases["sampling"]
@@ -150,17 +149,10 @@ class _Formula:
         self.own = math.ceil(self.parameters / run.world_size) if self.zero else self.parameters
         self.compute = BFLOAT16 if self.mixed else FLOAT32
         self.stored = self.compute if self.zero else FLOAT32
+        self.moments = 0 if run.offload_optimizer else FLOAT32 * self.own  # AdamW has first and second ones
         self.tokens = run.query_length + run.response_length
         # States per row that the output layer reads.
         self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage]
-
-    def optimizer_states(self) -> int:
-        # AdamW has two moments per value; ZeRO also a float32 master copy of each rank's share.
-        return 0 if self.run.offload_optimizer else (3 if self.zero else 2) * FLOAT32 * self.own
-
-    def square_roots(self) -> int:
-        # AdamW on a GPU takes the square root of all second moments at once.
-        return 0 if self.run.offload_optimizer else FLOAT32 * self.own
 
     def reduction(self) -> int:
         # DDP copies all gradients into buckets. ZeRO fills two in turn, and a larger weight has one of its own; with

@@ -42,7 +42,7 @@ class ScalarModel(nn.Module):
         cls, path: str, seed: int, setting: str = "model.model_path", dtype: torch.dtype = torch.float32
     ) -> ScalarModel:
         """Loads the backbone of a language model and adds a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
-        model = cls(_load_classifier(path, setting, dtype, frozenset({HEAD})))
+        model = cls(_load_classifier(path, setting, dtype, new=HEAD))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -53,9 +53,8 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads a trained reward model or critic."""
-        config = load_config(path, setting)
-        check_reward_model(config, path, setting)
-        return cls(_load_classifier(path, setting, dtype, frozenset()))
+        check_reward_model(load_config(path, setting), path, setting)
+        return cls(_load_classifier(path, setting, dtype))
 
     @property
     def head_weight(self) -> Tensor:
@@ -101,9 +100,9 @@ class ScalarModel(nn.Module):
         save_pretrained(self.model, tokenizer, folder)
 
 
-def _load_classifier(path: str, setting: str, dtype: torch.dtype, may_miss: frozenset[str]) -> PreTrainedModel:
+def _load_classifier(path: str, setting: str, dtype: torch.dtype, new: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, setting)
     config.num_labels = 1
-    return from_pretrained(AutoModelForSequenceClassification, path, config, setting, dtype, may_miss)
+    return from_pretrained(AutoModelForSequenceClassification, path, config, setting, dtype, new)

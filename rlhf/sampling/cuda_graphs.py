@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from rlhf.ops.sequences import model_inputs, response_lengths
 from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 LOOK_EVERY = 8  # steps between two looks whether all rows have ended: a look waits for the device
 
@@ -34,7 +35,8 @@ def sample_in_graph(
     plain = all(type(layer) is StaticLayer for layer in cache.layers)
     if not plain or model.config._attn_implementation not in ("sdpa", ATTENTION):
         return sample(model, queries, query_mask, uniforms, decoding)
-    steps = _Steps(model, cache, queries, query_mask, uniforms, decoding)
+    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    steps = _Steps(forward, queries, query_mask, uniforms, decoding)
     with evaluation_mode(model):
         steps.prefill(queries, query_mask)
         advance: Callable[[], None] = steps.decode
@@ -55,16 +57,9 @@ class _Steps:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: Cache,
-        queries: Tensor,
-        query_mask: Tensor,
-        uniforms: Tensor,
-        decoding: Decoding,
+        self, forward: Callable[..., Any], queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding
     ) -> None:
-        self.model, self.cache, self.uniforms, self.decoding = model, cache, uniforms, decoding
-        self.start = queries.shape[1]
+        self.forward, self.uniforms, self.decoding, self.start = forward, uniforms, decoding, queries.shape[1]
         self.mask = torch.cat([query_mask, torch.zeros_like(uniforms, dtype=query_mask.dtype)], 1).bool()[:, None, None]
         self.positions = query_mask.sum(1, keepdim=True) - 1
         self.tokens = queries[:, :1].clone()
@@ -74,17 +69,14 @@ class _Steps:
 
     def prefill(self, queries: Tensor, query_mask: Tensor) -> None:
         """Reads the queries and draws the first tokens."""
-        inputs = model_inputs(queries, query_mask)
-        out = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self._draw(out.logits[:, -1])
+        self._draw(**model_inputs(queries, query_mask))
 
     def decode(self) -> None:
         """Reads the last tokens and draws the next ones."""
-        inputs = {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": self.positions}
-        out = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self._draw(out.logits[:, -1])
+        self._draw(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions)
 
-    def _draw(self, logits: Tensor) -> None:
+    def _draw(self, **inputs: Tensor) -> None:
+        logits = self.forward(**inputs).logits[:, -1]
         numbers = self.uniforms.index_select(1, self.column).squeeze(1)
         drawn = choose(logits.float() / self.decoding.temperature, numbers)
         kept = torch.where(self.alive, drawn, self.decoding.pad_id)
