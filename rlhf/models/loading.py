@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from rlhf import files
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_TOKEN = "[PAD]"
+WEIGHTS = (".safetensors", ".bin")
 
 
 def check_model_path(path: str, setting: str) -> None:
@@ -105,6 +107,33 @@ def check_reward_model(config: PreTrainedConfig, path: str, setting: str) -> Non
             f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the reward "
             "stage."
         )
+
+
+def check_context(config: PreTrainedConfig, longest: int, what: str, advice: str) -> None:
+    """Refuses sequences that are longer than the context of a model.
+
+    Args:
+        longest: tokens of the longest sequence.
+        what: how the message names that sequence.
+        advice: what the user can do, for the message.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(f"{what} has {longest} tokens, more than the {positions} positions of the model; {advice}.")
+
+
+def model_fingerprint(path: str, setting: str) -> str:
+    """Computes a fingerprint of a model folder from its contents, wherever it is; for a hub name, `name@commit`.
+
+    Args:
+        setting: how the user names this path, for messages.
+    """
+    config = load_config(path, setting)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    names = ("config.json", files.MANIFEST)
+    return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in WEIGHTS or f.name in names))
 
 
 def embedding_rows(config: PreTrainedConfig) -> int:

@@ -72,6 +72,11 @@ class Rollout:
         """The inputs of the networks: `queries`, `query_mask`, `responses` and `mask`."""
         return self.queries, self.query_mask, self.responses, self.mask
 
+    def samples(self) -> list[dict[str, Any]]:
+        """Returns the texts of each episode with its `score` and `has_eos`."""
+        columns = zip(self.texts, self.scores.tolist(), self.has_eos.tolist(), strict=True)
+        return [{**text, "score": score, "has_eos": has_eos} for text, score, has_eos in columns]
+
     def total_lengths(self) -> list[int]:
         """Returns the number of tokens of each episode, query and response together."""
         return (self.query_mask.sum(1) + self.lengths).tolist()
