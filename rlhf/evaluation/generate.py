@@ -30,7 +30,7 @@ from rlhf.models.loading import (
     model_fingerprint,
 )
 from rlhf.ops.sequences import pad_sequences, response_lengths
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
 
 
@@ -113,10 +113,9 @@ def _sampler(
 
     def respond(rows: list[Row]) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-        tokens = sample(
-            model, ids.to(device), mask.to(device), torch.cat([numbers(row) for row in rows]).to(device),
-            temperature=temperature, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        drawn = torch.cat([numbers(row) for row in rows]).to(device)
+        decoding = Decoding.of(tokenizer, temperature)
+        tokens = sample(model, ids.to(device), mask.to(device), drawn, decoding)
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({
             "id": [_id_of(row) for row in rows],

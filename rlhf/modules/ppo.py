@@ -35,7 +35,7 @@ from rlhf.sampling.cuda_graphs import sample_in_graph
 from rlhf.sampling.grouping import as_many_everywhere, by_length
 from rlhf.sampling.responses import respond
 from rlhf.sampling.rollout import Rollout, in_groups
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import generator
 
 
@@ -229,10 +229,9 @@ class PPOModule(StageModule):
             uniforms: `(n, response_length)`, the random numbers of each row. An engine that draws its own may take its
                 seed from them.
         """
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         draw = sample_in_graph if self.ppo.cuda_graphs else sample
-        policy = self.actor_critic.policy
-        return draw(policy, queries, query_mask, uniforms, temperature=temperature, eos_id=eos, pad_id=pad)
+        decoding = Decoding.of(self.tokenizer, temperature)
+        return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         """Computes the reward of every episode, `(N,)`: by model, function, or both. Override it for your own.

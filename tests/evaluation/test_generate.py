@@ -89,9 +89,9 @@ def test_responses_do_not_depend_on_the_batch(responses: Callable[..., Any], tem
 def test_each_row_has_random_numbers_of_its_own(responses: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     given, sample = [], module.sample
 
-    def listens(model: Any, ids: torch.Tensor, mask: torch.Tensor, numbers: torch.Tensor, **settings: Any) -> Any:
+    def listens(model: Any, ids: torch.Tensor, mask: torch.Tensor, numbers: torch.Tensor, decoding: Any) -> Any:
         given.append(numbers)
-        return sample(model, ids, mask, numbers, **settings)
+        return sample(model, ids, mask, numbers, decoding)
 
     monkeypatch.setattr(module, "sample", listens)
     for seed in (1, 2):
