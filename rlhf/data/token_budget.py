@@ -55,7 +55,8 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
     extra: dict[str, Any] = {"strategy": "ddp" if trainer.world_size > 1 else "single"}
     if module.kind == "ppo":
         ppo = cast(PPOStage, module)
-        extra |= {"reference": ppo.reference_placement, "reward": ppo.reward_path and ppo.reward_placement}
+        reference, reward = ppo.placements
+        extra |= {"reference": reference, "reward": reward if ppo.reward_path else None}
     if isinstance(strategy, Zero2Strategy):
         assert strategy.config is not None
         zero = strategy.config["zero_optimization"]
