@@ -58,25 +58,19 @@ def rank_rows(rows: Sequence[int], lengths: Sequence[int], rank: int, world_size
 
 
 class Plan(NamedTuple):
-    """What a micro-batch is made of.
-
-    Attributes:
-        rows: numbers of its rows.
-        real: False if its only row keeps a rank in step with the others and must count for nothing.
-        share: tokens (or pairs) that count, on average over the micro-batches of its global batch; None in evaluation.
-    """
+    """Says what a micro-batch is made of."""
 
     rows: list[int]
-    real: bool = True
-    share: float | None = None
+    real: bool = True  # False: its only row keeps a rank in step with the others and counts for nothing
+    share: float | None = None  # in training: tokens (pairs) that count, on average over its global batch
 
 
 @dataclass(eq=False)
 class Plans(DistributedSampler[Plan], SequentialSampler):
-    """Yields the plans of one epoch, which may differ from epoch to epoch.
+    """Yields the plans of one epoch.
 
-    Lightning replaces any other sampler where there are several processes (unless it is a `DistributedSampler`) and
-    under `trainer.overfit_batches` (unless it is a `SequentialSampler`).
+    Lightning replaces any sampler but a `DistributedSampler` where there are several processes, and any but a
+    `SequentialSampler` under `trainer.overfit_batches`.
     """
 
     count: int
@@ -92,13 +86,7 @@ class Plans(DistributedSampler[Plan], SequentialSampler):
 
 
 def train_plans(
-    weights: Sequence[int],
-    lengths: Sequence[int],
-    batch_size: int,
-    accumulate: int,
-    rank: int,
-    world_size: int,
-    epoch: int,
+    weights: list[int], lengths: list[int], batch_size: int, accumulate: int, rank: int, world_size: int, epoch: int
 ) -> list[Plan]:
     """Plans the micro-batches of an epoch; every example exactly once over all ranks (D13).
 
@@ -119,12 +107,12 @@ def train_plans(
     return plans
 
 
+@dataclass
 class PlannedBatches(Dataset[Batch]):
     """Loads the micro-batch of a plan, in the process that trains or in a worker."""
 
-    def __init__(self, rows: datasets.Dataset, collate: Collate) -> None:
-        self.rows = rows
-        self.collate = collate
+    rows: datasets.Dataset
+    collate: Collate
 
     @override
     def __getitem__(self, plan: Plan) -> Batch:

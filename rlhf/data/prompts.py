@@ -100,11 +100,9 @@ class RolloutDataModule(StageDataModule):
         super().setup(stage)
         if "zero3" in self.module.placements:
             self._check_even()
-        if stage == "fit":
-            self._check_batch()
-
-    def _check_batch(self) -> None:
         ppo, prompts = self.module.ppo, len(self.query_lengths)
+        if stage != "fit":
+            return
         if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * self.batch_size:
             raise UserError(
                 f"model.ppo.kl_horizon is {ppo.kl_horizon}; it must be more than a fifth of data.batch_size "

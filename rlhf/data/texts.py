@@ -51,41 +51,10 @@ class UnfittableError(BadRecordError):
     """No allowed cut makes a query short enough."""
 
 
-# ---------------------------------------------------------------------------------------------------------- tokens
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the token ids of a text, without an EOS that the tokenizer may append."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def fit_query(
-    tokenizer: PreTrainedTokenizerBase, template: str, fields: Record, field: str, max_length: int
-) -> tuple[str, list[int]]:
-    """Fills a template and cuts one field until the result fits (D02).
-
-    The field is cut at its last newline, or by one character if it has none. Everything else survives.
-
-    Returns:
-        The text and its token ids.
-    """
-    fields = {name: "" if value is None else value for name, value in fields.items()}
-    while True:
-        try:
-            text = template.format(**fields)
-        except (KeyError, IndexError) as error:
-            raise BadRecordError(f"the query format needs the field {error}") from error
-        ids = encode(tokenizer, text)
-        if len(ids) <= max_length:
-            return text, ids
-        body = fields[field]
-        if not body:
-            raise UnfittableError(f"the query has {len(ids)} tokens without any {field}, more than {max_length}")
-        cut = body.rfind("\n")
-        # One character at a time is slow, and no character is worth more than 4 tokens.
-        surplus = max(1, (len(ids) - max_length) // 4)
-        fields[field] = body[: cut if cut >= 0 else -surplus]
 
 
 def join_response(
@@ -104,9 +73,6 @@ def join_response(
     ids = [*ids, tokenizer.eos_token_id]
     limit = start + max_response_length
     return {"input_ids": ids[:limit], "response_start": start, "truncated": len(ids) > limit}
-
-
-# --------------------------------------------------------------------------------------------------------- records
 
 
 def one_leading_space(text: str) -> str:
@@ -128,13 +94,33 @@ def is_article(record: Record) -> bool:
 
 
 def tldr_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[str, list[int]]:
-    """Returns the query of a TL;DR record, or of the `info` of a comparison, as text and token ids."""
+    """Fills the format of a query with a TL;DR record, or the `info` of a comparison, and cuts it until it fits (D02).
+
+    The post (or article) is cut at its last newline, or by one character if it has none. Everything else survives.
+
+    Returns:
+        The text and its token ids.
+    """
+    template, field, max_length = text_format.query, "post", text_format.max_query_length
     if is_article(record):
-        template, field, length = text_format.article, "article", text_format.max_article_length
-    else:
-        template, field, length = text_format.query, "post", text_format.max_query_length
+        template, field, max_length = text_format.article, "article", text_format.max_article_length
     required_text(record, field)
-    return fit_query(tokenizer, template, record, field, length)
+    fields = {name: "" if value is None else value for name, value in record.items()}
+    while True:
+        try:
+            text = template.format(**fields)
+        except (KeyError, IndexError) as error:
+            raise BadRecordError(f"the query format needs the field {error}") from error
+        ids = encode(tokenizer, text)
+        if len(ids) <= max_length:
+            return text, ids
+        body = fields[field]
+        if not body:
+            raise UnfittableError(f"the query has {len(ids)} tokens without any {field}, more than {max_length}")
+        cut = body.rfind("\n")
+        # One character at a time is slow, and no character is worth more than 4 tokens.
+        surplus = max(1, (len(ids) - max_length) // 4)
+        fields[field] = body[: cut if cut >= 0 else -surplus]
 
 
 def plain_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[str, list[int]]:
@@ -155,11 +141,11 @@ def demonstration(
         schema: `tldr` (`subreddit, title, post, summary`) or `plain` (`prompt, completion`).
         need_response: refuse a record without a response.
     """
-    tldr = schema == "tldr"
-    query, ids = (tldr_query if tldr else plain_query)(record, tokenizer, text_format)
-    column = "summary" if tldr else "completion"
+    query_of, column = (tldr_query, "summary") if schema == "tldr" else (plain_query, "completion")
+    query, ids = query_of(record, tokenizer, text_format)
     response = required_text(record, column) if need_response else str(record.get(column) or "")
-    response = one_leading_space(response) if tldr and response else response
+    if schema == "tldr" and response:
+        response = one_leading_space(response)
     joint = join_response(tokenizer, query, ids, response, text_format.max_response_length)
     return {"query": query, "reference": response, "query_ids": ids, **joint}
 
