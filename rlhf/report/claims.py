@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
 
 from rlhf.evaluation.statistics import Estimate, paired_difference, proportion_difference, seed_means
-from rlhf.report.calibration import LABELS, RUN
+from rlhf.report.calibration import LABELS
 from rlhf.report.lengths import ENOUGH
+from rlhf.report.runs import PPO, RUN, SFT
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SFT, PPO = "SFT", "PPO"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 
@@ -26,7 +25,7 @@ class Claim(NamedTuple):
 
 
 def verdict(differences: Sequence[Estimate]) -> str:
-    """Of a claim that all differences are above 0.
+    """Judges the claim that all differences are above 0.
 
     It holds where every interval lies above 0, does not hold where some interval lies below 0, and is undecided
     otherwise.
@@ -37,10 +36,10 @@ def verdict(differences: Sequence[Estimate]) -> str:
 
 
 def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
-    """PPO wins more often than SFT: a claim per size.
+    """Tests whether PPO wins more often than SFT: a claim per size.
 
     Args:
-        differences: as of `statistics.policy_differences`.
+        differences: as returned by `statistics.policy_differences`.
     """
     chosen = differences[(differences["policy"] == PPO) & (differences["baseline"] == SFT)]
     claims = []
@@ -55,13 +54,13 @@ def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
 
 
 def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
-    """PPO is at or above SFT in every bin of length with enough rows: a claim per size.
+    """Tests whether PPO is at or above SFT in every bin of length with enough rows: a claim per size.
 
     It holds where PPO is at or above SFT in each bin, does not hold where the interval of some bin lies below 0, and is
     undecided where PPO is below in some bin and its interval reaches 0.
 
     Args:
-        differences: as of `lengths.bin_differences`.
+        differences: as returned by `lengths.bin_differences`.
     """
     claims = []
     for size, part in differences.groupby("size", sort=False):
@@ -79,10 +78,10 @@ def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
 
 
 def rouge_rises(scores: pd.DataFrame) -> list[Claim]:
-    """ROUGE-L of SFT and of PPO rises from each size to the next, by the paired bootstrap over queries.
+    """Tests whether ROUGE-L of SFT and of PPO rises from each size to the next, by the paired bootstrap over queries.
 
     Args:
-        scores: as of `overlap.rouge_rows`.
+        scores: as returned by `rouge.rouge_rows`.
     """
     claims = []
     for policy in (SFT, PPO):
@@ -94,28 +93,25 @@ def rouge_rises(scores: pd.DataFrame) -> list[Claim]:
 
 
 def accuracy_rises(accuracies: pd.DataFrame) -> list[Claim]:
-    """Accuracy of the reward model rises from each size to the next, on each split, on the cleanest labels there are.
+    """Tests whether the reward model's accuracy rises with size on each split, on the cleanest labels that all have.
 
     Each size's accuracy is the mean over seeds. All seeds see the same pairs, so that Newcombe's interval of a
     difference takes the number of pairs of one seed: it is too wide rather than too narrow.
 
     Args:
-        accuracies: as of `calibration.accuracy_rows`.
+        accuracies: as returned by `calibration.accuracy_rows`.
     """
-    claims = []
+    if accuracies.empty:
+        return []
     whole = accuracies[accuracies["group"] == "all"]
-    clean = whole[whole["labels"] == LABELS["clean"]]
-    whole = (
-        clean
-        if len(clean[RUN].drop_duplicates()) == len(whole[RUN].drop_duplicates())
-        else whole[whole["labels"] == LABELS["margin"]]
-    )
-    for split, part in whole.groupby("split", sort=False):
+    given, clean = (whole[whole["labels"] == labels] for labels in (LABELS["margin"], LABELS["clean"]))
+    every_run = set(clean[RUN].itertuples(index=False)) == set(given[RUN].itertuples(index=False))
+    claims = []
+    for split, part in (clean if every_run else given).groupby("split", sort=False):
         table = part.groupby("size", sort=False).agg(accuracy=("accuracy", "mean"), pairs=("pairs", "min"))
-        rows = list(table.itertuples())
         steps = [
             (x.Index, y.Index, proportion_difference(y.accuracy, y.pairs, x.accuracy, x.pairs))
-            for x, y in pairwise(rows)
+            for x, y in pairwise(table.itertuples())
         ]
         title = f"Reward-model accuracy on {split} rises with size (labels {part['labels'].iloc[0]})"
         claims += _rise(title, table["accuracy"].to_dict(), steps)
@@ -123,36 +119,27 @@ def accuracy_rises(accuracies: pd.DataFrame) -> list[Claim]:
 
 
 def seeds_agree(agreement: pd.DataFrame) -> list[Claim]:
-    """Seeds of a size win on the same queries more often than chance: a claim per size and policy.
+    """Tests whether seeds of a size win on the same queries more often than chance: a claim per size and policy.
 
     Args:
-        agreement: as of `agreement.seed_agreement`.
+        agreement: as returned by `agreement.seed_agreement`.
     """
     claims = []
     for row in agreement.itertuples(index=False):
         found = Estimate(row.fleiss, row.low, row.high)
-        text = (
-            f"Fleiss' kappa {shown(found)}, {row.unanimous:.1%} of {row.queries} queries unanimous, {row.seeds} seeds"
-        )
+        unanimous = f"{row.unanimous:.1%} of {row.queries} queries unanimous"
+        text = f"Fleiss' kappa {shown(found)}, {unanimous}, {row.seeds} seeds"
         title = f"Seeds of {row.policy} at size {row.size} agree on what wins beyond chance"
         claims.append(Claim(title, verdict([found]), text))
     return claims
 
 
-def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row per claim: `claim`, `verdict`, `evidence`."""
-    import pandas as pd
-
-    return pd.DataFrame(claims, columns=list(Claim._fields))
-
-
 def shown(found: Estimate, sign: str = "") -> str:
-    """An estimate as text, with its interval, where there are any."""
-    if found.value != found.value:
+    """Formats an estimate with its interval."""
+    if pd.isna(found.value):
         return "unknown"
-    if found.low != found.low:
-        return f"{found.value:{sign}.3f} (no interval)"
-    return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+    interval = "no interval" if pd.isna(found.low) else f"{found.low:{sign}.3f} to {found.high:{sign}.3f}"
+    return f"{found.value:{sign}.3f} ({interval})"
 
 
 def _rise(title: str, means: dict[str, float], steps: Sequence[tuple[str, str, Estimate]]) -> list[Claim]:

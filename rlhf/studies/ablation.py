@@ -12,7 +12,7 @@ from rlhf.callbacks.export import is_complete
 from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
-from rlhf.report.plots import plot_ablations
+from rlhf.report.figures import plot_ablations
 from rlhf.studies.pipeline import Job, Runner, Stage, run_jobs
 
 if TYPE_CHECKING:
