@@ -17,29 +17,24 @@ RESAMPLES = 1000
 def reward_agreement(rows: pd.DataFrame) -> pd.DataFrame:
     """Computes how often the reward model prefers the text that the judge prefers, of policy and reference.
 
-    Args:
-        rows: judged rows with `a_score` and `b_score`. Rows without scores, invalid rows and the judge's ties are left
-            out; equal scores count half.
+    Rows without scores, invalid rows and the judge's ties (`undecided`) are left out; equal scores count half.
 
     Returns:
-        A row per size, seed and policy: `pairs`, `undecided` (the judge's ties), `agreement`, Wilson's `low`, `high`.
+        A row per size, seed and policy: `pairs`, `undecided`, `agreement`, Wilson's `low`, `high`.
     """
 
     def compute(part: pd.DataFrame) -> dict[str, Any]:
         decided = part[part["outcome"] != 0.5]
         same = np.sign(decided["a_score"] - decided["b_score"]) * np.sign(decided["outcome"] - 0.5)
-        rate, low, high = proportion((same.mean() + 1) / 2, len(decided))
         counts = {"pairs": len(decided), "undecided": len(part) - len(decided)}
-        return {**counts, "agreement": rate, "low": low, "high": high}
+        return {**counts, **proportion((same.mean() + 1) / 2, len(decided))._asdict()}
 
-    return per_group(rows.dropna(subset=["a_score", "b_score", "outcome"]), KEYS, compute)
+    known = rows.dropna(subset=["a_score", "b_score", "outcome"])
+    return per_group(known, KEYS, compute).rename(columns={"value": "agreement"})
 
 
 def ratings(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rates what each seed did on each query: 0 lost, 1 tied, 2 won. A row per query, a column per seed.
-
-    Queries that some seed lacks, or for which some outcome is invalid, are left out.
-    """
+    """Rates each seed (column) on each query (row) that all have: 0 lost, 1 tied, 2 won."""
     table = rows.pivot(index="query", columns="seed", values="outcome").dropna()
     return (np.sign(table - 0.5) + 1).astype(int)
 
@@ -47,15 +42,11 @@ def ratings(rows: pd.DataFrame) -> pd.DataFrame:
 def seed_agreement(rows: pd.DataFrame, group: str = "policy", counted: str = "queries") -> pd.DataFrame:
     """Measures whether the seeds of a size win on the same queries.
 
-    Args:
-        rows: judged rows.
-        group: column that is compared within one value.
-        counted: name of the column that counts queries.
-
     Returns:
-        A row per size and policy with two seeds or more: `seeds`, `queries`, `pairwise` (share of equal outcomes, mean
-        over pairs of seeds), `unanimous` (share of queries on which all are equal), `cohen` (mean over pairs of
-        seeds), `fleiss`, its bootstrap interval `low`, `high`. A kappa is NaN where chance alone would agree always.
+        A row per size and policy (or other group) with two seeds or more: `seeds`, `queries`, `pairwise` (share of
+        equal outcomes, mean over pairs of seeds), `unanimous` (share of queries on which all are equal), `cohen` (mean
+        over pairs of seeds), `fleiss`, its bootstrap interval `low`, `high`. A kappa is NaN where chance alone would
+        agree always.
     """
 
     def compute(part: pd.DataFrame) -> dict[str, Any]:
@@ -63,29 +54,23 @@ def seed_agreement(rows: pd.DataFrame, group: str = "policy", counted: str = "qu
         pairs = [(outcomes[x], outcomes[y]) for x, y in combinations(outcomes.columns, 2)]
         if not pairs or outcomes.empty:
             return {}
-        fleiss, low, high = fleiss_kappa(outcomes)
         return {
             "seeds": outcomes.shape[1],
             counted: len(outcomes),
             "pairwise": np.mean([(x == y).mean() for x, y in pairs]),
             "unanimous": (outcomes.nunique(axis=1) == 1).mean(),
             "cohen": np.mean([cohen_kappa(x, y) for x, y in pairs]),
-            "fleiss": fleiss,
-            "low": low,
-            "high": high,
+            **fleiss_kappa(outcomes)._asdict(),
         }
 
-    return per_group(rows, ["size", "parameters", group], compute)
+    return per_group(rows, ["size", "parameters", group], compute).rename(columns={"value": "fleiss"})
 
 
 def reward_seed_agreement(margins: pd.DataFrame) -> pd.DataFrame:
     """Measures whether the reward models of the seeds of a size prefer the same response of the same comparison.
 
-    Args:
-        margins: as returned by `runs.margin_rows`. Splits in which the seeds have different comparisons are left out.
-
-    Returns:
-        The table of `seed_agreement`, with `split` and `pairs` instead of `policy` and `queries`.
+    Splits in which the seeds have different comparisons are left out; `split` and `pairs` replace `policy` and
+    `queries` in the table of `seed_agreement`.
     """
     what = [name for name in ("batch", "confidence", "chosen_policy", "rejected_policy") if name in margins]
     same = []
@@ -99,21 +84,14 @@ def reward_seed_agreement(margins: pd.DataFrame) -> pd.DataFrame:
 
 def cohen_kappa(x: pd.Series, y: pd.Series) -> float:
     """Computes Cohen's kappa of two raters; NaN where both always give the same one answer."""
-    from statsmodels.stats.inter_rater import cohens_kappa
+    from statsmodels.stats.inter_rater import cohens_kappa, to_table
 
-    answers = sorted({*x, *y})
-    if len(answers) < 2:
-        return float("nan")
-    counts = pd.crosstab(x, y).reindex(index=answers, columns=answers, fill_value=0)
-    return float(cohens_kappa(counts.to_numpy(), return_results=False))
+    counts, _ = to_table(np.column_stack([x, y]))
+    return float(cohens_kappa(counts, return_results=False)) if len(counts) > 1 else float("nan")
 
 
 def fleiss_kappa(outcomes: pd.DataFrame) -> Estimate:
-    """Computes Fleiss' kappa with its bootstrap interval, for which queries are drawn; NaN where all answers are equal.
-
-    Args:
-        outcomes: a row per query, a column per rater.
-    """
+    """Computes Fleiss' kappa with its bootstrap interval, for which queries are drawn; NaN if all answers are equal."""
     from statsmodels.stats import inter_rater
 
     counts, _ = inter_rater.aggregate_raters(outcomes.to_numpy())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -12,75 +12,41 @@ from rlhf.report import agreement, calibration, claims, lengths, overoptimisatio
 from rlhf.report.curve_files import curve_rows
 from rlhf.report.runs import PPO, RUN, SFT, Run, check_shared_queries, judged_rows, margin_rows, ordered
 
-SFT_PANELS = {
-    "Loss": ["loss/sft_step", "validation/loss"],
-    "ROUGE on validation": ["validation/rouge1", "validation/rouge2", "validation/rougeL"],
+PANELS = {
+    "sft": {
+        "Loss": ["loss/sft_step", "validation/loss"],
+        "ROUGE on validation": ["validation/rouge1", "validation/rouge2", "validation/rougeL"],
+    },
+    "reward": {
+        "Loss": ["loss/reward_step", "validation/loss"],
+        "Accuracy": ["validation/accuracy", "validation_cnndm/accuracy"],
+    },
+    "ppo": {
+        "Score of the reward model": ["objective/scores", "validation/score"],
+        "KL to the reference (nats per response)": ["objective/kl"],
+        "Ratio": ["val/ratio"],
+        "Largest |ratio - 1| before the first step": ["val/ratio_max_deviation"],
+        "Gold score on validation": ["validation/gold_scores"],
+        "Length of a response (tokens)": ["rollout/response_length", "validation/length"],
+        "Share of responses with EOS": ["rollout/eos_share", "validation/eos"],
+    },
 }
-REWARD_PANELS = {
-    "Loss": ["loss/reward_step", "validation/loss"],
-    "Accuracy": ["validation/accuracy", "validation_cnndm/accuracy"],
-}
-PPO_PANELS = {
-    "Score of the reward model": ["objective/scores", "validation/score"],
-    "KL to the reference (nats per response)": ["objective/kl"],
-    "Ratio": ["val/ratio"],
-    "Largest |ratio - 1| before the first step": ["val/ratio_max_deviation"],
-    "Gold score on validation": ["validation/gold_scores"],
-    "Length of a response (tokens)": ["rollout/response_length", "validation/length"],
-    "Share of responses with EOS": ["rollout/eos_share", "validation/eos"],
-}
-PANELS = {"sft": SFT_PANELS, "reward": REWARD_PANELS, "ppo": PPO_PANELS}
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the runs left behind, as tables; empty ones where there is nothing.
+class Evidence(NamedTuple):
+    """What the runs left behind, as tables; empty ones where there is nothing."""
 
-    Attributes:
-        rows: as returned by `runs.judged_rows`.
-        margins: as returned by `runs.margin_rows`.
-        course: as returned by `overoptimisation.course`, with the SFT policy as update 0; where no run has checkpoints,
-            as returned by `overoptimisation.validated_course`.
-        curves: as returned by `curve_files.curve_rows`, those of PANELS and all of validation.
-    """
-
-    rows: pd.DataFrame
-    margins: pd.DataFrame
-    course: pd.DataFrame
-    curves: pd.DataFrame
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """The tables of a report; empty ones where data lack. `analyse` names the function behind each."""
-
-    evidence: Evidence
-    summary: pd.DataFrame
-    rates: pd.DataFrame
-    differences: pd.DataFrame
-    mean_lengths: pd.DataFrame
-    bins: pd.DataFrame
-    fits: pd.DataFrame
-    bin_differences: pd.DataFrame
-    agreement: pd.DataFrame
-    seeds: pd.DataFrame
-    reward_seeds: pd.DataFrame
-    side_by_side: pd.DataFrame
-    accuracy: pd.DataFrame
-    calibration: pd.DataFrame
-    errors: pd.DataFrame
-    turns: pd.DataFrame
-    rouge: pd.DataFrame
-    claims: pd.DataFrame
-    left_out: pd.DataFrame
+    rows: pd.DataFrame  # of `judged_rows`
+    margins: pd.DataFrame  # of `margin_rows`
+    course: pd.DataFrame  # of `course`, with SFT as update 0; where no run has checkpoints, of `validated_course`
+    curves: pd.DataFrame  # of `curve_rows`: those of PANELS, and all of validation
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
     """Reads all tables and curves of runs.
 
     Raises:
-        UserError: a file or column is missing, tables share no query, sizes cannot be ordered, or checkpoints have no
-            curve of KL, or too short a one.
+        UserError: something is missing, tables share no query, or sizes cannot be ordered.
     """
     runs = ordered(runs)
     rows, checkpoints = judged_rows(runs), judged_rows(runs, "update")
@@ -96,49 +62,49 @@ def gather(runs: Sequence[Run]) -> Evidence:
     return Evidence(rows, margin_rows(runs), course, curves)
 
 
-def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> Analysis:
+def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> dict[str, pd.DataFrame]:
     """Computes all tables of a report.
 
     Args:
         evidence: as returned by `gather`.
         unit: of lengths.
+
+    Returns:
+        The tables under the names of their CSV files, without those that lack data; `left_out` has the rows without a
+        length ratio.
     """
-
-    def known(compute: Callable[[pd.DataFrame], pd.DataFrame], table: pd.DataFrame) -> pd.DataFrame:
-        return compute(table) if len(table) else pd.DataFrame()
-
-    rows, margins = evidence.rows, evidence.margins
+    rows, margins, course, curves = evidence
     with_lengths = lengths.with_lengths(rows, unit)
-    bins = lengths.length_bins(with_lengths)
-    bin_differences = lengths.bin_differences(bins, PPO, SFT)
-    rates, differences = statistics.win_rates(rows), statistics.policy_differences(rows)
-    scores, seeds = rouge.rouge_rows(rows), agreement.seed_agreement(rows)
-    accuracy = known(calibration.accuracy_rows, margins)
-    found = [
-        *claims.ppo_beats_sft(differences),
-        *claims.ahead_at_every_length(bin_differences),
-        *claims.rouge_rises(scores),
-        *claims.accuracy_rises(accuracy),
-        *claims.seeds_agree(seeds),
-    ]
-    return Analysis(
-        evidence=evidence,
-        summary=summary.summarise(rows, scores),
-        rates=rates,
-        differences=differences,
-        mean_lengths=lengths.mean_lengths(with_lengths),
-        bins=bins,
-        fits=lengths.length_fits(with_lengths),
-        bin_differences=bin_differences,
-        agreement=agreement.reward_agreement(rows),
-        seeds=seeds,
-        reward_seeds=known(agreement.reward_seed_agreement, margins),
-        side_by_side=summary.side_by_side(rates, evidence.curves),
-        accuracy=accuracy,
-        calibration=known(calibration.calibration_bins, margins),
-        errors=known(calibration.calibration_errors, margins),
-        turns=known(overoptimisation.turning_points, evidence.course),
-        rouge=rouge.rouge_table(scores),
-        claims=pd.DataFrame(found, columns=list(claims.Claim._fields)),
-        left_out=with_lengths[with_lengths["log_ratio"].isna()],
-    )
+    bins, scores = lengths.length_bins(with_lengths), rouge.rouge_rows(rows)
+    rates = statistics.win_rates(rows)
+    tables = {
+        "summary": summary.summarise(rows, scores),
+        "win_rates": rates,
+        "differences": statistics.policy_differences(rows),
+        "left_out": with_lengths[with_lengths["log_ratio"].isna()],
+        "mean_lengths": lengths.mean_lengths(with_lengths),
+        "length_bins": bins,
+        "length_adjusted": lengths.length_fits(with_lengths),
+        "length_bin_differences": lengths.bin_differences(bins, PPO, SFT),
+        "reward_agreement": agreement.reward_agreement(rows),
+        "seed_agreement": agreement.seed_agreement(rows),
+        "over_optimisation": course,
+        "rouge": rouge.rouge_table(scores),
+        **{f"{stage}_curves": curves[curves["stage"] == stage] for stage in PANELS},
+        "invariants": summary.invariants(curves),
+    }
+    if len(course):
+        tables["over_optimisation_best"] = overoptimisation.turning_points(course)
+    if len(margins):
+        tables |= calibration.accuracy_tables(margins)
+        tables["calibration"] = calibration.calibration_bins(margins)
+        tables["calibration_error"] = calibration.calibration_errors(margins)
+        tables["reward_seed_agreement"] = agreement.reward_seed_agreement(margins)
+    if rates.groupby("size")["seed"].nunique().max() > 1:
+        tables["seeds"] = summary.side_by_side(rates, curves)
+        for name, value in (("win_rates", "win_rate"), ("reward_agreement", "agreement")):
+            if len(tables[name]):
+                tables[f"{name}_over_seeds"] = statistics.over_seeds(tables[name], [value], lengths.GROUP)
+    tables = {name: table for name, table in tables.items() if len(table)}
+    found = claims.claims_table({**tables, "rouge_rows": scores})
+    return {**tables, "claims": found} if len(found) else tables

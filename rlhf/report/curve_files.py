@@ -35,15 +35,7 @@ def read_curves(run: str | Path) -> dict[str, pd.Series]:
 
 
 def curve_rows(runs: Iterable[Run], names: Sequence[str]) -> pd.DataFrame:
-    """Reads curves of all stages of runs into one table.
-
-    Args:
-        runs: their `stages` name the run folders.
-        names: of the curves, or patterns such as `validation/*`.
-
-    Returns:
-        `size`, `seed`, `stage`, `curve`, `step`, `value`.
-    """
+    """Reads the curves with one of these names, or patterns such as `validation/*`, of all stages into a table."""
     parts = []
     for run in runs:
         for stage, folder in run.stages.items():
@@ -52,10 +44,3 @@ def curve_rows(runs: Iterable[Run], names: Sequence[str]) -> pd.DataFrame:
                     points = curve.rename_axis("step").rename("value").reset_index()
                     parts.append(points.assign(size=run.size, seed=run.seed, stage=stage, curve=name))
     return pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)
-
-
-def last_quarter(rows: pd.DataFrame) -> pd.DataFrame:
-    """Averages every curve over the last quarter of its steps: `size`, `seed`, `stage`, `curve`, `value`."""
-    keys = ["size", "seed", "stage", "curve"]
-    last = rows[rows["step"] > 0.75 * rows.groupby(keys)["step"].transform("max")]
-    return last.groupby(keys, sort=False)["value"].mean().reset_index()

@@ -1,4 +1,4 @@
-"""Figures of reports. Each function takes the numbers as tables and writes a PNG, its argument `file`."""
+"""Figures of reports, as PNG. This module imports seaborn, so it is imported only when figures are drawn."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from rlhf.report.calibration import sigmoid
 from rlhf.report.lengths import WIDTH, Unit, fitted_curve
 from rlhf.report.overoptimisation import measures
 from rlhf.report.runs import Baseline
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # The colours of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -31,38 +33,23 @@ WIN_RATE = "win rate against the reference"
 def canvas(
     file: Path, count: int, columns: int = 3, height: float = 3.4, legend: bool = True, **settings: Any
 ) -> Iterator[list[Axes]]:
-    """Yields panels to draw in, row by row, and writes them to a file at the end.
+    """Yields panels to draw in, at most `columns` in a row, and writes them to a file at the end.
 
-    Args:
-        file: the PNG to write.
-        count: how many panels.
-        columns: how many panels a row may have.
-        height: of a panel in inches.
-        legend: put the legend of the first panel to the right of all, instead of one into each.
-        settings: of `plt.subplots`.
+    The legend is that of the first panel, to the right of all; without `legend` each panel has its own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
     columns = min(columns, count)
     rows = -(-count // columns)
     with sns.axes_style("whitegrid", {"axes.spines.top": False, "axes.spines.right": False}):
-        size = (5.6 if count == 1 else 4.0 * columns, height * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **settings)
-        try:
-            for axis in axes.flat[count:]:
-                axis.set_axis_off()
-            yield list(axes.flat[:count])
-            for axis in axes.flat[:count]:
-                axis.legend().set_visible(not legend)
-            if legend:
-                figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-            figure.savefig(file, dpi=120)
-        finally:
-            plt.close(figure)
+        figure = Figure((5.6 if count == 1 else 4.0 * columns, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **settings)
+        for axis in axes.flat[count:]:
+            axis.set_axis_off()
+        yield list(axes.flat[:count])
+        for axis in axes.flat[:count]:
+            axis.legend().set_visible(not legend)
+        if legend:
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.savefig(file, dpi=120)
 
 
 def palette(names: pd.Series) -> dict[Any, str]:
@@ -72,8 +59,6 @@ def palette(names: pd.Series) -> dict[Any, str]:
 
 def size_palette(sizes: pd.Series) -> dict[Any, Any]:
     """Returns a colour per size, from dark to light as sizes grow."""
-    import seaborn as sns
-
     return dict(zip(sizes.unique(), sns.color_palette("viridis", sizes.nunique()), strict=True))
 
 
@@ -85,26 +70,20 @@ def side_by_side(names: pd.Series) -> pd.Series:
 def plot_against_size(
     table: pd.DataFrame,
     panels: Mapping[str, str],
-    series: str,
-    y_label: str,
     file: Path,
+    series: str = "policy",
     baselines: Sequence[Baseline] = (),
     level: float | None = None,
 ) -> None:
     """Draws numbers against model size: a dot per seed, a line through the means per series.
 
-    With one seed per size the dots have error bars, where the table has `low` and `high`.
+    With one seed per size the dots have error bars, where the table has `low` and `high`. Baselines are stars.
 
     Args:
-        table: rows of `size`, `parameters`, `seed`, the series and the numbers.
         panels: column -> title of its panel.
-        series: the column whose values get a line each.
-        baselines: stars.
+        series: column that has a name for each line.
         level: height of a dashed line.
     """
-    import seaborn as sns
-    from matplotlib.ticker import NullLocator
-
     colours, sizes = palette(table[series]), table.drop_duplicates("size")
     table = table.assign(x=table["parameters"] * 1.03 ** side_by_side(table[series]))
     look: Any = {"x": "x", "hue": series, "style": series, "palette": colours, "markers": True}
@@ -122,7 +101,7 @@ def plot_against_size(
                 shape: Any = {"marker": "*", "s": 190, "edgecolors": "black", "color": COLOURS[-1 - index % 3]}
                 label = f"{star.name} ({star.win_rate:.2f})"
                 axis.scatter(star.parameters, star.win_rate, zorder=4, label=label, **shape)
-            axis.set(title=title, xlabel="model size (parameters, log scale)", ylabel=y_label)
+            axis.set(title=title, xlabel="model size (parameters, log scale)", ylabel="")
             axis.set(xscale="log", xlim=(min(known) / 1.4, max(known) * 1.4))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xticks(sizes["parameters"], sizes["size"])
@@ -130,29 +109,21 @@ def plot_against_size(
 
 def plot_mean_lengths(table: pd.DataFrame, unit: Unit, file: Path) -> None:
     """Draws win rate against mean length, as returned by `lengths.mean_lengths`: a dot per run and policy."""
-    import seaborn as sns
-
     style = "size" if table["size"].nunique() > 1 else None
+    look: Any = {"hue": "policy", "style": style, "palette": palette(table["policy"]), "s": 60, "alpha": 0.8}
     with canvas(file, 1) as [axis]:
         axis.axhline(0.5, **DASHED)
         axis.axvline(table["reference_length"].mean(), label="reference", **DOTTED)
-        look: Any = {"hue": "policy", "style": style, "palette": palette(table["policy"]), "s": 60, "alpha": 0.8}
         sns.scatterplot(table, x="length", y="win_rate", ax=axis, **look)
         axis.set(xlabel=f"mean length of the responses ({unit})", ylabel=WIN_RATE)
 
 
 def plot_length_controlled(bins: pd.DataFrame, fits: pd.DataFrame, file: Path) -> None:
-    """Draws win rate against log(length / reference length), a panel per size, all policies in each.
+    """Draws `lengths.length_bins` and `lengths.length_fits`, a panel per size, all policies in each.
 
     Dots are bins with their intervals, as large as they have rows; lines are the logistic fits, over the bins that have
     rows; the ring on the dotted line is the length-adjusted win rate.
-
-    Args:
-        bins: as returned by `lengths.length_bins`.
-        fits: as returned by `lengths.length_fits`.
     """
-    import seaborn as sns
-
     colours = palette(bins["policy"])
     bins = bins.assign(x=bins["bin"] + side_by_side(bins["policy"]) * WIDTH * 0.16)
     look: Any = {"hue": "policy", "palette": colours, "size": "rows", "sizes": (15, 100), "alpha": 0.75}
@@ -178,39 +149,30 @@ def plot_calibration(bins: pd.DataFrame, file: Path) -> None:
     Each split has a panel. A dot is a bin of a run, in the colour of its size; a line goes through the bins of all
     seeds of a size together.
     """
-    import seaborn as sns
-
-    numbers = ["margin", "accuracy"]
+    numbers, colours = ["margin", "accuracy"], size_palette(bins["size"])
     sums = bins.assign(**bins[numbers].mul(bins["pairs"], axis=0)).groupby(["split", "size", "from"], sort=False)
     sums = sums[[*numbers, "pairs"]].sum().reset_index()
     lines = sums.assign(**sums[numbers].div(sums["pairs"], axis=0))
     single = len(bins[["size", "seed"]].drop_duplicates()) == 1
-    look: Any = {"x": "margin", "y": "accuracy", "hue": "size", "palette": size_palette(bins["size"])}
+    look: Any = {"x": "margin", "y": "accuracy", "hue": "size", "palette": colours}
     x = np.linspace(0, max(1.0, bins["margin"].max() * 1.05), 200)
     with canvas(file, bins["split"].nunique(), sharey=True) as axes:
         for axis, (split, own) in zip(axes, bins.groupby("split", sort=False), strict=True):
-            axis.plot(x, 1 / (1 + np.exp(-x)), color="black", linestyle="--", label="sigmoid(margin)")
+            axis.plot(x, sigmoid(x), color="black", linestyle="--", label="sigmoid(margin)")
             sns.lineplot(lines[lines["split"] == split], ax=axis, **look)
             sns.scatterplot(own, alpha=0.55, legend=False, ax=axis, **look)
             if single:
-                axis.vlines(own["margin"], own["low"], own["high"], colors=own["size"].map(look["palette"]), alpha=0.5)
+                axis.vlines(own["margin"], own["low"], own["high"], colors=own["size"].map(colours), alpha=0.5)
             axis.set(title=split, xlabel="|margin| (mean of the bin)")
 
 
 def plot_course(table: pd.DataFrame, over: Mapping[str, str], file: Path) -> None:
-    """Draws each measure over the course of PPO: a line per run, in the colour of its size.
-
-    Args:
-        table: as returned by `overoptimisation.course` or `validated_course`.
-        over: column on the x-axis -> its label; each gets a row of panels.
-    """
-    import seaborn as sns
-
+    """Draws each measure over the course of PPO, a line per run; `over` has the columns of x-axes and their labels."""
     titles = {"score": "score of the reward model", "gold": "gold score", "win_rate": WIN_RATE}
-    names, colours = measures(table), size_palette(table["size"])
+    names = measures(table)
+    look: Any = {**RUNS, "palette": size_palette(table["size"]), "marker": "o", "sort": False}
     with canvas(file, len(over) * len(names), len(names)) as axes:
         for axis, ((x, x_label), name) in zip(axes, product(over.items(), names), strict=True):
-            look: Any = {"marker": "o", "sort": False, "palette": colours, **RUNS}
             sns.lineplot(table.sort_values("update"), x=x, y=name, ax=axis, **look)
             axis.set(title=titles.get(name, name.replace("_", " ")), xlabel=x_label, ylabel="")
             if name == "win_rate":
@@ -221,11 +183,9 @@ def plot_curves(curves: pd.DataFrame, panels: Mapping[str, Sequence[str]], x_lab
     """Draws the curves of a stage: those of one run together in their panel; of several runs, each in a panel.
 
     Args:
-        curves: as returned by `curve_files.curve_rows`; some of them must belong to a panel.
-        panels: title -> names of curves.
+        curves: as returned by `curve_files.curve_rows`.
+        panels: title -> names of curves; at least one of them is there.
     """
-    import seaborn as sns
-
     several = len(curves[["size", "seed"]].drop_duplicates()) > 1
     if several:
         panels = {f"{title}\n{name}": [name] for title, names in panels.items() for name in names}
@@ -242,22 +202,16 @@ def plot_curves(curves: pd.DataFrame, panels: Mapping[str, Sequence[str]], x_lab
 def plot_ablations(points: pd.DataFrame, default: str, metrics: Sequence[str], file: Path) -> None:
     """Draws each ablation in colour over the default in grey: a row per ablation, a column per metric.
 
-    A line is the mean over seeds, a band reaches from the lowest to the highest seed.
-
-    Args:
-        points: rows of `ablation`, `seed`, `metric`, `episodes`, `value`.
-        default: the name of the default among the ablations.
-        metrics: the columns; those that are missing are left out.
+    A line is the mean over seeds, a band reaches from the lowest to the highest seed. Points are rows of `ablation`
+    (`default` is one), `seed`, `metric`, `episodes` and `value`; metrics without points are left out.
     """
-    import seaborn as sns
-
     names = [name for name in points["ablation"].unique() if name != default] or [default]
     shown = [metric for metric in metrics if (points["metric"] == metric).any()]
     look: Any = {"errorbar": ("pi", 100), "palette": {"default": GREY, "ablation": COLOURS[1]}}
     with canvas(file, len(names) * len(shown), len(shown), 1.9, sharex=True, sharey="col") as axes:
         for axis, (name, metric) in zip(axes, product(names, shown), strict=True):
             own = points[points["ablation"].isin([default, name]) & (points["metric"] == metric)]
-            kind = own["ablation"].map({default: "default"}).fillna("ablation").rename("run")
+            kind = own["ablation"].map({default: "default"}).fillna("ablation")
             sns.lineplot(own, x="episodes", y="value", hue=kind, ax=axis, **look)
             axis.set(title=metric if name == names[0] else "", ylabel=name.replace("_", "\n"))
             axis.label_outer()

@@ -22,21 +22,16 @@ def with_lengths(rows: pd.DataFrame, unit: Unit) -> pd.DataFrame:
 
     `log_ratio` is NaN where a text is empty. Characters are counted without blanks at the ends.
     """
-    if unit == "tokens":
-        lengths = {"length": rows["a_tokens"], "reference_length": rows["b_tokens"]}
-    else:
-        lengths = {"length": rows["a"].str.strip().str.len(), "reference_length": rows["b"].str.strip().str.len()}
-    table = rows.assign(**lengths).astype(dict.fromkeys(lengths, float))
-    ratio = (table["length"] / table["reference_length"]).where((table["length"] > 0) & (table["reference_length"] > 0))
-    return table.assign(log_ratio=np.log(ratio))
+    length, reference = (
+        (rows[f"{side}_tokens"] if unit == "tokens" else rows[side].str.strip().str.len()).astype(float)
+        for side in "ab"
+    )
+    ratio = (length / reference).where((length > 0) & (reference > 0))
+    return rows.assign(length=length, reference_length=reference, log_ratio=np.log(ratio))
 
 
 def mean_lengths(rows: pd.DataFrame) -> pd.DataFrame:
-    """Averages `length`, `reference_length` and `win_rate` over the valid rows of each size, seed and policy.
-
-    Args:
-        rows: as returned by `with_lengths`.
-    """
+    """Averages `length`, `reference_length` and `win_rate` over the valid rows of each size, seed and policy."""
     valid = rows.dropna(subset=["outcome"]).rename(columns={"outcome": "win_rate"})
     return valid.groupby(KEYS, sort=False)[["length", "reference_length", "win_rate"]].mean().reset_index()
 
@@ -45,11 +40,8 @@ def length_bins(rows: pd.DataFrame) -> pd.DataFrame:
     """Computes the win rate per bin of `log_ratio`, over the seeds together.
 
     Bins are 0.25 wide and centred on multiples of 0.25, so that the one at 0 holds responses about as long as their
-    reference. The seeds of a size answer the same queries, so Wilson's intervals count different queries instead of
-    rows: never too narrow.
-
-    Args:
-        rows: as returned by `with_lengths`; invalid rows and those without `log_ratio` are left out.
+    reference. Invalid rows and those without `log_ratio` are left out. The seeds of a size answer the same queries, so
+    Wilson's intervals count different queries instead of rows: never too narrow.
 
     Returns:
         A row per size, policy and bin that has rows: `bin` (its centre), `rows`, `queries`, `win_rate`, `low`, `high`.
@@ -57,22 +49,18 @@ def length_bins(rows: pd.DataFrame) -> pd.DataFrame:
 
     def compute(part: pd.DataFrame) -> dict[str, Any]:
         queries = part["query"].nunique()
-        rate, low, high = proportion(part["outcome"].mean(), queries)
-        return {"rows": len(part), "queries": queries, "win_rate": rate, "low": low, "high": high}
+        return {"rows": len(part), "queries": queries, **proportion(part["outcome"].mean(), queries)._asdict()}
 
     known = rows.dropna(subset=["log_ratio", "outcome"])
     known = known.assign(bin=np.floor(known["log_ratio"] / WIDTH + 0.5) * WIDTH)
     order = np.lexsort((known["bin"], known.groupby(GROUP, sort=False).ngroup()))
-    return per_group(known.iloc[order], [*GROUP, "bin"], compute)
+    return per_group(known.iloc[order], [*GROUP, "bin"], compute).rename(columns={"value": "win_rate"})
 
 
 def bin_differences(bins: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
     """Subtracts the win rate of a baseline from that of a policy in every bin in which both have at least 20 queries.
 
-    The two have different queries of a bin, so the interval is Newcombe's of independent proportions.
-
-    Returns:
-        `size`, `parameters`, `bin`, `difference`, `low`, `high`.
+    The two have different queries of a bin, so the interval `low`, `high` is Newcombe's of independent proportions.
     """
     keys = ["size", "parameters", "bin"]
     if bins.empty:
@@ -86,9 +74,6 @@ def bin_differences(bins: pd.DataFrame, policy: str, baseline: str) -> pd.DataFr
 
 def length_fits(rows: pd.DataFrame) -> pd.DataFrame:
     """Fits the outcome on `log_ratio` per size and policy, for every seed and for all together ("all").
-
-    Args:
-        rows: as returned by `with_lengths`.
 
     Returns:
         `size`, `parameters`, `seed`, `policy`, `rows`, `raw` (the win rate of these rows), `adjusted` (that of the fit
@@ -110,10 +95,8 @@ def fit(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:
     """Fits P(win) = sigmoid(intercept + slope · log_ratio); returns the win rate at ratio 1, and the slope.
 
     Quasi-maximum likelihood for fractional outcomes (Papke and Wooldridge 1996), with a covariance that is robust to
-    rows of the same query. The interval of the win rate is the sigmoid of that of the intercept.
-
-    Returns:
-        Both NaN where no fit exists: one length ratio only, or outcomes that a ratio separates without an exception.
+    rows of the same query. The interval of the win rate is the sigmoid of that of the intercept. Both are NaN where no
+    fit exists: one length ratio only, or outcomes that a ratio separates without an exception.
     """
     import statsmodels.api as sm
     from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationError, PerfectSeparationWarning

@@ -20,15 +20,8 @@ NO_MEASURES = {*RUN, "update", "episodes", "kl", "sqrt_kl", "rows", "low", "high
 def kl_after(kl: pd.Series, update: int) -> float:
     """Returns the KL of the policy as it was after an update, in nats per response.
 
-    KL is measured on the responses that an update begins with. So the policy after update n is measured by point n + 1;
-    the last policy has no such point and takes the last one.
-
-    Args:
-        kl: one point per update, in order.
-        update: 0 is the policy before PPO, whose KL is 0.
-
-    Raises:
-        UserError: the curve has fewer points.
+    KL has a point per update and is measured on the responses that it begins with. So the policy after update n is
+    measured by point n + 1; the last policy has no such point and takes the last one. Update 0 is the start of PPO.
     """
     if update > len(kl):
         raise UserError(f"runs: there is a checkpoint of update {update}, but PPO made only {len(kl)} updates.")
@@ -47,7 +40,7 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         table has none), `rows`, `win_rate`, `low`, `high`.
 
     Raises:
-        UserError: a run has checkpoints and no curve of KL, or too short a one.
+        UserError: a run has no curve of KL, or too short a one.
     """
     keys = [*RUN, "update"]
     means = rows.groupby(keys, sort=False).agg(score=("a_score", "mean"), gold=("a_gold", "mean")).reset_index()
@@ -57,10 +50,8 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     kl = []
     for size, seed, update in table[["size", "seed", "update"]].itertuples(index=False):
         if (size, seed) not in curve_of:
-            raise UserError(
-                f"runs: size {size}, seed {seed} has checkpoints, but no curve {KL}; give its run folder of PPO as "
-                "stages.ppo."
-            )
+            name = f"size {size}, seed {seed}"
+            raise UserError(f"runs: {name} has checkpoints, but no curve {KL}; give its run folder as stages.ppo.")
         kl.append(kl_after(curve_of[size, seed], update))
     return _with_kl(table, kl)[[*keys, "kl", "sqrt_kl", "score", "gold", "rows", "win_rate", "low", "high"]]
 
@@ -68,10 +59,11 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def validated_course(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Computes proxy score and gold score at each validation of PPO, from its curves.
 
+    All scores of an evaluation function are measures; runs whose PPO has none are left out.
+
     Args:
         runs: a row per run: `size`, `parameters`, `seed`.
-        curves: as returned by `curve_files.curve_rows`. All scores of an evaluation function are measures; runs whose
-            PPO has none are left out.
+        curves: as returned by `curve_files.curve_rows`.
 
     Returns:
         `size`, `parameters`, `seed`, `update`, `episodes`, `kl`, `sqrt_kl`, `score`, and the other scores under the
@@ -106,12 +98,6 @@ def turning_points(table: pd.DataFrame) -> pd.DataFrame:
     """Finds where each measure is highest, a row per run and measure.
 
     Over-optimisation is a proxy score that is best at the end, and a gold score or win rate that was best before.
-
-    Args:
-        table: as returned by `course` or `validated_course`.
-
-    Returns:
-        `size`, `parameters`, `seed`, `measure`, `best_update`, `sqrt_kl`, `best`, `last`.
     """
 
     def compute(part: pd.DataFrame) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ class Page:
     It replaces an earlier page in the same folder: tables and figures of that page that this one lacks are deleted.
 
     Args:
-        folder: to write the page to; tables and figures go to the folder `report` in it.
+        folder: to write report.md to; tables and figures go to the folder `report` in it.
+        tables: what the page can show; those that are missing count as empty.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+        self.folder, self.tables = folder, defaultdict(pd.DataFrame, tables)
         files.claim(str(folder / FILES), resuming=True, setting="output")
         self._blocks: list[str] = []
         self._written: list[str] = []
@@ -35,15 +37,18 @@ class Page:
         """Adds headings or paragraphs; empty ones are left out."""
         self._blocks += [block for block in blocks if block]
 
-    def numbers(self, name: str, table: pd.DataFrame, title: str = "Numbers") -> None:
+    def numbers(self, name: str, title: str = "Numbers") -> None:
         """Writes a table as `<name>.csv`, all columns with all digits, and links to it."""
-        write_table(table, self._file(f"{name}.csv"))
+        write_table(self.tables[name], self._file(f"{name}.csv"))
         self.add(f"{title}: [{name}.csv]({FILES}/{name}.csv)")
 
-    def table(self, name: str, table: pd.DataFrame) -> None:
-        """Writes a table as `<name>.csv` and shows it without `parameters`."""
-        self.add(markdown(table.drop(columns="parameters", errors="ignore")))
-        self.numbers(name, table)
+    def table(self, name: str, *intro: str, columns: Sequence[str] = ()) -> None:
+        """Writes a table as `<name>.csv` and shows it (by default without `parameters`), unless it is empty."""
+        table = self.tables[name]
+        if len(table):
+            shown = table[list(columns)] if columns else table.drop(columns="parameters", errors="ignore")
+            self.add(*intro, markdown(shown))
+            self.numbers(name)
 
     def figure(self, name: str, draw: Callable[..., None], *data: Any, **settings: Any) -> None:
         """Has a figure drawn to `<name>.png`, and shows it."""
@@ -55,32 +60,26 @@ class Page:
         self._written.append(name)
         return self.folder / FILES / name
 
-    def write(self, name: str = "report.md") -> Path:
-        """Writes the page whole, or not at all; then deletes what an earlier page wrote and this one did not."""
-        file, written = self.folder / name, self.folder / FILES / WRITTEN
+    def write(self) -> None:
+        """Writes report.md whole, or not at all; then deletes what an earlier page wrote and this one did not."""
+        written = self.folder / FILES / WRITTEN
         before = json.loads(written.read_text()) if written.is_file() else []
-        files.write_text(file, "\n\n".join(self._blocks) + "\n")
+        files.write_text(self.folder / "report.md", "\n\n".join(self._blocks) + "\n")
         for left in set(before) - set(self._written):
             (self.folder / FILES / left).unlink(missing_ok=True)
         files.write_text(written, json.dumps(self._written, indent=2) + "\n")
-        return file
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Formats a table as Markdown, with the texts of `presented`."""
-    heads, rows = presented(table)
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-
-
-def presented(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Formats the heads and rows of a table as texts. Columns `low` and `high` become one, "95% interval"."""
+    """Formats a table as Markdown. Columns `low` and `high` become one, "95% interval"."""
     if {"low", "high"} <= set(table.columns):
         ends = zip(table["low"], table["high"], strict=True)
         intervals = ["" if pd.isna(low) else f"{cell(low)} to {cell(high)}" for low, high in ends]
         table = table.assign(low=intervals).drop(columns="high").rename(columns={"low": "95% interval"})
-    heads = [str(name).replace("_", " ") for name in table.columns]
-    return heads, [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    heads = [str(name).replace("_", " ") for name in table]
+    rows = [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def cell(value: Any) -> str:

@@ -9,11 +9,11 @@ from pydantic import NonNegativeInt
 
 from rlhf import files
 from rlhf.errors import UserError
-from rlhf.report import sections
-from rlhf.report.analysis import Analysis, analyse, gather
+from rlhf.report.analysis import analyse, gather
 from rlhf.report.lengths import Unit
-from rlhf.report.page import Page, presented
+from rlhf.report.page import Page, markdown
 from rlhf.report.runs import Baseline, Run
+from rlhf.report.summary import sample_responses
 
 
 def report(
@@ -22,7 +22,7 @@ def report(
     baselines: Sequence[Baseline] = (),
     lengths: Unit = "tokens",
     samples: NonNegativeInt = 5,
-) -> Analysis:
+) -> dict[str, pd.DataFrame]:
     """Writes report.md, PNG figures and the CSV tables behind them, from judged tables; no model is loaded.
 
     A report in the same folder is replaced: its tables and figures that the new one does not have are deleted.
@@ -35,49 +35,37 @@ def report(
         samples: how many sample summaries to show.
 
     Returns:
-        The tables of the report.
-
-    Raises:
-        UserError: a file or column is missing, tables share no query, or sizes cannot be ordered.
+        The tables of the report, as returned by `analyse`.
     """
+    from rlhf.report import sections  # which imports seaborn
+
     if baselines and any(run.parameters is None for run in runs):
         raise UserError("baselines: they are shown over their number of parameters, so give that of the runs too.")
     evidence = gather(runs)
     out = files.claim(output, resuming=True, setting="output")
-    found = analyse(evidence, lengths)
-    page = Page(out)
+    tables = analyse(evidence, lengths)
+    page = Page(out, tables)
     page.add("# Report")
-    sections.add_summary(page, found)
-    sections.add_claims(page, found)
-    sections.add_win_rates(page, found, baselines)
-    sections.add_lengths(page, found, lengths)
-    sections.add_reward(page, found)
-    sections.add_seeds(page, found)
-    sections.add_course(page, found)
-    sections.add_rouge(page, found)
-    sections.add_curves(page, found)
-    sections.add_samples(page, found, samples)
+    sections.add_summary(page, evidence.rows)
+    sections.add_win_rates(page, baselines)
+    sections.add_lengths(page, lengths)
+    sections.add_reward(page)
+    sections.add_seeds(page)
+    sections.add_course(page)
+    sections.add_rouge(page)
+    sections.add_curves(page)
+    if samples:
+        page.add("## Samples", sample_responses(evidence.rows, samples))
     page.write()
-    _print(found)
-    return found
+    _print(tables)
+    return tables
 
 
-def _print(found: Analysis) -> None:
+def _print(tables: dict[str, pd.DataFrame]) -> None:
     from rich.console import Console
+    from rich.markdown import Markdown
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    summary = found.summary.drop(columns=["parameters", "score_std"], errors="ignore")
+    summary = tables["summary"].drop(columns=["parameters", "score_std"], errors="ignore")
     constant = [name for name in ("size", "seed") if summary[name].nunique() == 1]
-    console.print(_rich(summary.drop(columns=constant), "Summary"))
-    if len(found.claims):
-        console.print(_rich(found.claims, "Claims"))
-
-
-def _rich(table: pd.DataFrame, title: str) -> object:
-    from rich.table import Table
-
-    heads, rows = presented(table)
-    shown = Table(*heads, title=title)
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    shown = [summary.drop(columns=constant), *(tables[name] for name in ("claims",) if name in tables)]
+    Console().print(Markdown("\n\n".join(map(markdown, shown))))

@@ -15,11 +15,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 def rouge_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Computes ROUGE-1, ROUGE-2 and ROUGE-L (F-measure) of each text `a` with its reference `b`.
 
-    Args:
-        rows: judged rows; invalid ones count too, since no judge is asked.
-
-    Returns:
-        `size`, `parameters`, `seed`, `policy`, `query`, `rouge1`, `rouge2`, `rougeL`.
+    Invalid rows count too, since no judge is asked.
     """
     from rich.progress import track
     from torchmetrics.functional.text import rouge_score

@@ -53,13 +53,7 @@ class Run:
 
 @dataclass(frozen=True, config=ConfigDict(title="baselines"))
 class Baseline:
-    """A star in the figure of win rate against size.
-
-    Attributes:
-        name: as it is shown.
-        parameters: of the model.
-        win_rate: against the reference, 0 to 1.
-    """
+    """A star in the figure of win rate (against the reference, 0 to 1) against size."""
 
     name: str
     parameters: PositiveInt
@@ -67,16 +61,12 @@ class Baseline:
 
 
 def ordered(runs: Sequence[Run]) -> list[Run]:
-    """Sorts runs from the smallest size to the largest, then by seed.
-
-    Raises:
-        UserError: there is no run, a run is given twice, or sizes cannot be ordered.
-    """
+    """Sorts runs from the smallest size to the largest, then by seed, and refuses those that cannot be sorted."""
     if not runs:
         raise UserError("runs: give at least one run.")
     parameters = {run.size: run.parameters for run in runs}
     for index, run in enumerate(runs):
-        if run.name in {other.name for other in runs[:index]}:
+        if run.name in [other.name for other in runs[:index]]:
             raise UserError(f"runs: {run.name} is given twice.")
         if parameters[run.size] != run.parameters:
             raise UserError(f"runs: size {run.size} has {run.parameters} and {parameters[run.size]} parameters.")
@@ -88,18 +78,11 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
 
 
 def judged_rows(runs: Iterable[Run], key: Literal["policy", "update"] = "policy") -> pd.DataFrame:
-    """Reads the judged tables of runs into one.
-
-    Args:
-        runs: in the order of the rows.
-        key: whether to read those of the policies or those of the checkpoints.
+    """Reads the judged tables of policies, or of checkpoints, into one.
 
     Returns:
         `size`, `parameters` (1 where unknown), `seed`, the key, and the columns of judged tables, among them all of
         NUMBERS (NaN where a table has none).
-
-    Raises:
-        UserError: a file or column is missing, there are no rows, or an outcome is not between 0 and 1.
     """
     parts = []
     for run in runs:
@@ -114,11 +97,7 @@ def judged_rows(runs: Iterable[Run], key: Literal["policy", "update"] = "policy"
 
 
 def margin_rows(runs: Iterable[Run]) -> pd.DataFrame:
-    """Reads the margins of runs into one table, with `size`, `parameters` and `seed`.
-
-    Raises:
-        UserError: a file or column is missing, a table is empty, or a margin is not a number.
-    """
+    """Reads the margins of runs into one table, with `size`, `parameters` and `seed`."""
     parts = []
     for run in runs:
         if run.margins is not None:
@@ -135,31 +114,19 @@ def _labelled(table: pd.DataFrame, run: Run, **more: object) -> pd.DataFrame:
 
 
 def check_shared_queries(rows: pd.DataFrame) -> None:
-    """Refuses judged tables that share no query, since differences are paired by query.
-
-    Args:
-        rows: as returned by `judged_rows`.
-    """
-    (first, table), *others = rows.groupby(["policy", "size", "seed"], sort=False)
-    shared = set(table["query"])
-    for key, table in others:
-        shared &= set(table["query"])
-        if not shared:
+    """Refuses judged tables that share no query, since differences are paired by query."""
+    queries = rows.groupby(["policy", "size", "seed"], sort=False)["query"].agg(set)
+    names = ["{} of size {}, seed {}".format(*key) for key in queries.index]
+    for count, name in enumerate(names, 1):
+        if not set.intersection(*queries[:count]):
             raise UserError(
-                "runs: the table of {} of size {}, seed {} ".format(*key)
-                + "shares no query with that of {} of size {}, seed {} and the others; ".format(*first)
-                + "judge all policies on the same queries."
+                f"runs: the table of {name} shares no query with that of {names[0]} and the others; judge all policies "
+                "on the same queries."
             )
 
 
 def per_group(rows: pd.DataFrame, keys: list[str], compute: Callable[[pd.DataFrame], dict[str, Any]]) -> pd.DataFrame:
-    """Makes a table with a row per group of rows, in the order of their first rows.
-
-    Args:
-        rows: what to group.
-        keys: columns to group by; they are the first ones of the table.
-        compute: returns the other columns of a group's row; an empty dictionary leaves the group out.
-    """
+    """Makes a table with a row per group of rows: its keys, and what `compute` returns, if it returns anything."""
     groups = ((key, compute(part)) for key, part in rows.groupby(keys, sort=False))
     table = [{**dict(zip(keys, key, strict=True)), **found} for key, found in groups if found]
     return pd.DataFrame(table, columns=None if table else keys)

@@ -5,19 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, win_rates
-from rlhf.report.curve_files import last_quarter
-from rlhf.report.runs import PPO, SFT
+from rlhf.report.runs import PPO, SFT, per_group
 
 REFERENCE = "reference"
 FINAL_MEANS = {"objective/kl": "KL", "rollout/response_length": "length", "rollout/eos_share": "EOS share"}
 
 
 def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Makes a row for each policy of each run, and one for its reference.
-
-    Args:
-        rows: judged rows.
-        scores: their ROUGE, as returned by `rouge.rouge_rows`.
+    """Makes a row for each policy of each run, and one for its reference, of judged rows and their `rouge.rouge_rows`.
 
     Returns:
         `size`, `parameters`, `seed`, `policy`, `score` and `score_std` (of the reward model), `gold`, `win_rate`,
@@ -33,22 +28,12 @@ def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _means(rows: pd.DataFrame, side: str, **more: tuple[str, str]) -> pd.DataFrame:
-    score, gold, tokens = f"{side}_score", f"{side}_gold", f"{side}_tokens"
-    columns = {
-        "score": (score, "mean"),
-        "score_std": (score, "std"),
-        "gold": (gold, "mean"),
-        "length": (tokens, "mean"),
-    }
-    return rows.groupby(KEYS, sort=False).agg(**columns, **more).reset_index()
+    means = {"score": (f"{side}_score", "mean"), "gold": (f"{side}_gold", "mean"), "length": (f"{side}_tokens", "mean")}
+    return rows.groupby(KEYS, sort=False).agg(**means, **more, score_std=(f"{side}_score", "std")).reset_index()
 
 
 def ppo_gains(rows: pd.DataFrame) -> list[str]:
-    """Says how far PPO moved the mean score, in standard deviations of the scores of SFT.
-
-    Returns:
-        A sentence per run that has both policies with scores.
-    """
+    """Says how far PPO moved the mean score, in standard deviations of the SFT scores: a sentence per run."""
     said = []
     runs = rows.groupby(["size", "seed"], sort=False)
     for (size, seed), run in runs:
@@ -56,34 +41,46 @@ def ppo_gains(rows: pd.DataFrame) -> list[str]:
         gain = (after["a_score"].mean() - before["a_score"].mean()) / before["a_score"].std()
         gold = after["a_gold"].mean() - before["a_gold"].mean()
         if pd.notna(gain):
-            run_name = f"Size {size}, seed {seed}: " if len(runs) > 1 else ""
+            name = f"Size {size}, seed {seed}: " if len(runs) > 1 else ""
+            text = f"{name}PPO moved the mean score by {gain:+.2f} standard deviations of the SFT scores"
             gold_gain = f", and the gold score by {gold:+.2f}" if pd.notna(gold) else ""
-            said.append(
-                f"{run_name}PPO moved the mean score by {gain:+.2f} standard deviations of the SFT scores{gold_gain}, "
-                f"on {len(after)} queries."
-            )
+            said.append(f"{text}{gold_gain}, on {len(after)} queries.")
     return said
 
 
 def side_by_side(rates: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Puts win rates beside the means of PPO's curves over its last quarter.
+    """Puts win rates beside the means of PPO's KL, response length and EOS share over its last quarter.
 
     Args:
         rates: as returned by `statistics.win_rates`.
-        curves: as returned by `curve_files.curve_rows`.
-
-    Returns:
-        `size`, `parameters`, `seed`, `policy`, `win_rate`, `low`, `high`, and of PPO `KL` (nats per response), `length`
-        (tokens), `EOS share`; NaN where there is no such curve.
+        curves: as returned by `curve_files.curve_rows`; means are NaN where there is no such curve.
     """
-    finals = last_quarter(curves[curves["stage"] == "ppo"]).pivot(
-        index=["size", "seed"], columns="curve", values="value"
-    )
-    finals = finals.reindex(columns=list(FINAL_MEANS)).rename(columns=FINAL_MEANS).reset_index().assign(policy=PPO)
+    own = curves[curves["stage"] == "ppo"]
+    last = own[own["step"] > 0.75 * own.groupby(["size", "seed", "curve"])["step"].transform("max")]
+    finals = last.pivot_table("value", ["size", "seed"], "curve").reindex(columns=list(FINAL_MEANS))
+    finals = finals.rename(columns=FINAL_MEANS).reset_index().assign(policy=PPO)
     return rates[[*KEYS, "win_rate", "low", "high"]].merge(finals, "left", ["size", "seed", "policy"])
 
 
-def samples(rows: pd.DataFrame, count: int) -> str:
+def invariants(curves: pd.DataFrame) -> pd.DataFrame:
+    """Lists what must hold in PPO and what PPO costs, a row per run, from the curves that there are."""
+
+    def compute(part: pd.DataFrame) -> dict[str, float]:
+        points = {name: own["value"] for name, own in part.groupby("curve")}
+        row = {}
+        if "val/ratio_max_deviation" in points:
+            row["largest |ratio - 1| before the first step"] = points["val/ratio_max_deviation"].max()
+        if "objective/kl" in points:
+            kl = points["objective/kl"]
+            row |= {"first KL": kl.iloc[0], "last KL": kl.iloc[-1], "highest KL": kl.max()}
+        if "rollout/eos_share" in points:
+            row["EOS share in the last update"] = points["rollout/eos_share"].iloc[-1]
+        return row
+
+    return per_group(curves[curves["stage"] == "ppo"], ["size", "seed"], compute)
+
+
+def sample_responses(rows: pd.DataFrame, count: int) -> str:
     """Formats the first queries with the responses of each size's policies, from its smallest seed, as Markdown."""
     shown = rows[rows["seed"] == rows.groupby("size")["seed"].transform("min")]
     several = shown["size"].nunique() > 1

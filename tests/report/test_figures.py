@@ -28,17 +28,17 @@ def rates() -> pd.DataFrame:
 def test_win_rate_against_size_has_every_policy_and_every_star(rates: pd.DataFrame, tmp_path: Path) -> None:
     file = tmp_path / "x.png"
     stars = [Baseline("GPT", 2 * 10**9, 0.7)]
-    plot_against_size(rates, {"win_rate": "Win rate"}, "policy", "win rate", file, stars, 0.5)
+    plot_against_size(rates, {"win_rate": "Win rate"}, file, baselines=stars, level=0.5)
     assert drawn(file, COLOURS[0])
     assert drawn(file, COLOURS[1])
     assert drawn(file, COLOURS[-1])  # the star
-    plot_against_size(rates, {"win_rate": "Win rate"}, "policy", "win rate", file)
+    plot_against_size(rates, {"win_rate": "Win rate"}, file)
     assert not drawn(file, COLOURS[-1])
 
 
 def test_one_size_and_one_seed(rates: pd.DataFrame, tmp_path: Path) -> None:
     one = rates[(rates["size"] == "1b") & (rates["seed"] == 1)]
-    plot_against_size(one.assign(parameters=1), {"win_rate": ""}, "policy", "win rate", tmp_path / "x.png")
+    plot_against_size(one.assign(parameters=1), {"win_rate": ""}, tmp_path / "x.png")
     assert drawn(tmp_path / "x.png", COLOURS[0])
 
 

@@ -256,15 +256,15 @@ def test_the_course_of_one_run_is_that_of_its_validations(single: Path) -> None:
 def test_the_course_takes_the_score_of_any_evaluation_function(tmp_path: Path) -> None:
     run = make_run(tmp_path, checkpoints=False)
     found = report(str(tmp_path / "out"), [replace(run, stages={"ppo": ppo_curves(tmp_path / "x", gold="my_score")})])
-    assert found.evidence.course["my_score"].tolist() == [2.5, 3.5, 4.5, 4.25]
-    assert found.turns["measure"].tolist() == ["score", "my_score"]
+    assert found["over_optimisation"]["my_score"].tolist() == [2.5, 3.5, 4.5, 4.25]
+    assert found["over_optimisation_best"]["measure"].tolist() == ["score", "my_score"]
 
 
 def test_a_course_without_a_validation_before_ppo_has_no_start(tmp_path: Path) -> None:
     points = {"validation/score": {2: 1.0}, "validation/gold_scores": {2: 2.0}}
     folder = curves(tmp_path / "late", {"objective/kl": [0, 1], **points})
     run = replace(make_run(tmp_path, checkpoints=False), stages={"ppo": folder})
-    assert report(str(tmp_path / "out"), [run]).evidence.course["update"].tolist() == [2]
+    assert report(str(tmp_path / "out"), [run])["over_optimisation"]["update"].tolist() == [2]
     assert "the point at 0" not in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -272,7 +272,7 @@ def test_a_proxy_alone_has_no_course_of_over_optimisation(tmp_path: Path) -> Non
     run = make_run(tmp_path, checkpoints=False)
     folder = curves(tmp_path / "proxy", {"objective/kl": [0, 1], "validation/score": [0, 1], "validation/eos": [1, 1]})
     found = report(str(tmp_path / "out"), [replace(run, stages={"ppo": folder})])
-    assert found.evidence.course.empty
+    assert "over_optimisation" not in found
     assert "Over-optimisation" not in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -282,7 +282,7 @@ def test_the_least_that_a_report_can_be_made_of(tmp_path: Path, capsys: pytest.C
                           "b_first": "a", "outcome": np.nan})  # fmt: skip
     write_table(table, tmp_path / "judged.csv")
     found = report(str(tmp_path / "out"), [Run("s", None, 1, {"mine": str(tmp_path / "judged.csv")})])
-    assert found.rates[["rows", "invalid"]].iloc[0].tolist() == [2, 2]
+    assert found["win_rates"][["rows", "invalid"]].iloc[0].tolist() == [2, 2]
     text = (tmp_path / "out" / "report.md").read_text()
     for sentence in (
         "The judged tables have no lengths in tokens; `lengths: characters` needs no token counts.",
@@ -302,8 +302,8 @@ def test_lengths_in_characters_leave_out_empty_responses(tmp_path: Path) -> None
     table = read_table(path, "PPO")
     write_table(table.assign(a=["", *table["a"][1:]]).drop(columns=["a_tokens", "b_tokens"]), path)
     found = report(str(tmp_path / "out"), [Run("s", None, 1, {"PPO": str(path)})], lengths="characters")
-    assert len(found.left_out) == 1
-    assert found.fits["rows"].tolist() == [119]
+    assert len(found["left_out"]) == 1
+    assert found["length_adjusted"]["rows"].tolist() == [119]
     assert "Left out: 1 rows in which a text is empty" in (tmp_path / "out" / "report.md").read_text()
 
 

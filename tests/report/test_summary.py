@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from rlhf.report.summary import ppo_gains, samples, side_by_side, summarise
+from rlhf.report.summary import ppo_gains, sample_responses, side_by_side, summarise
 
 NAN = float("nan")
 FIRST = {"size": "s", "parameters": 1, "seed": 1, "query": "q0", "b": " good ", "b_score": 0.5, "b_gold": NAN,
@@ -47,9 +47,9 @@ def test_gains_are_in_deviations_of_sft(rows: pd.DataFrame) -> None:
 
 
 def test_samples_of_each_size_of_its_smallest_seed(rows: pd.DataFrame) -> None:
-    text = samples(rows, 1)
+    text = sample_responses(rows, 1)
     assert text == "> q0\n\n- **SFT** (0.00): one\n- **PPO** (3.00): three\n- **reference**: good"
-    two = samples(pd.concat([rows, rows.assign(size="t", a="big"), rows.assign(seed=2, a="unseen")]), 2)
+    two = sample_responses(pd.concat([rows, rows.assign(size="t", a="big"), rows.assign(seed=2, a="unseen")]), 2)
     assert two.count("**SFT t** (0.00): big") == 1
     assert two.count("- **reference**") == 2
     assert "unseen" not in two
@@ -60,7 +60,7 @@ def test_seeds_side_by_side_with_the_last_quarter_of_ppo() -> None:
                           "rows": 9, "win_rate": [0.3, 0.6, 0.2], "low": 0.1, "high": 0.7})  # fmt: skip
     names = {"objective/kl": 10.0, "rollout/response_length": 30.0, "rollout/eos_share": 0.5, "validation/length": 7.0}
     table = [
-        ("1b", 1, stage, name, step, value if step > 6 and stage == "ppo" else 0.0)
+        ("1b", 1, stage, name, step, step * value / 7.5 if step > 6 and stage == "ppo" else 0.0)
         for stage in ("sft", "ppo")
         for name, value in names.items()
         for step in range(1, 9)
@@ -69,6 +69,6 @@ def test_seeds_side_by_side_with_the_last_quarter_of_ppo() -> None:
     found = side_by_side(rates, curves)
     assert list(found) == [*rates.drop(columns="rows"), "KL", "length", "EOS share"]
     assert found["win_rate"].tolist() == [0.3, 0.6, 0.2]
-    assert found.loc[1, ["KL", "length", "EOS share"]].tolist() == [10, 30, 0.5]
+    assert found.loc[1, ["KL", "length", "EOS share"]].tolist() == pytest.approx([10, 30, 0.5])  # points 7 and 8 of 8
     assert found.loc[[0, 2], ["KL", "length", "EOS share"]].isna().all(axis=None)  # SFT, and a run without curves
     assert side_by_side(rates, curves[:0])["KL"].isna().all()
