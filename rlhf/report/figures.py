@@ -207,11 +207,11 @@ def plot_ablations(points: pd.DataFrame, default: str, metrics: Sequence[str], f
     """
     names = [name for name in points["ablation"].unique() if name != default] or [default]
     shown = [metric for metric in metrics if (points["metric"] == metric).any()]
-    look: Any = {"errorbar": ("pi", 100), "palette": {"default": GREY, "ablation": COLOURS[1]}}
+    look: Any = {"errorbar": ("pi", 100), "palette": {"default": GREY, "ablation": "tab:red"}}
     with canvas(file, len(names) * len(shown), len(shown), 1.9, sharex=True, sharey="col") as axes:
         for axis, (name, metric) in zip(axes, product(names, shown), strict=True):
             own = points[points["ablation"].isin([default, name]) & (points["metric"] == metric)]
             kind = own["ablation"].map({default: "default"}).fillna("ablation")
             sns.lineplot(own, x="episodes", y="value", hue=kind, ax=axis, **look)
-            axis.set(title=metric if name == names[0] else "", ylabel=name.replace("_", "\n"))
-            axis.label_outer()
+            axis.set(title=metric if name == names[0] else "", xlabel="episodes" if name == names[-1] else "")
+            axis.set_ylabel(name.replace("_", "\n") if metric == shown[0] else "")
