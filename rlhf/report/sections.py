@@ -90,7 +90,9 @@ def add_reward(page: Page) -> None:
     if agreement.empty:
         page.add("For scores in the judged tables give the command `generate` a `reward`.")
         return
-    page.table("reward_agreement", "How often it prefers what the judge prefers; the judge's ties are `undecided`:")
+    page.table(
+        "reward_agreement", "How often the reward model agrees with the judge; `undecided` counts the judge's ties:"
+    )
     page.table("reward_agreement_over_seeds")
     panels = {"agreement": "Agreement of the reward model with the judge"}
     _add_against_size(page, "reward_agreement", agreement, panels, level=0.5)
