@@ -11,7 +11,6 @@ from rlhf import files
 from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
-from rlhf.report.plots import plot_ablations
 from rlhf.studies.pipeline import Job, Runner, Stage, run_jobs
 
 if TYPE_CHECKING:
@@ -145,6 +144,8 @@ def write_result(points: pd.DataFrame, out: Path) -> None:
         points: as of `read_points`, the default among them.
         out: the folder to write to.
     """
+    from rlhf.report.figures import plot_ablations
+
     finals = final_values(points)
     points.to_csv(out / "ablations.csv", index=False)
     plot_ablations(points, DEFAULT, PANELS, out / "ablations.png")

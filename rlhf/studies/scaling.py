@@ -85,7 +85,7 @@ def scaling(
     failed = run_jobs(jobs, processes)
     finished = [member for member in members if member.finished()]
     if finished:
-        report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
+        report(str(out), [member.result(policies) for member in finished], baselines or (), lengths, samples)
         print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
     if failed:
         raise UserError(
