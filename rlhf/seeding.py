@@ -7,6 +7,8 @@ import os
 import numpy as np
 import torch
 
+DEFAULT_SEED = 44413  # the seed of a run if neither its config nor the command line names one
+
 
 def shared_seed() -> int:
     """The seed of the run, as Lightning's `seed_everything` keeps it for every process; 0 when it was never called."""

@@ -14,7 +14,7 @@ def parse(parser: Any, words: list[str]) -> Any:
 
     try:
         return parser.parse_args(words)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise UserError(explain(str(error))) from error
 
 

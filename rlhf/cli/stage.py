@@ -31,7 +31,7 @@ from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
 from rlhf.strategies import check_strategy
-from rlhf.studies.pipeline import DEFAULT_SEED
+from rlhf.seeding import DEFAULT_SEED
 
 FOUND_BY_NAME = (SFTDataModule, PreferenceDataModule, RolloutDataModule)  # as the modules are: by their import
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
