@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-import rlhf.studies.pipeline
 import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.data.loaders import accumulation
@@ -23,8 +22,8 @@ from rlhf.report.analysis import Analysis
 from rlhf.report.curve_files import read_curves
 from rlhf.report.report import report
 from rlhf.report.runs import Baseline, Run
-from rlhf.studies.pipeline import Runner, Stage
-from rlhf.studies.processes import Ended
+from rlhf.studies.processes import Ended, stage_processes
+from rlhf.studies.runner import Runner, Stage
 from rlhf.synthetic.posts import comparisons, demonstrations
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
@@ -125,7 +124,7 @@ def test_the_study_runs_on_small_models_and_data(
 ) -> None:
     """With other models, data, judge, machine and numbers of examples; all else as shipped."""
 
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
+    def run(words: list[str], log: Path) -> Ended:
         main(words)
         return Ended(0, 0.0, 0.0)
 
@@ -134,7 +133,7 @@ def test_the_study_runs_on_small_models_and_data(
         return report(output, runs, baselines, *settings)
 
     seen: list[Baseline] = []
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     monkeypatch.setattr(rlhf.studies.scaling, "report", spied)
     configs = tmp_path / "tldr"
     shutil.copytree(FOLDER, configs)

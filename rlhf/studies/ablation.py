@@ -114,19 +114,21 @@ def markdown_table(finals: pd.DataFrame) -> str:
     Args:
         finals: as returned by `final_values`.
     """
+    groups = finals.groupby("ablation", sort=False)
     differences = finals.sub(finals.loc[DEFAULT], level="seed").groupby("ablation").mean()  # of seeds that both have
-    heads = ["ablation", "seeds", *(head for metric in finals for head in (metric, "Δ")[: 1 + (metric in PANELS)])]
-    rows = []
-    for name, own in finals.groupby("ablation", sort=False):
-        row = [name, len(own)]
-        for metric, values in own.items():
-            spread = f" ({values.min():.2f} to {values.max():.2f})" if len(values) > 1 else ""
-            row.append(f"{values.mean():.2f}{spread}")
-            if metric in PANELS:
-                difference = differences.loc[name, metric]
-                row.append("" if name == DEFAULT or pd.isna(difference) else f"{difference:+.2f}")
-        rows.append(row)
-    return markdown(pd.DataFrame(rows, columns=heads))
+    table = groups.size().to_frame("seeds")
+    for metric in finals:
+        table[metric] = groups[metric].agg(_mean_and_range)
+        if metric in PANELS:
+            texts = differences[metric].map("{:+.2f}".format).replace("+nan", "")
+            texts[DEFAULT] = ""
+            table.insert(table.shape[1], "Δ", texts, allow_duplicates=True)
+    return markdown(table.reset_index())
+
+
+def _mean_and_range(values: pd.Series) -> str:
+    spread = f" ({values.min():.2f} to {values.max():.2f})" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{spread}"
 
 
 def write_result(points: pd.DataFrame, out: Path) -> None:
