@@ -1,6 +1,6 @@
 """Runs a scaling study: SFT, reward model, PPO and evaluation for several model sizes and seeds, and one report."""
 
-# Without `from __future__ import annotations`, which hides constraints from jsonargparse.
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 import json
 import math
