@@ -20,7 +20,7 @@ import pandas as pd
 
 from rlhf.report.curve_files import read_curves
 from rlhf.report.page import markdown
-from rlhf.synthetic.domains import all_slots
+from rlhf.synthetic.domains import ALL_SLOTS
 from rlhf.synthetic.gold_score import gold_score
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def facts_right(generated: Path) -> float:
     """Computes how many of the facts that responses state are those of the post."""
     table = pd.read_parquet(generated)
     facts = [{k: v for k, v in json.loads(r)["facts"].items() if v is not None} for r in table["record"]]
-    found = [gold_score(text, known, all_slots()) for text, known in zip(table["response"], facts, strict=True)]
+    found = [gold_score(text, known, ALL_SLOTS) for text, known in zip(table["response"], facts, strict=True)]
     covered, invented = sum(f.covered for f in found), sum(f.invented for f in found)
     return covered / (covered + invented)
 

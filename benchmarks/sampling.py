@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.ops.sequences import pad_sequences
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 
 LENGTH = 53
 
@@ -50,7 +50,7 @@ def compare(folder: Path, rows: int, rounds: int, device: torch.device) -> list[
 
     def ours() -> Tensor:
         numbers = uniforms(rows, LENGTH, torch.Generator(device).manual_seed(0))
-        return sample(model, ids, mask, numbers, temperature=TEMPERATURE, eos_id=eos, pad_id=pad)
+        return sample(model, ids, mask, numbers, Decoding(TEMPERATURE, eos, pad))
 
     def theirs() -> Tensor:
         torch.manual_seed(0)

@@ -80,12 +80,14 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(partial)
+    _put_back(path)
     try:
         yield partial
         publish(partial, path)
     except BaseException:
         with suppress_os_errors():
             remove(partial)
+            _put_back(path)
         raise
 
 
@@ -110,6 +112,12 @@ def publish(partial: Path, final: Path) -> None:
     partial.replace(final)
     sync(final.parent)
     remove(previous)
+
+
+def _put_back(path: Path) -> None:
+    previous = previous_path(path)
+    if previous.exists() and not path.exists():
+        previous.rename(path)
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
@@ -21,128 +20,79 @@ if TYPE_CHECKING:
 
 
 class Stage(Protocol):
-    """The module of a stage, as DataModules and callbacks see it."""
+    """The module of a stage, as DataModules and callbacks see it; `StageModule` documents the members."""
 
-    kind: Literal["sft", "reward", "ppo"]
     model_path: str
     tokenizer: PreTrainedTokenizerBase
     model_config: PreTrainedConfig
     activation_checkpointing: bool
 
     @property
-    def device(self) -> torch.device:
-        """Where it trains."""
-
+    def kind(self) -> Literal["sft", "reward", "ppo"]: ...
     @property
-    def seed(self) -> int:
-        """The seed of the run."""
-
+    def device(self) -> torch.device: ...
     @property
-    def response_room(self) -> int:
-        """How many tokens the stage may sample after a query."""
-
+    def seed(self) -> int: ...
     @property
-    def learning_rate(self) -> float:
-        """The current learning rate."""
-
+    def response_room(self) -> int: ...
     @property
-    def frozen_models(self) -> list[FrozenModel[Any]]:
-        """Models that are only read."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterates over the parameters that are trained."""
-
-    def reduce_sum(self, x: Tensor) -> Tensor:
-        """Sums a tensor over all ranks."""
-
-    def reduce_max(self, x: Tensor) -> Tensor:
-        """Takes the maximum of a tensor over all ranks, element by element."""
-
-    def total_schedule_steps(self) -> int:
-        """Returns how often the learning-rate schedule steps."""
-
-    def padding_side_difference(self, batch: Any) -> Tensor | None:
-        """Measures how much rewards depend on the side of the padding."""
-
-    def demonstration_rewards(self) -> Tensor | None:
-        """Computes this rank's rewards of some demonstrations."""
-
-    def prepare_export(self) -> None:
-        """Does what all ranks must do before an export."""
-
-    def save_export(self, folder: Path) -> None:
-        """Writes what the next stage needs."""
-
-    def log(self, name: str, value: Any, **options: Any) -> None:
-        """Logs a number, as of `LightningModule.log`."""
-
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
-        """Logs several numbers, as of `LightningModule.log_dict`."""
+    def learning_rate(self) -> float: ...
+    @property
+    def frozen_models(self) -> list[FrozenModel[Any]]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def log(self, *args: Any, **kwargs: Any) -> None: ...
+    def log_dict(self, *args: Any, **kwargs: Any) -> None: ...
+    def reduce_sum(self, x: Tensor) -> Tensor: ...
+    def reduce_max(self, x: Tensor) -> Tensor: ...
+    def total_schedule_steps(self) -> int: ...
+    def padding_side_difference(self, batch: Any) -> Tensor | None: ...
+    def demonstration_rewards(self) -> Tensor | None: ...
+    def prepare_export(self) -> None: ...
+    def save_export(self, folder: Path) -> None: ...
 
 
 class UpdateSettings(Protocol):
-    """The settings of PPO that decide the shapes of an update."""
+    """The settings of PPO that decide what an update looks like; `PPOSettings` documents them."""
 
     @property
-    def response_length(self) -> int:
-        """Longest response in tokens."""
-
+    def response_length(self) -> int: ...
     @property
-    def ppo_epochs(self) -> int:
-        """Passes over each rollout."""
-
+    def ppo_epochs(self) -> int: ...
     @property
-    def minibatches(self) -> int:
-        """Optimizer steps per pass."""
-
+    def minibatches(self) -> int: ...
     @property
-    def kl_target(self) -> float | None:
-        """Target of an adaptive KL coefficient."""
-
+    def kl_target(self) -> float | None: ...
     @property
-    def kl_horizon(self) -> int:
-        """Episodes over which it adapts."""
+    def kl_horizon(self) -> int: ...
 
 
 class PPOStage(Stage, Protocol):
-    """The module of PPO, as its DataModule and callbacks see it."""
+    """The module of PPO, as its DataModule and callbacks see it; `PPOModule` documents the members."""
 
     reference_path: str
     reward_path: str | None
-    reference_placement: Placement
-    reward_placement: Placement
     kl_control: FixedKL | AdaptiveKL
     ratio_deviation: Tensor
     seconds: dict[str, float]
 
     @property
-    def ppo(self) -> UpdateSettings:
-        """The details of PPO."""
-
+    def ppo(self) -> UpdateSettings: ...
     @property
-    def placements(self) -> tuple[Placement, Placement]:
-        """Where reference and reward model are kept."""
-
+    def placements(self) -> tuple[Placement, Placement]: ...
     @property
-    def starts_at_reference(self) -> bool:
-        """Whether policy and reference are the same model before the first update."""
-
+    def starts_at_reference(self) -> bool: ...
     @property
-    def critic_starts_at_reward(self) -> bool:
-        """Whether values equal rewards before the first update."""
-
-    def rollout(self, batch: dict[str, Any], update: int) -> Rollout:
-        """Collects one batch of experience."""
+    def critic_starts_at_reward(self) -> bool: ...
+    def rollout(self, batch: dict[str, Any], update: int) -> Rollout: ...
 
 
 class StageData(Protocol):
-    """The DataModule of a stage, as modules and callbacks see it."""
+    """The DataModule of a stage, as modules and callbacks see it; `StageDataModule` documents the members."""
 
     batch_size: int
     splits: dict[str, Any]
 
-    def demonstration_dataloader(self) -> Iterable[dict[str, Any]] | None:
-        """Iterates over demonstrations, whose mean reward should be 0."""
+    def demonstration_dataloader(self) -> Iterable[dict[str, Any]] | None: ...
 
 
 class RolloutData(StageData, Protocol):
@@ -153,12 +103,12 @@ class RolloutData(StageData, Protocol):
 
 
 def stage(owner: Trainer | LightningModule) -> Stage:
-    """Returns the module that a Trainer trains, under the type that callbacks and DataModules know."""
+    """Returns the module of a stage, or the one that a Trainer trains."""
     return cast(Stage, getattr(owner, "lightning_module", owner))
 
 
 def ppo_stage(owner: Trainer | LightningModule) -> PPOStage:
-    """Returns the module of PPO that a Trainer trains."""
+    """Returns the module of PPO, or the one that a Trainer trains."""
     return cast(PPOStage, getattr(owner, "lightning_module", owner))
 
 

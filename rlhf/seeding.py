@@ -1,4 +1,4 @@
-"""Seeds: one shared by all ranks for what must agree, one per rank and update for what must differ (D12)."""
+"""Seeds: shared by all ranks, or one per rank and update for numbers that must differ (D12)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEFAULT_SEED = 44413  # the seed of a run if neither its config nor the command 
 
 
 def shared_seed() -> int:
-    """The seed of the run, as Lightning's `seed_everything` keeps it for every process; 0 when it was never called."""
+    """Returns the seed of the run as set by Lightning's `seed_everything`; 0 if it was never called."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
@@ -20,15 +20,15 @@ def _sequence(*parts: int) -> np.random.SeedSequence:
 
 
 def derive_seed(*parts: int) -> int:
-    """One seed from several numbers, for example (seed, update, rank); nearby numbers give unrelated seeds."""
+    """Derives one seed from several numbers, for example (seed, update, rank); nearby numbers give unrelated seeds."""
     return int(_sequence(*parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(device: torch.device | str, *parts: int) -> torch.Generator:
-    """A random generator on `device`, seeded from the shared seed and `parts`."""
+    """Creates a random generator on a device, seeded from the shared seed and `parts`."""
     return torch.Generator(device).manual_seed(derive_seed(shared_seed(), *parts))
 
 
 def permutation(n: int, *parts: int) -> list[int]:
-    """A shuffle of `range(n)`, the same on every rank."""
+    """Shuffles `range(n)` from the shared seed and `parts`, the same on every rank."""
     return np.random.default_rng(_sequence(shared_seed(), *parts)).permutation(n).tolist()

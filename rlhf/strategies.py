@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stage 2, so that it gives the numbers that one process gives."""
+"""DeepSpeed ZeRO stage 2 with the same numbers as a single process."""
 
 from __future__ import annotations
 
@@ -14,36 +14,31 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf.errors import UserError
 
 NAME = "zero2"
-BUCKETS = ("allgather_bucket_size", "reduce_bucket_size")
 
 
 class Zero2Strategy(DeepSpeedStrategy):
-    """ZeRO stage 2: gradients and optimizer states are shared out among the processes, weights are whole on each.
+    """ZeRO stage 2: gradients and optimizer states are partitioned across processes, weights are whole on each.
 
     `--trainer.strategy zero2`, or `Trainer(strategy="zero2")` once this module is imported. Lightning's own
     `deepspeed_stage_2` divides the loss by the accumulation twice, which Adam hides and clipping does not, and adds up
-    gradients in 16 bit. This one also runs on CPUs, where a test can see it.
+    gradients in 16 bit. This one also runs on CPUs, so that it can be tested.
 
     Args:
         grad_accum_dtype: precision in which the gradients of micro-batches are added up.
-        **kwargs: of `lightning.pytorch.strategies.DeepSpeedStrategy`.
-
-    Raises:
-        UserError: DeepSpeed is not installed, or a DeepSpeed config asks for another stage.
+        **kwargs: those of `lightning.pytorch.strategies.DeepSpeedStrategy`.
     """
 
     strategy_name = NAME
 
     def __init__(self, grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32", **kwargs: Any) -> None:
         if find_spec("deepspeed") is None:
-            raise UserError(
-                f"trainer.strategy {NAME} needs DeepSpeed, which is not installed here: pip install deepspeed (on "
-                "Linux), or use the strategy ddp."
-            )
+            needed = "needs DeepSpeed, which is not installed here: pip install deepspeed (on Linux), or use ddp."
+            raise UserError(f"trainer.strategy {NAME} {needed}")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         super().__init__(stage=2, **kwargs)
@@ -52,14 +47,13 @@ class Zero2Strategy(DeepSpeedStrategy):
         if stage != 2:
             raise UserError(f"trainer.strategy {NAME} is ZeRO stage 2, but its DeepSpeed config has stage {stage}.")
         self.config.setdefault("data_types", {"grad_accum_dtype": grad_accum_dtype})
-        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # else Lightning asks for the loader, too early
-        # The optimizer is the module's own, with optimizer states on the device or offloaded.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)  # or Lightning asks for the loader, too early
+        # The optimizer is the module's own, with its states on the device or offloaded.
         self.config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
-    # -------------------------------------------------------------------------------------------------------- CPUs
-
+    @override
     def setup_environment(self) -> None:
-        """Start the process group; on CPUs with gloo, and without the extension that DeepSpeed would compile."""
+        # On CPUs the process group is gloo's, without the extension that DeepSpeed would compile.
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
@@ -71,8 +65,9 @@ class Zero2Strategy(DeepSpeedStrategy):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 
+    @override
     def setup_distributed(self) -> None:
-        """Start the process group; only GPUs have indices that must be the processes' ranks."""
+        # DeepSpeedStrategy insists that the index of a device is the local rank, but CPUs have no index.
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_distributed()
             return
@@ -80,11 +75,10 @@ class Zero2Strategy(DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    @override
     def init_deepspeed(self) -> None:
-        """Start the engine, which wants a device with an index, and of parameters at least one dimension.
-
-        Its buffers, two buckets, get no larger than the model.
-        """
+        # The engine needs a device with an index, and parameters with at least one dimension. Its two buckets become no
+        # larger than the model.
         assert self.lightning_module is not None
         assert self.config is not None
         parameters = list(self.lightning_module.parameters())
@@ -93,17 +87,17 @@ class Zero2Strategy(DeepSpeedStrategy):
                 parameter.data = parameter.data.reshape(1)
         total = sum(p.numel() for p in parameters)
         zero = self.config["zero_optimization"]
-        zero |= {name: min(zero.get(name, 200_000_000), total + total % 2) for name in BUCKETS}
+        for name in ("allgather_bucket_size", "reduce_bucket_size"):
+            zero[name] = min(zero.get(name, 200_000_000), total + total % 2)
         devices = self.parallel_devices
         if isinstance(self.accelerator, CPUAccelerator):
             self.parallel_devices = [torch.device("cpu", 0)] * self.num_processes
         super().init_deepspeed()
         self.parallel_devices = devices
 
-    # ---------------------------------------------------------------------------------------------------- training
-
+    @override
     def on_train_start(self) -> None:
-        """Refuse an epoch that ends in the middle of an optimizer step: its gradients would go into the next one."""
+        # The gradients of an unfinished optimizer step would go into the next epoch.
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
@@ -113,13 +107,14 @@ class Zero2Strategy(DeepSpeedStrategy):
                 f"optimizer steps of {accumulate}; use a multiple."
             )
 
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided the loss by the accumulation; DeepSpeed would do so again."""
+        # Lightning has divided the loss by the accumulation; DeepSpeed would do so again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse a strategy or a precision under which a stage would quietly compute something else."""
+    """Refuses a strategy or a precision under which a stage would quietly compute something else."""
     if isinstance(trainer.strategy, DeepSpeedStrategy) and not isinstance(trainer.strategy, Zero2Strategy):
         raise UserError(
             "trainer.strategy: Lightning's own DeepSpeed strategies divide the loss by the accumulation twice, and "
@@ -130,32 +125,26 @@ def check_strategy(trainer: Trainer) -> None:
             f"trainer.precision {trainer.precision} rounds optimizer states and rotary frequencies to 16 bit; use "
             f"{trainer.precision.replace('true', 'mixed')}."
         )
-    if isinstance(trainer.accelerator, MPSAccelerator):
-        _check_mps(trainer)
-
-
-def _check_mps(trainer: Trainer) -> None:
-    """Refuses what the GPU of a Mac can't do; Lightning itself refuses DDP there."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    on_mps = isinstance(trainer.accelerator, MPSAccelerator)  # where Lightning itself refuses DDP
+    if on_mps and isinstance(trainer.strategy, DeepSpeedStrategy):
         raise UserError(f"trainer.strategy {NAME} does not run on MPS; use --trainer.accelerator cpu, or no strategy.")
-    if trainer.precision == "16-mixed":
+    if on_mps and trainer.precision == "16-mixed":
         raise UserError("trainer.precision 16-mixed needs a loss scaler, which MPS lacks; use bf16-mixed or 32-true.")
 
 
-def engine_dtype(trainer: Any) -> torch.dtype:
-    """In which trained weights can be loaded: a 16-bit engine casts them before it makes its float32 copy of them."""
+def engine_dtype(trainer: Trainer) -> torch.dtype:
+    """Returns the dtype in which to load trained weights: a 16-bit engine would cast them before it copies them."""
     sixteen = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    return (
-        sixteen.get(trainer.precision, torch.float32) if isinstance(trainer.strategy, Zero2Strategy) else torch.float32
-    )
+    in_engine = isinstance(trainer.strategy, Zero2Strategy)
+    return sixteen.get(trainer.precision, torch.float32) if in_engine else torch.float32
 
 
 @contextmanager
 def full_precision(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Within, the module on rank 0 has the float32 weights that the optimizer of a 16-bit engine steps, in CPU memory.
+    """Gives the module on rank 0, inside the block, the float32 weights of a 16-bit engine's optimizer, in CPU memory.
 
-    All processes must enter it together. They give their parts parameter by parameter, so no device ever holds more
-    than one of them in float32. A weight that was changed after the last step is taken as it is.
+    All processes must enter it together. They gather one parameter at a time, so no device ever holds more than one in
+    float32. A weight that was changed after the last step is taken as it is.
     """
     if not isinstance(trainer.strategy, Zero2Strategy) or trainer.precision == "32-true":
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 
-Event = Literal["kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk", "full_disk_at_last"]
+Event = Literal[
+    "kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk", "full_disk_at_last", "small_disk"
+]  # fmt: skip
 
 
 class Happens(Callback):
@@ -71,6 +74,11 @@ class Happens(Callback):
 
         whole = torch.save
         self._replace_save(fail)
+
+    @staticmethod
+    def small_disk() -> None:
+        """From now on, this process can write no large file."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 
     @staticmethod
     def full_disk_at_last() -> None:

@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     log = tmp_path / "run.log"
     if "terminate" in str(event):
         assert stopped == [143, 0]
-        assert "Stopped by SIGTERM after step 2. Go on from " in log.read_text()
+        assert "Stopped by SIGTERM after step 2. Resume from " in log.read_text()
     else:
         assert -signal.SIGKILL in stopped
     assert not (tmp_path / "run" / "export").exists()
@@ -178,6 +178,6 @@ def test_a_stopped_pipeline_saves_what_runs(inputs: dict[str, list[str]], model_
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
     last = tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt"
-    assert f"Stopped by SIGTERM after step 2. Go on from {last} with --ckpt_path last." in done.stdout
+    assert f"Stopped by SIGTERM after step 2. Resume from {last} with --ckpt_path last." in done.stdout
     assert done.stdout.endswith("Stopped by SIGTERM; the same command resumes.\n")
     assert read(last)["global_step"] == 2

@@ -121,8 +121,7 @@ ROUNDS = max(len(values) for settings in SETTINGS.values() for values in setting
 def parameters(kind: type) -> dict[str, tuple[Any, Any]]:
     """Default and type of every setting."""
     types = get_type_hints(kind if is_dataclass(kind) else kind.__init__)
-    signature = inspect.signature(kind.__init__).parameters
-    return {name: (p.default, types[name]) for name, p in signature.items() if name != "self"}
+    return {name: (p.default, types[name]) for name, p in inspect.signature(kind).parameters.items()}
 
 
 def choices(hint: Any) -> list[Any]:
@@ -191,7 +190,7 @@ def test_settings_arrive_from_yaml(module: type, data: type, number: int, folder
         else:
             assert getattr(cli.model, name) == value, name
     for name, value in arrived(data, number).items():
-        place = cli.datamodule.sources if name in ("train", "validation", "test") else vars(cli.datamodule)
+        place = cli.datamodule.sources if name in cli.datamodule.sources else vars(cli.datamodule)
         assert place[name] == value, name
     assert {name: getattr(cli.trainer, name) for name in trainer} == trainer
     assert cli.model.seed == 5 + number

@@ -1,14 +1,13 @@
-"""Callbacks: what is watched and written while a stage runs."""
+"""Callbacks: what is watched and written while a stage runs.
 
-from __future__ import annotations
+Modules with bounds of numbers lack `from __future__ import annotations`, which hides these bounds from jsonargparse.
+"""
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Sequence
 
-C = TypeVar("C")
+from lightning.pytorch import Callback
 
 
-def unless_given(given: Iterable[object], *defaults: C) -> list[C]:
-    """Those defaults in whose place no callback of the same class, or of a subclass, is given."""
-    given = list(given)
+def unless_given(given: Sequence[Callback], *defaults: Callback) -> list[Callback]:
+    """Returns those defaults that no given callback of the same class, or of a subclass, replaces."""
     return [d for d in defaults if not any(isinstance(g, type(d)) for g in given)]

@@ -8,18 +8,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from typing_extensions import override
 
 from rlhf.errors import UserError
 
 _HINTS = ("dropout", "drop_rate", "drop_prob", "pdrop", "layerdrop")
 
 
-def _is_probability(name: str, value: object) -> bool:
-    return any(h in name.lower() for h in _HINTS) and isinstance(value, float) and value > 0
-
-
-def _places(model: nn.Module) -> Iterator[tuple[object, str]]:
-    """Objects and their attributes that hold a dropout which is on.
+def dropout_places(model: nn.Module) -> Iterator[tuple[object, str]]:
+    """Yields objects and their attributes that hold a dropout which is on.
 
     Dropout hides in three places: `nn.Dropout` modules, probabilities held as plain floats by modules (attention
     layers of GPT-NeoX, Llama, Qwen; `layerdrop` of OPT), and fields of the configuration that are read at run time.
@@ -32,24 +29,21 @@ def _places(model: nn.Module) -> Iterator[tuple[object, str]]:
             if holder is None or id(holder) in seen:
                 continue
             seen.add(id(holder))
-            yield from ((holder, name) for name, value in list(vars(holder).items()) if _is_probability(name, value))
-
-
-def active_dropout(model: nn.Module) -> int:
-    """In how many places dropout is on."""
-    return sum(1 for _ in _places(model))
+            for name, value in list(vars(holder).items()):
+                if any(hint in name.lower() for hint in _HINTS) and isinstance(value, float) and value > 0:
+                    yield holder, name
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout of a model to 0; returns in how many places it was on."""
-    places = list(_places(model))
+    """Sets every dropout of a model to 0, and returns in how many places it was on."""
+    places = list(dropout_places(model))
     for holder, name in places:
         setattr(holder, name, 0.0)
     return len(places)
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether a train-mode forward of a language model or scalar model changes the random state.
+    """Tells whether a train-mode forward of a language model or scalar model changes the random state.
 
     Comparing two forwards would miss small probabilities; a dropout that is on always draws random numbers.
     """
@@ -78,7 +72,7 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 
 def _networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost transformers models (or wrappers of one) below a LightningModule."""
+    """Yields the outermost transformers models below a module."""
     from transformers import PreTrainedModel
 
     for child in module.children():
@@ -91,10 +85,9 @@ def _networks(module: nn.Module) -> Iterator[nn.Module]:
 class DisableDropout(Callback):
     """Switches all dropout off before training, and proves that none is left."""
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first step, whatever set up the models."""
-        found = disable_dropout(pl_module)
-        if found:
+        if found := disable_dropout(pl_module):
             rank_zero_info(f"Dropout: switched off in {found} places.")
         for network in _networks(pl_module):
             if draws_random_numbers(network):

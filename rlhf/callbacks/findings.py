@@ -1,26 +1,17 @@
-"""What must hold while a stage trains: the list of invariants, and what is found of them."""
+"""What must hold while a stage trains: the list of invariants, and what was found."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Invariant:
-    """What is measured, and what a user should know when it is too large.
+class Invariant(NamedTuple):
+    """What is measured, and what a user should know if it is too large."""
 
-    Attributes:
-        detail: the entry in docs/details.md.
-        what: the number that is measured.
-        cause: what usually makes it too large.
-        look_at: the setting to look at.
-    """
-
-    detail: str
-    what: str
-    cause: str
-    look_at: str
+    detail: str  # the entry in docs/details.md
+    what: str  # the number that is measured
+    cause: str  # what usually makes it too large
+    look_at: str  # the setting to look at
 
 
 INVARIANTS = {
@@ -99,22 +90,17 @@ INVARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One measurement of an invariant: it holds when `value` is at most `limit`.
-
-    Attributes:
-        fatal: a value beyond this is an error even where only a warning is asked for.
-    """
+class Finding(NamedTuple):
+    """One measurement of an invariant."""
 
     name: str
     value: float
     limit: float
-    fatal: float = math.inf
+    fatal: float = float("inf")  # beyond it, the value is an error even if only a warning is asked for
 
     @property
     def holds(self) -> bool:
-        """Whether all is well; a value that is not a number is not."""
+        """Whether the value is within its limit; NaN is not."""
         return self.value <= self.limit
 
     def __str__(self) -> str:
@@ -125,19 +111,18 @@ class Finding:
         )
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """What rounding may do: to a ratio or log-probability, and to a reward or value of size 1."""
+class Tolerance(NamedTuple):
+    """The largest errors of rounding: of a ratio or log-probability, and of a reward or value of size 1."""
 
     ratio: float
     reward: float
 
 
 def tolerance(precision: str) -> Tolerance:
-    """The tolerance that a precision of the Trainer needs (`32-true`, `bf16-mixed`, ...).
+    """Returns the tolerance that a precision of the Trainer needs (`32-true`, `bf16-mixed`, ...).
 
-    In 16 bit the logits themselves are rounded, and a rounding that goes the other way, because rows were padded to
-    another width, moves one log-probability by up to the spacing of numbers there.
+    In 16 bit the logits themselves are rounded. If rows are padded to another width, a rounding that goes the other way
+    moves one log-probability by up to the spacing of numbers there.
     """
     if precision.startswith("bf16"):
         return Tolerance(ratio=0.25, reward=0.1)

@@ -1,48 +1,89 @@
 """Checks what must hold while a stage trains (docs/details.md), and logs it as curves."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from pydantic import PositiveFloat
 from torch import Tensor, nn
+from typing_extensions import override
 
-from rlhf.callbacks.dropout import active_dropout
-from rlhf.callbacks.example_counts import Counts
+from rlhf.callbacks.dropout import dropout_places
 from rlhf.callbacks.findings import Finding, tolerance
-from rlhf.callbacks.rollout_checks import measure_rollout
 from rlhf.errors import UserError
 from rlhf.ops.masking import masked_moments
+from rlhf.protocols import PPOStage, Stage, ppo_stage, rollout_data, stage, stage_data
 
 Severity = Literal["off", "warn", "error"]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
-    """One number per tensor, the same where the bits are the same; `(K,)` int64 on the CPU."""
+    """Computes one number per tensor that is the same if the bits are the same; `(K,)` int64 on the CPU."""
     sums = [t.detach().contiguous().view(_BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return torch.stack([s.cpu() for s in sums])
 
 
-def _is_deepspeed(trainer: Any) -> bool:
-    """Whether an engine holds the gradients, in pieces."""
-    return hasattr(trainer.model, "get_global_grad_norm")
+class ExampleCounter:
+    """Counts the examples of the current epoch and, in PPO, the prompts since the start.
+
+    Attributes:
+        epochs: how many epochs were begun.
+    """
+
+    def __init__(self) -> None:
+        self.epochs = 0
+        self._rows: list[int] = []
+        self._batches = 0
+        self._prompts = torch.zeros(())
+
+    def start(self) -> None:
+        """Begins an epoch."""
+        self.epochs += 1
+        self._rows, self._batches = [], 0
+
+    def add(self, batch: Any) -> None:
+        """Counts the rows of a batch."""
+        self._rows += batch["rows"] if isinstance(batch, dict) else batch.rows
+        self._batches += 1
+
+    def count_wrong(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Counts the examples of all ranks that were seen too often or, in a complete epoch, too seldom."""
+        module, rows = stage(pl_module), len(stage_data(trainer).splits["train"])
+        whole = self._batches == len(trainer.train_dataloader)  # type: ignore[arg-type]
+
+        def histogram(seen: list[int], total: int) -> Tensor:
+            return torch.bincount(torch.tensor(seen, dtype=torch.long), minlength=total).to(module.device)
+
+        def wrong(counts: Tensor, times: int) -> Tensor:
+            return (counts != times if whole else counts > times).sum()
+
+        if module.kind != "ppo":
+            return float(wrong(module.reduce_sum(histogram(self._rows, rows)), 1))
+        data = rollout_data(trainer)
+        episodes = wrong(histogram(self._rows, len(data.last_rollout)), ppo_stage(pl_module).ppo.ppo_epochs)
+        # Prompts come in shuffled passes: in a stretch of them, counts differ by 1, or by 2 if it began within one.
+        self._prompts = self._prompts + module.reduce_sum(histogram(data.last_prompts, rows))
+        spread = 1 if self.epochs == trainer.current_epoch + 1 else 2
+        return float(module.reduce_sum(episodes) + (self._prompts > self._prompts.min() + spread).sum())
 
 
+@dataclass(eq=False)
 class Invariants(Callback):
-    """Measures what must hold, logs it as `invariants/<name>`, and warns or stops where it does not hold.
+    """Measures what must hold, logs it as `invariants/<name>`, and warns or stops if it does not hold.
 
-    Each argument but the last is a severity: `off` does not measure, `warn` says it once and goes on, `error` stops the
+    Each argument but the last is a severity: `off` does not measure, `warn` warns once and continues, `error` stops the
     run before its next checkpoint is written. The message says what was found, what usually causes it, and which
     setting to look at.
 
     Args:
         ratio: the PPO ratio is 1 before the first step of each update (D33).
         first_kl: policy and reference agree before the first update (D24).
-        first_value: values equal rewards before the first update, where the critic starts from the reward model (D24).
+        first_value: values equal rewards before the first update, if the critic starts from the reward model (D24).
         demonstration_reward: demonstrations have mean reward 0 (D21).
         padding_side: the reward does not depend on the side of the padding (D20); ten times its tolerance is an error
             under `warn` too.
@@ -56,157 +97,149 @@ class Invariants(Callback):
         highest_kl: nats per response.
     """
 
-    def __init__(
-        self,
-        ratio: Severity = "warn",
-        first_kl: Severity = "warn",
-        first_value: Severity = "warn",
-        demonstration_reward: Severity = "warn",
-        padding_side: Severity = "warn",
-        kl: Severity = "warn",
-        kl_ceiling: Severity = "warn",
-        ranks: Severity = "error",
-        dropout: Severity = "error",
-        finite: Severity = "error",
-        finite_rewards: Severity = "error",
-        once_per_epoch: Severity = "error",
-        highest_kl: float = 100.0,
-    ) -> None:
-        self.severity: dict[str, Severity] = {
-            "ratio": ratio, "first_kl": first_kl, "first_value": first_value, "kl": kl, "kl_ceiling": kl_ceiling,
-            "demonstration_reward": demonstration_reward, "padding_side": padding_side, "ranks": ranks,
-            "dropout": dropout, "finite": finite, "finite_rewards": finite_rewards, "once_per_epoch": once_per_epoch,
-        }  # fmt: skip
-        self.highest_kl = highest_kl
+    ratio: Severity = "warn"
+    first_kl: Severity = "warn"
+    first_value: Severity = "warn"
+    demonstration_reward: Severity = "warn"
+    padding_side: Severity = "warn"
+    kl: Severity = "warn"
+    kl_ceiling: Severity = "warn"
+    ranks: Severity = "error"
+    dropout: Severity = "error"
+    finite: Severity = "error"
+    finite_rewards: Severity = "error"
+    once_per_epoch: Severity = "error"
+    highest_kl: PositiveFloat = 100.0
+
+    def __post_init__(self) -> None:
         self.findings: dict[str, Finding] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
+        self._largest: dict[str, float] = {}  # of this epoch
         self._bad_losses = torch.zeros(0)
-        self._counts = Counts()
+        self._examples = ExampleCounter()
 
-    # --------------------------------------------------------------------------------------------------- judgement
-
-    def on(self, name: str) -> bool:
-        """Whether this is to be measured."""
-        return self.severity[name] != "off"
-
-    def judge(self, module: Any, finding: Finding) -> None:
-        """Log a finding, which is the same on all processes, and act on it."""
-        if not self.on(finding.name):
+    def judge(self, finding: Finding) -> None:
+        """Keeps a finding, which must be the same on all processes, and acts on it."""
+        if getattr(self, finding.name) == "off":
             return
         known = self.findings.get(finding.name)
         if known is None or known.holds:
             self.findings[finding.name] = finding
-        name = f"invariants/{finding.name}"
-        module.log(name, finding.value, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True, batch_size=1)
+        self._largest[finding.name] = max(finding.value, self._largest.get(finding.name, finding.value))
         self.act(finding)
 
     def act(self, finding: Finding) -> None:
-        """Warn, or stop the run, where an invariant does not hold; a value that is no number always stops it."""
+        """Warns or stops the run if an invariant does not hold; a value that is not a number always stops it."""
         if finding.holds:
             return
-        if self.severity[finding.name] == "error" or not finding.value <= finding.fatal:
-            raise UserError(f'{finding} Where that is intended, set {finding.name} of Invariants to "off".')
-        if finding.name not in self._said:
-            self._said.add(finding.name)
-            rank_zero_warn(f"{finding} This is said once; the curve invariants/{finding.name} goes on.")
+        if getattr(self, finding.name) == "error" or not finding.value <= finding.fatal:
+            raise UserError(f'{finding} If that is intended, set {finding.name} of Invariants to "off".')
+        if finding.name not in self._warned:
+            self._warned.add(finding.name)
+            rank_zero_warn(f"{finding} This warning is not repeated; the curve invariants/{finding.name} continues.")
 
-    # --------------------------------------------------------------------------------------------------- the hooks
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Nothing is known yet."""
-        self.findings, self._said, self._counts = {}, set(), Counts()
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.findings, self._warned, self._examples = {}, set(), ExampleCounter()
         self._bad_losses = torch.zeros((), device=pl_module.device)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """At the start of the run, what all processes must have in common; at every epoch, that dropout is off."""
-        if not self._counts.epochs:
-            frozen = [p for model in pl_module.frozen_models for p in model.parameters()]
-            self._check_ranks(trainer, pl_module, [*pl_module.parameters(), *frozen])
-            if trainer.current_epoch == 0:
-                self._check_demonstrations(pl_module)
-        if self.on("dropout"):
-            self.judge(pl_module, Finding("dropout", float(active_dropout(pl_module)), 0))
-        self._counts.start()
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, self._largest = stage(pl_module), {}
+        if not self._examples.epochs:
+            frozen = [p for model in module.frozen_models for p in model.parameters()]
+            self._check_ranks(trainer, module, [*module.parameters(), *frozen])
+            if trainer.current_epoch == 0 and module.kind == "ppo" and (finding := self._demonstrations(module)):
+                self.judge(finding)
+        if self.dropout != "off":
+            self.judge(Finding("dropout", float(len(list(dropout_places(pl_module)))), 0))
+        self._examples.start()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The first batch of an epoch; for PPO, the rollout before anything is learnt from it."""
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx > 0:
             return
-        limits = tolerance(trainer.precision)
-        if pl_module.schedule_interval == "epoch":
-            rollout = trainer.datamodule.last_rollout
-            for finding in measure_rollout(rollout, pl_module, trainer.current_epoch, limits, self.highest_kl):
-                self.judge(pl_module, finding)
-        if trainer.current_epoch == 0 and self.on("padding_side"):
-            difference = pl_module.padding_side_difference(batch)
-            if difference is not None:
-                value = pl_module.reduce_max(difference).item()
-                self.judge(pl_module, Finding("padding_side", value, limits.reward, fatal=10 * limits.reward))
+        module, limits = stage(pl_module), tolerance(trainer.precision)
+        if module.kind == "ppo":  # before anything is learnt from the rollout
+            for finding in self._measure_rollout(trainer, ppo_stage(pl_module)):
+                self.judge(finding)
+        measured = trainer.current_epoch == 0 and self.padding_side != "off"
+        if measured and (difference := module.padding_side_difference(batch)) is not None:
+            value = module.reduce_max(difference).item()
+            self.judge(Finding("padding_side", value, limits.reward, fatal=10 * limits.reward))
 
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        """Count losses that are not finite, without waiting for the device."""
-        self._bad_losses = self._bad_losses + ~loss.detach().isfinite()
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._bad_losses = self._bad_losses + ~loss.detach().isfinite()  # does not wait for the device
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Losses and gradients are finite; in PPO, the ratio was 1. DeepSpeed comes here on every micro-batch."""
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         done = trainer.fit_loop.epoch_loop.batch_idx + 1
-        if done % trainer.accumulate_grad_batches:
+        if done % trainer.accumulate_grad_batches:  # DeepSpeed comes here on every micro-batch
             return
-        deviation = getattr(pl_module, "ratio_deviation", None)
-        if deviation is not None and done == trainer.accumulate_grad_batches and self.on("ratio"):
-            value = pl_module.reduce_max(deviation).item()
-            self.judge(pl_module, Finding("ratio", value, tolerance(trainer.precision).ratio))
-        if not _is_deepspeed(trainer):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._check_finite(trainer, pl_module, nn.utils.get_total_norm(gradients))
+        module = stage(pl_module)
+        if module.kind == "ppo" and done == trainer.accumulate_grad_batches and self.ratio != "off":
+            value = module.reduce_max(ppo_stage(pl_module).ratio_deviation).item()
+            self.judge(Finding("ratio", value, tolerance(trainer.precision).ratio))
+        if not isinstance(trainer.strategy, DeepSpeedStrategy):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self._check_finite(trainer, module, nn.utils.get_total_norm(gradients))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the examples. DeepSpeed knows the norm of the gradients only now."""
-        if _is_deepspeed(trainer) and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            norm = trainer.model.get_global_grad_norm()
-            self._check_finite(trainer, pl_module, torch.as_tensor(norm, device=pl_module.device))
-        self._counts.add(batch)
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            engine: Any = trainer.model  # which knows the norm only after the step
+            norm = torch.as_tensor(engine.get_global_grad_norm(), device=pl_module.device)
+            self._check_finite(trainer, stage(pl_module), norm)
+        self._examples.add(batch)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """All processes have the same weights, and every example was seen once."""
-        self._check_ranks(trainer, pl_module, list(pl_module.parameters()))
-        if self.on("once_per_epoch"):
-            self.judge(pl_module, Finding("once_per_epoch", self._counts.wrong(trainer, pl_module), 0))
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = stage(pl_module)
+        self._check_ranks(trainer, module, list(module.parameters()))
+        if self.once_per_epoch != "off":
+            self.judge(Finding("once_per_epoch", self._examples.count_wrong(trainer, pl_module), 0))
+        curves = {f"invariants/{name}": value for name, value in self._largest.items()}
+        module.log_dict(curves, sync_dist=True, reduce_fx="max")
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """A reward model that was centred for its export gives demonstrations a mean reward of 0."""
-        if pl_module.schedule_interval == "step" and (finding := self._demonstrations(pl_module)):
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"largest": self._largest}  # a stop in the middle of an epoch loses nothing of its curves
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._largest = state_dict["largest"]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A reward model that was centred for its export gives demonstrations a mean reward of 0.
+        module = stage(pl_module)
+        if module.kind != "ppo" and (finding := self._demonstrations(module)):
             self.findings[finding.name] = finding
             for logger in trainer.loggers:
                 logger.log_metrics({f"invariants/{finding.name}": finding.value}, trainer.global_step)
             self.act(finding)
 
-    # ------------------------------------------------------------------------------------------------ measurements
-
-    def _check_ranks(self, trainer: Trainer, module: Any, tensors: list[Tensor]) -> None:
-        if trainer.world_size > 1 and self.on("ranks"):
+    def _check_ranks(self, trainer: Trainer, module: Stage, tensors: list[Tensor]) -> None:
+        if trainer.world_size > 1 and self.ranks != "off":
             own = fingerprints(tensors).to(module.device)
             largest, smallest = module.reduce_max(torch.stack([own, -own]))
-            self.judge(module, Finding("ranks", float((largest != -smallest).sum()), 0))
+            self.judge(Finding("ranks", float((largest != -smallest).sum()), 0))
 
-    def _check_finite(self, trainer: Any, module: Any, norm: Tensor) -> None:
-        every_step = module.schedule_interval == "step"
-        module.log(
-            "grad_norm", norm, on_step=every_step, on_epoch=not every_step, sync_dist=not every_step, batch_size=1
-        )
+    def _check_finite(self, trainer: Trainer, module: Stage, norm: Tensor) -> None:
+        stepwise = module.kind != "ppo"
+        module.log("grad_norm", norm, on_step=stepwise, on_epoch=not stepwise, sync_dist=not stepwise, batch_size=1)
         bad = self._bad_losses
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps by itself
             bad = bad + ~norm.isfinite()
         self._bad_losses = torch.zeros_like(self._bad_losses)
-        if self.on("finite"):
-            self.judge(module, Finding("finite", module.reduce_sum(bad).item(), 0))
+        if self.finite != "off":
+            self.judge(Finding("finite", module.reduce_sum(bad).item(), 0))
 
-    def _check_demonstrations(self, module: Any) -> None:
-        if module.schedule_interval == "epoch" and (finding := self._demonstrations(module)):
-            self.judge(module, finding)
-
-    def _demonstrations(self, module: Any) -> Finding | None:
-        rewards = module.demonstration_rewards() if self.on("demonstration_reward") else None
+    def _demonstrations(self, module: Stage) -> Finding | None:
+        rewards = module.demonstration_rewards() if self.demonstration_reward != "off" else None
         if rewards is None:
             return None
         everyone = torch.ones_like(rewards, dtype=torch.bool)
@@ -214,3 +247,27 @@ class Invariants(Callback):
         count = module.reduce_sum(everyone.sum().float())
         limit = variance.sqrt() * (0.1 + 5 / count.clamp(min=1).sqrt()) + 1e-3
         return Finding("demonstration_reward", mean.abs().item(), limit.item())
+
+    def _measure_rollout(self, trainer: Trainer, module: PPOStage) -> Iterator[Finding]:
+        """Measures the episodes of all ranks; before the first update, also whether the networks agree."""
+        rollout, limits = rollout_data(trainer).last_rollout, tolerance(trainer.precision)
+        rewards, scores = ~rollout.rewards.isfinite(), ~rollout.scores.isfinite()
+        bad = (rewards & rollout.value_mask).sum() + (scores & rollout.mask.any(1)).sum()
+        yield Finding("finite_rewards", module.reduce_sum(bad.float()).item(), 0)
+        mean, variance = masked_moments(rollout.kl.sum(1), torch.ones_like(rollout.has_eos), module.reduce_sum)
+        noise = 4 * (variance / (len(rollout) * trainer.world_size)).sqrt().item()
+        yield Finding("kl", max(0.0, -mean.item()), noise + limits.ratio)
+        yield Finding("kl_ceiling", mean.item(), self.highest_kl)
+        if trainer.current_epoch > 0:
+            return
+        if module.starts_at_reference:
+            distance = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).abs().max()
+            yield Finding("first_kl", module.reduce_max(distance).item(), limits.ratio)
+        if module.critic_starts_at_reward:  # only a finished response shorter than the rollout has a value after it
+            width = rollout.values.shape[1]
+            after = rollout.lengths.clamp(max=width - 1).unsqueeze(1)
+            defined = rollout.has_eos & (rollout.lengths < width) & rollout.value_mask.gather(1, after)[:, 0]
+            error = torch.where(defined, rollout.values.gather(1, after)[:, 0] - rollout.scores, 0.0).abs().max()
+            scale = torch.where(defined, rollout.scores, 0.0).abs().max().clamp(min=1)
+            if module.reduce_sum(defined.sum()) > 0:
+                yield Finding("first_value", module.reduce_max(error / scale).item(), limits.reward)

@@ -1,190 +1,163 @@
-"""When the checkpoint of a run is written, so that a run that was stopped at any moment goes on to the same bits."""
-
-from __future__ import annotations
+"""When the checkpoint of a run is written, such that a run stopped at any moment resumes to the same bits."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from pydantic import PositiveInt
+from typing_extensions import override
 
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import (
-    LAST,
-    AtomicCheckpointIO,
-    find_last,
-    partial_path,
-    publish,
-    remove,
-    save_together,
-    sync_folder,
-)
-from rlhf.callbacks.epoch_results import EpochResults, collect
+from rlhf.callbacks.checkpoint_io import LAST, AtomicCheckpointIO, failed_anywhere, find_last, save_together
 from rlhf.callbacks.resume import KEY, record
-from rlhf.callbacks.stop_signal import StopSignal
-from rlhf.errors import UserError
-
-RESULTS = "epoch_results"
-
-
-@contextmanager
-def suppressed(errors: list[OSError]) -> Iterator[None]:
-    """Within, errors of the operating system are kept for later."""
-    try:
-        yield
-    except OSError as error:
-        errors.append(error)
+from rlhf.protocols import Stage, stage
 
 
 class LastCheckpoint(Callback):
     """Keeps `<run folder>/checkpoints/last.ckpt`, and saves before it stops when it is asked to (SIGTERM, SIGUSR1).
 
-    It is written between two optimizer steps, or two PPO updates, when all curves up to there are written. A kill in
-    the middle of writing leaves the one before it; when it can't be written (a full disk), training goes on with that.
+    It is written between two optimizer steps, or two PPO updates, after all curves up to there. A kill while it is
+    written leaves the one before it; if it cannot be written (a full disk), training continues with that one.
 
     Args:
         every_n_epochs: epochs (PPO: updates) between two checkpoints.
-        every_n_steps: optimizer steps between two checkpoints; not in PPO, which goes on at updates only.
+        every_n_steps: optimizer steps between two checkpoints; not in PPO, which resumes at updates only.
     """
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int = 200) -> None:
-        if min(every_n_epochs, every_n_steps) < 1:
-            raise UserError("every_n_epochs and every_n_steps of the callback LastCheckpoint must be at least 1.")
+    def __init__(self, every_n_epochs: PositiveInt = 1, every_n_steps: PositiveInt = 200) -> None:
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
-        self._signal = StopSignal()
+        self._path = Path()
+        self._signal = 0
         self._saved = self._saved_epochs = 0
         self._within: Literal["epoch", "step"] | None = None
         self._record: dict[str, Any] = {}
-        self._results: EpochResults | None = None
 
-    @staticmethod
-    def path(trainer: Trainer) -> Path:
-        """Where it lies."""
-        return Path(trainer.default_root_dir) / files.CHECKPOINTS / LAST
-
-    # ----------------------------------------------------------------------------------------------------- when
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Files are written whole or not at all, those of other callbacks too."""
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Checkpoints of other callbacks, too, are written whole or not at all.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """What all checkpoints of this run were made with."""
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._path = Path(trainer.default_root_dir) / files.CHECKPOINTS / LAST
         self._record = record(trainer, pl_module)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen. A run that goes on at the beginning of an epoch is not in the middle of one, whatever limits it."""
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved, self._saved_epochs = trainer.global_step, trainer.current_epoch
-        self._signal.listen()
-        loop = trainer.fit_loop
-        if loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
-            loop.epoch_loop.restarting = False
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's handler, which it puts back at the end, starts a collective from inside the signal, whatever
+            # the processes are doing, and stops in the middle of an optimizer step.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._remember)
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        if progress.ready == progress.processed:  # at the beginning of an epoch, whatever limits the run
+            trainer.fit_loop.epoch_loop.restarting = False
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """After an epoch and all its curves."""
-        asked = self._signal.agreed(trainer, pl_module)
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here, all curves of the epoch before are written.
+        module = stage(pl_module)
+        asked = self._agreed_signal(trainer, module)
         if asked or trainer.current_epoch % self.every_n_epochs == 0:
-            self.save(trainer, pl_module, "epoch")
+            self._save(trainer, module, "epoch")
         if asked:
-            unit = "update" if pl_module.schedule_interval == "epoch" else "epoch"
+            unit = "update" if module.kind == "ppo" else "epoch"
             self._stop(trainer, asked, f"after {unit} {trainer.current_epoch}")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """After an optimizer step and its curves."""
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Here, all curves of the optimizer step before are written.
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        asked = self._signal.agreed(trainer, pl_module)
-        if pl_module.schedule_interval == "epoch":
+        module = stage(pl_module)
+        asked = self._agreed_signal(trainer, module)
+        if module.kind == "ppo":
             if asked and self._saved_epochs == trainer.current_epoch:  # else the update is finished, and saved
-                self._stop(trainer, asked, f"in update {trainer.current_epoch + 1}, which will begin anew")
+                self._stop(trainer, asked, f"in update {trainer.current_epoch + 1}, which will start again")
             return
         if batch_idx == 0:
             return
         if asked or trainer.global_step % self.every_n_steps == 0:
-            self.save(trainer, pl_module, "step")
+            self._save(trainer, module, "step")
         if asked:
             self._stop(trainer, asked, f"after step {trainer.global_step}")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        """The sums of an epoch go on."""
-        if self._results is not None:
-            self._results.merge(trainer)
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, stage(pl_module), "epoch")
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The sums of an epoch are complete."""
-        if self._results is not None:
-            self._results.finish(trainer, pl_module)
-            self._results = None
+    def _remember(self, number: int, frame: Any) -> None:
+        self._signal = number
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """After the last epoch, before its export."""
-        self.save(trainer, pl_module, "epoch")
+    def _agreed_signal(self, trainer: Trainer, module: Stage) -> int:
+        """Returns the signal that any process received, 0 if none did. Called on all ranks."""
+        one = trainer.world_size == 1
+        return self._signal if one else int(module.reduce_max(torch.tensor(self._signal, device=module.device)).item())
 
-    def _stop(self, trainer: Trainer, number: int, where: str) -> None:
+    def _stop(self, trainer: Trainer, number: int, where: str) -> NoReturn:
         if trainer.is_global_zero:
-            last = find_last(self.path(trainer).parent)
-            found = f"Go on from {last} with --ckpt_path last." if last else "There is no checkpoint yet."
+            last = find_last(self._path.parent)
+            found = f"Resume from {last} with --ckpt_path last." if last else "There is no checkpoint yet."
             print(f"\nStopped by {signal.Signals(number).name} {where}. {found}", flush=True)
-        self._signal.leave(trainer, number)
+        # Processes that Lightning started end with 0; otherwise it would kill the first one, which started them.
+        launched = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+        raise SIGTERMException(0 if launched and trainer.local_rank > 0 else 128 + number)
 
-    # ------------------------------------------------------------------------------------------------------ how
-
-    def save(self, trainer: Trainer, module: Any, within: Literal["epoch", "step"]) -> None:
-        """Write it, if there is something new. Called on all ranks, between two epochs or two steps."""
+    def _save(self, trainer: Trainer, module: Stage, within: Literal["epoch", "step"]) -> None:
+        """Writes a checkpoint if there is something new. Called on all ranks, between two epochs or two steps."""
         if trainer.fast_dev_run or trainer.global_step == self._saved:  # type: ignore[attr-defined]
             return
         self._saved, self._saved_epochs, self._within = trainer.global_step, trainer.current_epoch, within
-        final = self.path(trainer)
-        target = partial_path(final) if isinstance(trainer.strategy, DeepSpeedStrategy) else final
+        in_parts = isinstance(trainer.strategy, DeepSpeedStrategy)
+        target = files.partial_path(self._path) if in_parts else self._path
+
+        def prepare() -> None:
+            if trainer.is_global_zero:
+                for folder in filter(None, (getattr(logger, "log_dir", None) for logger in trainer.loggers)):
+                    for path in Path(folder).glob("*"):  # the curves up to here
+                        files.sync(path)
+                files.remove(files.partial_path(self._path))  # what an earlier process left
+                (target if in_parts else target.parent).mkdir(parents=True, exist_ok=True)
+
+        def publish() -> None:
+            if in_parts and trainer.is_global_zero:
+                files.publish(target, self._path)
+
         errors: list[OSError] = []
-        with suppressed(errors):
-            self._prepare(trainer, final, target)
-        if not self._anywhere(module, errors):
-            with suppressed(errors):
-                save_together(trainer, target)
-        if not self._anywhere(module, errors) and trainer.is_global_zero and target != final:
-            with suppressed(errors):
-                publish(target, final)
+        for step in (prepare, lambda: save_together(trainer, target), publish):
+            with files.suppress_os_errors(errors):
+                step()
+            if failed_anywhere(module, bool(errors)):
+                self._warn(trainer, errors)
+                break
         self._within = None
-        if self._anywhere(module, errors):
-            self._warn(trainer, final, errors)
 
-    @staticmethod
-    def _prepare(trainer: Trainer, final: Path, target: Path) -> None:
-        """The curves up to here are on the disk, and what an earlier process has left is not."""
+    def _warn(self, trainer: Trainer, errors: list[OSError]) -> None:
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                sync_folder(getattr(logger, "log_dir", None))
-            remove(partial_path(final))
-            (final.parent if target == final else target).mkdir(parents=True, exist_ok=True)
-
-    @staticmethod
-    def _anywhere(module: Any, errors: list[OSError]) -> bool:
-        return bool(module.reduce_max(torch.tensor(float(len(errors)), device=module.device)) > 0)
-
-    @staticmethod
-    def _warn(trainer: Trainer, final: Path, errors: list[OSError]) -> None:
-        if trainer.is_global_zero:
-            with suppressed([]):
-                remove(partial_path(final))
+            with files.suppress_os_errors():
+                files.remove(files.partial_path(self._path))
             why = f": {errors[0]}" if errors else ""
-            last = find_last(final.parent)
+            last = find_last(self._path.parent)
             before = f"The one before it is intact: {last}." if last else "There is none before it."
             rank_zero_warn(
-                f"The checkpoint after step {trainer.global_step} could not be written{why}. {before} Training goes "
-                "on; make room on the disk."
+                f"The checkpoint after step {trainer.global_step} could not be written{why}. {before} Training "
+                "continues; make room on the disk."
             )
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Counters as Lightning has them at the end of an epoch or a step, where it expects to be resumed."""
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Counters as Lightning has them at the end of an epoch or a step, where it expects to be resumed.
         checkpoint[KEY] = self._record
         if self._within is None:
             return
@@ -198,9 +171,3 @@ class LastCheckpoint(Callback):
             counts["ready"] = counts["completed"]
             counts["completed"] -= 1
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-        checkpoint[RESULTS] = collect(trainer)
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take over the sums of an epoch that was begun."""
-        if RESULTS in checkpoint:
-            self._results = EpochResults(checkpoint[RESULTS], trainer.global_rank, trainer.world_size)

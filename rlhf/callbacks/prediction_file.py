@@ -1,15 +1,15 @@
-"""What `predict` returns, as a file."""
+"""The file that `predict` writes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 
 class PredictionFile(BasePredictionWriter):
@@ -18,26 +18,19 @@ class PredictionFile(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__("batch")
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new file."""
         self._file = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("")
 
+    @override
     def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Append."""
         with self._file.open("a") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in prediction)
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where it is."""
         rank_zero_info(f"Predictions: {self._file}")

@@ -1,12 +1,14 @@
-"""Tables of samples, where people would rather look than read."""
-
-from __future__ import annotations
+"""A table of samples, to look at what a model writes."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from pydantic import NonNegativeInt
+from typing_extensions import override
+
+COLUMNS = ("query", "response", "reference", "score")
 
 
 class SampleTable(Callback):
@@ -17,47 +19,37 @@ class SampleTable(Callback):
         console: whether to print them too.
     """
 
-    def __init__(self, rows: int = 3, console: bool = True) -> None:
+    def __init__(self, rows: NonNegativeInt = 3, console: bool = True) -> None:
         self.rows = rows
         self.console = console
-        self._samples: list[dict[str, Any]] = []
+        self._samples: list[tuple[str, str, str, str]] = []
 
+    @override
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keep the first samples of the split."""
         if batch_idx == 0:
-            self._samples = outputs["samples"][: self.rows]
+            self._samples = [
+                (s["query"], s["response"], s["reference"], f"{s['score']:.2f}" if "score" in s else "")
+                for s in outputs["samples"][: self.rows]
+            ]
 
+    @override
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show them."""
         if not self._samples:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", self.markdown(), trainer.global_step)
-        if self.console:
-            self.print()
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        cells = [[s["query"], s["response"], s["reference"], _score(s)] for s in self._samples]
-        lines = ["| query | response | reference | score |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(c.replace("\n", "<br>").replace("|", "\\|") for c in row) + " |" for row in cells]
-        return "\n".join(lines)
-
-    def print(self) -> None:
-        """The table on the console; of a query only its end."""
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("query", "response", "reference", "score", show_lines=True)
-        for s in self._samples:
-            query = s["query"] if len(s["query"]) <= 240 else "… " + s["query"][-240:]
-            table.add_row(query, s["response"].strip(), s["reference"].strip(), _score(s))
-        Console(markup=False, emoji=False, highlight=False).print(table)
-
-
-def _score(sample: dict[str, Any]) -> str:
-    return f"{sample['score']:.2f}" if "score" in sample else ""
+        rows = [[cell.replace("\n", "<br>").replace("|", "\\|") for cell in sample] for sample in self._samples]
+        text = "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", text, trainer.global_step)
+        if self.console:
+            table = Table(*COLUMNS, show_lines=True)
+            for query, response, reference, score in self._samples:
+                end = query if len(query) <= 240 else "… " + query[-240:]
+                table.add_row(end, response.strip(), reference.strip(), score)
+            Console(markup=False, emoji=False, highlight=False).print(table)

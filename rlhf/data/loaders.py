@@ -2,138 +2,187 @@
 
 from __future__ import annotations
 
-import math
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from typing_extensions import override
 
 from rlhf.errors import UserError
+from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling.grouping import split
 from rlhf.seeding import permutation
 
+if TYPE_CHECKING:
+    import datasets
+
 Batch = dict[str, Any]
+Collate = Callable[[list[dict[str, Any]], bool], Batch]  # rows and whether they count -> batch; it can be pickled
+
+WORKERS = {"cuda": 2}  # per loader, by type of device: a CPU that trains has none to spare
 
 
 def accumulation(batch_size: int, micro_batch_size: int, world_size: int, parts: int = 1) -> int:
-    """Micro-batches per optimizer step: `batch_size / (parts x world_size x micro_batch_size)`, exactly.
+    """Computes the micro-batches per optimizer step: `batch_size / (parts x world_size x micro_batch_size)`, exactly.
 
     Args:
         parts: minibatches that the global batch is cut into (PPO).
     """
     unit = parts * world_size * micro_batch_size
-    for setting, value in (("data.micro_batch_size", micro_batch_size), ("model.ppo.minibatches", parts)):
-        if value < 1:
-            raise UserError(f"{setting} {value} must be at least 1.")
-    if batch_size < 1 or batch_size % unit:
+    if batch_size % unit:
         minibatches = f" x {parts} minibatches" if parts > 1 else ""
-        near = {max(batch_size, 1) // unit * unit, -(-max(batch_size, 1) // unit) * unit} - {0}
+        near = sorted({batch_size // unit * unit, -(-batch_size // unit) * unit} - {0})
         raise UserError(
             f"data.batch_size {batch_size} does not divide into {world_size} processes x data.micro_batch_size "
-            f"{micro_batch_size}{minibatches}; use a multiple of {unit}, for example "
-            f"{' or '.join(str(n) for n in sorted(near))}."
+            f"{micro_batch_size}{minibatches}; use a multiple of {unit}, for example {' or '.join(map(str, near))}."
         )
     return batch_size // unit
 
 
 def global_batches(rows: int, batch_size: int, epoch: int) -> Iterator[list[int]]:
-    """Row numbers of the global batches of an epoch, the same on every rank."""
+    """Yields the row numbers of the global batches of an epoch, the same on every rank."""
     order = permutation(rows, epoch)
     for start in range(0, rows, batch_size):
         yield order[start : start + batch_size]
 
 
 def rank_rows(rows: Sequence[int], lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """One rank's share of a global batch, so that all ranks have about the same number of tokens."""
+    """Returns one rank's share of a global batch, which has about as many tokens as any other's."""
     return sorted(rows, key=lambda row: lengths[row])[rank::world_size]
 
 
-def step_lengths(lengths: Sequence[int], batch_size: int, world_size: int, epochs: int) -> Iterator[list[int]]:
-    """Tokens of the rows of every optimizer step on every rank."""
-    for epoch in range(epochs):
-        for rows in global_batches(len(lengths), batch_size, epoch):
-            for rank in range(world_size):
-                yield [lengths[row] for row in rank_rows(rows, lengths, rank, world_size)]
+class Plan(NamedTuple):
+    """What a micro-batch is made of.
+
+    Attributes:
+        rows: numbers of its rows.
+        real: False if its only row keeps a rank in step with the others and must count for nothing.
+        share: tokens (or pairs) that count, on average over the micro-batches of its global batch; None in evaluation.
+    """
+
+    rows: list[int]
+    real: bool = True
+    share: float | None = None
 
 
-class TrainBatches:
-    """Micro-batches of one epoch; every example exactly once over all ranks (D13).
+@dataclass(eq=False)
+class Plans(DistributedSampler[Plan], SequentialSampler):
+    """Yields the plans of one epoch, which may differ from epoch to epoch.
 
-    All ranks shuffle alike, cut into global batches, and then take their rows of each, long and short ones alike. A
-    global batch always becomes `accumulate` micro-batches per rank, formed by length, the smaller last one too, so that
-    no gradient is left over; a rank without rows for one of them gets a row that counts for nothing.
+    Lightning replaces any other sampler where there are several processes (unless it is a `DistributedSampler`) and
+    under `trainer.overfit_batches` (unless it is a `SequentialSampler`).
+    """
+
+    count: int
+    make: Callable[[], list[Plan]]
+
+    @override
+    def __len__(self) -> int:
+        return self.count
+
+    @override
+    def __iter__(self) -> Iterator[Plan]:  # type: ignore[override]
+        return iter(self.make())
+
+
+def train_plans(
+    weights: Sequence[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    accumulate: int,
+    rank: int,
+    world_size: int,
+    epoch: int,
+) -> list[Plan]:
+    """Plans the micro-batches of an epoch; every example exactly once over all ranks (D13).
+
+    All ranks shuffle alike, cut into global batches, and take long and short rows of each. A global batch always
+    becomes `accumulate` micro-batches per rank, formed by length. So does the smaller last one, so that no gradient is
+    left over; a rank without rows for a micro-batch gets a row that counts for nothing.
 
     Args:
         weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
         lengths: per row the number of tokens that go through the model.
-        collate: row numbers and whether they count -> batch.
-        progress: the current epoch, and how many of its micro-batches are done already: a resumed run goes on there.
     """
+    plans = []
+    for rows in global_batches(len(weights), batch_size, epoch):
+        share = sum(weights[r] for r in rows) / (accumulate * world_size)
+        mine = rank_rows(rows, lengths, rank, world_size)
+        for group in split([lengths[r] for r in mine], accumulate):
+            plans.append(Plan([mine[n] for n in group] or rows[:1], bool(group), share))
+    return plans
 
-    def __init__(
-        self,
-        weights: Sequence[int],
-        lengths: Sequence[int],
-        collate: Callable[[list[int], bool], Batch],
-        batch_size: int,
-        accumulate: int,
-        rank: int,
-        world_size: int,
-        progress: Callable[[], tuple[int, int]],
-    ) -> None:
-        self.weights = weights
-        self.lengths = lengths
+
+class PlannedBatches(Dataset[Batch]):
+    """Loads the micro-batch of a plan, in the process that trains or in a worker."""
+
+    def __init__(self, rows: datasets.Dataset, collate: Collate) -> None:
+        self.rows = rows
         self.collate = collate
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.rank = rank
-        self.world_size = world_size
-        self.progress = progress
 
-    def __len__(self) -> int:
-        return math.ceil(len(self.weights) / self.batch_size) * self.accumulate
+    @override
+    def __getitem__(self, plan: Plan) -> Batch:
+        batch = self.collate(self.rows.select(plan.rows).to_list(), plan.real)
+        return batch if plan.share is None else {**batch, "share": plan.share, "rows": plan.rows if plan.real else []}
 
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, done = self.progress()
-        first = done // self.accumulate
-        for step, rows in enumerate(global_batches(len(self.weights), self.batch_size, epoch)):
-            if step < first:
-                continue
-            share = sum(self.weights[r] for r in rows) / (self.accumulate * self.world_size)
-            mine = rank_rows(rows, self.lengths, self.rank, self.world_size)
-            for micro, group in enumerate(split([self.lengths[r] for r in mine], self.accumulate)):
-                if step * self.accumulate + micro >= done:
-                    own = [mine[n] for n in group]
-                    yield {**self.collate(own or rows[:1], bool(own)), "share": share, "rows": own}
+
+class Loader(DataLoader[Batch]):
+    """Starts its workers when the first batch is asked for, since Lightning calls `iter()` before a run is restored."""
+
+    @override
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing to keep: the Trainer knows the position. It tells Lightning that this loader can resume."""
+        """Returns nothing, as the Trainer knows the position, but tells Lightning that this loader can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing was kept."""
+        """Does nothing."""
 
 
-class EvalBatches:
-    """Batches of this rank's share of a split, in order."""
+def loader(rows: datasets.Dataset, plans: Plans, collate: Collate, trainer: Trainer) -> Loader:
+    """Creates the loader of a split, with workers and pinned memory if the Trainer's device is a GPU."""
+    device = trainer.strategy.root_device.type
+    return Loader(
+        PlannedBatches(rows, collate),
+        sampler=plans,
+        batch_size=None,
+        generator=torch.Generator(),  # else iter() would draw from the random state of the run
+        num_workers=WORKERS.get(device, 0),
+        worker_init_fn=_leave_signals_to_the_trainer,
+        pin_memory=device == "cuda",
+    )
 
-    def __init__(
-        self, rows: int, collate: Callable[[list[int], bool], Batch], size: int, rank: int, world: int
-    ) -> None:
-        if rows < world:
-            raise UserError(f"a split of {rows} rows can't be shared by {world} processes; use fewer, or more rows.")
-        self.total, self.world = rows, world
-        self.rows = list(range(rank, rows, world))
-        self.collate = collate
-        self.size = size
 
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.size)
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Makes a worker outlive Ctrl-C and a cluster's signals: the step that the Trainer finishes needs its batches.
 
-    @property
-    def even(self) -> bool:
-        """Whether all ranks have the same number of batches."""
-        counts = (math.ceil(rows / self.size) for rows in (self.total // self.world, -(-self.total // self.world)))
-        return len(set(counts)) == 1
+    Only its parent ends it with SIGTERM, when the interpreter exits.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.rows), self.size):
-            yield self.collate(self.rows[start : start + self.size], True)
+    def end() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def pad_queries(rows: list[dict[str, Any]], pad_id: int) -> Batch:
+    """Pads queries on the left to the longest of them (D03): `queries (B, P)`, `query_mask (B, P)`."""
+    ids, mask = pad_sequences([row["query_ids"] for row in rows], pad_id, "left")
+    return {"queries": ids, "query_mask": mask}
+
+
+def collate_joint(rows: list[dict[str, Any]], real: bool, pad_id: int) -> Batch:
+    """Pads joint sequences on the right (D07): `input_ids (B, T)`, `attention_mask (B, T)`."""
+    ids, mask = pad_sequences([row["input_ids"] for row in rows], pad_id)
+    return {"input_ids": ids, "attention_mask": mask}

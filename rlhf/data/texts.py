@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf.checks import at_least
-from rlhf.errors import UserError
+from pydantic import ConfigDict, PositiveInt, field_validator
+from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,51 +14,48 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="data.text"))
 class TextFormat:
     """How texts are made and how long they may be; the defaults are the paper's.
 
     Attributes:
         query: format of a TL;DR query; fields are columns of the record (D01).
         article: format of a CNN/DM query.
-        max_query_length: tokens of a query; a TL;DR post is cut until it fits, an article likewise (D02).
-        max_article_length: the same for articles.
-        max_response_length: tokens of a response with its EOS (D06).
-        max_article_response_length: the same for summaries of articles.
-        drop_unfittable: leave out a query that can't be made to fit, instead of stopping.
+        max_query_length: longest query in tokens; a TL;DR post is cut until its query fits (D02).
+        max_article_length: longest query with an article, which is cut likewise.
+        max_response_length: longest response in tokens, EOS included (D06).
+        max_article_response_length: longest summary of an article.
+        drop_unfittable: leave out a query that cannot be made to fit instead of stopping.
     """
 
     query: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     article: str = "Article:\n{article}\n\nTL;DR:\n"
-    max_query_length: int = 512
-    max_article_length: int = 1919
-    max_response_length: int = 53
-    max_article_response_length: int = 155
+    max_query_length: PositiveInt = 512
+    max_article_length: PositiveInt = 1919
+    max_response_length: PositiveInt = 53
+    max_article_response_length: PositiveInt = 155
     drop_unfittable: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("query", "article"):
-            try:
-                list(string.Formatter().parse(getattr(self, name)))
-            except ValueError as error:
-                raise UserError(f"data.text.{name} is no format string: {error}.") from error
-        for name in ("max_query_length", "max_article_length", "max_response_length", "max_article_response_length"):
-            at_least(f"data.text.{name}", getattr(self, name), 1)
+    @field_validator("query", "article")
+    @classmethod
+    def _is_format(cls, template: str) -> str:
+        list(string.Formatter().parse(template))  # raises a ValueError that says what is wrong
+        return template
 
 
 class BadRecordError(Exception):
-    """A record that can't be used; the message is the reason."""
+    """A record cannot be used; the message is the reason."""
 
 
 class UnfittableError(BadRecordError):
-    """A query that no allowed cut brings down to its maximum length."""
+    """No allowed cut makes a query short enough."""
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, without an EOS that the tokenizer may append."""
+    """Returns the token ids of a text, without an EOS that the tokenizer may append."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -67,9 +63,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def fit_query(
     tokenizer: PreTrainedTokenizerBase, template: str, fields: Record, field: str, max_length: int
 ) -> tuple[str, list[int]]:
-    """Fill a template and cut one field until the result fits (D02).
+    """Fills a template and cuts one field until the result fits (D02).
 
-    The field is cut at its last newline; only where there is none, by one character. Everything else survives.
+    The field is cut at its last newline, or by one character if it has none. Everything else survives.
 
     Returns:
         The text and its token ids.
@@ -87,19 +83,19 @@ def fit_query(
         if not body:
             raise UnfittableError(f"the query has {len(ids)} tokens without any {field}, more than {max_length}")
         cut = body.rfind("\n")
-        # One character at a time is slow; as none is worth more than 4 tokens, these go in any case.
+        # One character at a time is slow, and no character is worth more than 4 tokens.
         surplus = max(1, (len(ids) - max_length) // 4)
         fields[field] = body[: cut if cut >= 0 else -surplus]
 
 
 def join_response(
     tokenizer: PreTrainedTokenizerBase, query: str, query_ids: list[int], response: str, max_response_length: int
-) -> dict[str, Any]:
-    """Query and response tokenised as joint text (D07), EOS at the end (D04).
+) -> Record:
+    """Tokenises query and response as one text (D07) with EOS at its end (D04).
 
     Returns:
-        `input_ids`, `response_start` (the first position that does not belong to the query) and `truncated`: whether
-        the response lost its end, and with it its EOS, to the maximum length (D06).
+        `input_ids`; `response_start`, the first position that does not belong to the query; and `truncated`: whether
+        the response is too long and loses its end, and EOS with it (D06).
     """
     ids = encode(tokenizer, query + response)
     start = len(query_ids)
@@ -114,21 +110,26 @@ def join_response(
 
 
 def one_leading_space(text: str) -> str:
-    """The TL;DR demonstrations lack the leading space, the comparisons have it; a response has exactly one (D04)."""
+    """Makes a response start with exactly one space (D04): the comparisons have it, the demonstrations lack it."""
     return " " + text.strip()
 
 
 def required_text(record: Record, column: str) -> str:
-    """A column that must hold text."""
+    """Returns the text in a column that must hold some."""
     text = record.get(column)
     if not isinstance(text, str) or not text.strip():
         raise BadRecordError(f"empty {column}")
     return text
 
 
+def is_article(record: Record) -> bool:
+    """Tells a CNN/DM record from a TL;DR one."""
+    return bool(record.get("article") and not record.get("post"))
+
+
 def tldr_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[str, list[int]]:
-    """The query of a TL;DR record or of the `info` of a comparison; articles have a format of their own."""
-    if record.get("article") and not record.get("post"):
+    """Returns the query of a TL;DR record, or of the `info` of a comparison, as text and token ids."""
+    if is_article(record):
         template, field, length = text_format.article, "article", text_format.max_article_length
     else:
         template, field, length = text_format.query, "post", text_format.max_query_length
@@ -137,7 +138,7 @@ def tldr_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
 
 
 def plain_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat) -> tuple[str, list[int]]:
-    """A generic `prompt`, as it is."""
+    """Returns a generic `prompt` as it is, as text and token ids."""
     prompt = required_text(record, "prompt")
     ids = encode(tokenizer, prompt)
     if len(ids) > text_format.max_query_length:
@@ -148,36 +149,33 @@ def plain_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format:
 def demonstration(
     record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat, schema: str, need_response: bool
 ) -> Record:
-    """Columns of one demonstration.
+    """Tokenises one demonstration.
 
     Args:
         schema: `tldr` (`subreddit, title, post, summary`) or `plain` (`prompt, completion`).
-        need_response: whether a record without a response is a bad one.
+        need_response: refuse a record without a response.
     """
-    if schema == "tldr":
-        query, ids = tldr_query(record, tokenizer, text_format)
-        column = "summary"
-    else:
-        query, ids = plain_query(record, tokenizer, text_format)
-        column = "completion"
+    tldr = schema == "tldr"
+    query, ids = (tldr_query if tldr else plain_query)(record, tokenizer, text_format)
+    column = "summary" if tldr else "completion"
     response = required_text(record, column) if need_response else str(record.get(column) or "")
-    response = one_leading_space(response) if schema == "tldr" and response else response
+    response = one_leading_space(response) if tldr and response else response
     joint = join_response(tokenizer, query, ids, response, text_format.max_response_length)
     return {"query": query, "reference": response, "query_ids": ids, **joint}
 
 
 def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat, schema: str) -> Record:
-    """Columns of one comparison.
+    """Tokenises both sides of one comparison.
 
     Args:
         schema: `openai` (`info, summaries, choice, ...`) or `plain` (`prompt, chosen, rejected`).
     """
     max_length = text_format.max_response_length
-    extra: Record = {"batch": "", "confidence": None, "chosen_policy": "", "rejected_policy": ""}
+    row: Record = {"batch": "", "confidence": None, "chosen_policy": "", "rejected_policy": ""}
     if schema == "openai":
         info = record["info"] or {}
         query, ids = tldr_query(info, tokenizer, text_format)
-        if info.get("article") and not info.get("post"):
+        if is_article(info):
             max_length = text_format.max_article_response_length
         summaries, choice = record["summaries"] or [], record["choice"]
         if len(summaries) != 2 or None in summaries:
@@ -186,7 +184,7 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
             raise BadRecordError(f"choice {choice} is out of range")
         pair = [summaries[int(choice)], summaries[1 - int(choice)]]
         chosen, rejected = (one_leading_space(required_text(s, "text")) for s in pair)
-        extra = {
+        row = {
             "batch": record.get("batch") or "",
             "confidence": (record.get("extra") or {}).get("confidence"),
             "chosen_policy": pair[0].get("policy") or "",
@@ -197,27 +195,9 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
         chosen, rejected = required_text(record, "chosen"), required_text(record, "rejected")
     if chosen == rejected:
         raise BadRecordError("chosen and rejected are equal")
-    sides = [join_response(tokenizer, query, ids, text, max_length) for text in (chosen, rejected)]
-    return {
-        "query": query,
-        "chosen_text": chosen,
-        "rejected_text": rejected,
-        "chosen_ids": sides[0]["input_ids"],
-        "rejected_ids": sides[1]["input_ids"],
-        "truncated": sides[0]["truncated"] or sides[1]["truncated"],
-        **extra,
-    }
-
-
-def name_of(record: Record, index: int) -> str:
-    """How a message names a record: its number, and its id where it has one."""
-    known = record.get("id") or (record.get("info") or {}).get("id")
-    return f"record {index + 1}" + (f" (id {known})" if known else "")
-
-
-def unfittable_error(record: Record, index: int, error: UnfittableError, setting: str) -> UserError:
-    """The sentence for a query that does not fit."""
-    return UserError(
-        f"{setting}: {name_of(record, index)}: {error}; raise data.text.max_query_length, or set "
-        "data.text.drop_unfittable to true."
-    )
+    row |= {"query": query, "chosen_text": chosen, "rejected_text": rejected, "truncated": False}
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        joint = join_response(tokenizer, query, ids, text, max_length)
+        row[f"{side}_ids"] = joint["input_ids"]
+        row["truncated"] |= joint["truncated"]
+    return row

@@ -1,23 +1,28 @@
-"""What each process of a run does, as the estimate of its memory wants it, and the largest micro-batches that fit."""
+"""What each process of a run does, for the estimate of its memory, and the largest micro-batches that fit."""
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch import Trainer
 
 from rlhf.errors import UserError
+from rlhf.hardware import GIB, device_memory
 from rlhf.models.memory import Workload, estimate
+from rlhf.protocols import PPOStage, Stage
 from rlhf.strategies import Zero2Strategy
+
+if TYPE_CHECKING:
+    from rlhf.data.stage_data import StageDataModule
 
 ROOM = 0.85  # of the memory; the rest is for what an estimate does not count
 
 
-def auto_tokens(trainer: Any, module: Any, data: Any) -> int:
-    """Tokens per micro-batch, padding included, that fit into the memory of every process's device.
+def auto_tokens(trainer: Trainer, module: Stage, data: StageDataModule) -> int:
+    """Computes how many tokens per micro-batch, padding included, fit into the memory of every process's device.
 
     Raises:
         UserError: not even the longest example fits.
@@ -34,54 +39,37 @@ def auto_tokens(trainer: Any, module: Any, data: Any) -> int:
     rows = bisect_right(range(1, share + 1), room, key=needed)
     if rows < 1:
         raise UserError(
-            f"data.max_tokens_per_micro_batch auto: by the estimate {needed(1) / 2**30:.1f} GiB are needed for the "
-            f"longest example alone, but only {room / 2**30:.1f} GiB may be used; docs/memory.md tells what needs less."
+            f"data.max_tokens_per_micro_batch auto: by the estimate {needed(1) / GIB:.1f} GiB are needed for the "
+            f"longest example alone, but only {room / GIB:.1f} GiB may be used; docs/memory.md tells what needs less."
         )
-    return rows * rows_per_example(module) * int(data.longest())
+    return rows * data.sequences * data.longest()
 
 
-def device_memory(device: torch.device, processes: int) -> int:
-    """Bytes of a GPU; of the machine's memory the part of one of its processes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
-
-
-def rows_per_example(module: Any) -> int:
-    """Sequences of an example: a comparison has two."""
-    return 2 if module.kind == "reward" else 1
-
-
-def workload(trainer: Any, module: Any, data: Any) -> Workload:
-    """What each process does, for the estimate of its memory."""
-    ppo = module.kind == "ppo"
-    longest = data.longest()
+def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload:
+    """Describes what each process does, for the estimate of its memory."""
+    longest, strategy = data.longest(), trainer.strategy
     response = min(module.response_room or data.text.max_response_length, longest - 1)
-    placements = {"reference": module.reference_placement, "reward": module.reward_placement} if ppo else {}
-    if ppo and module.reward_path is None:
-        placements["reward"] = None
     micro_batch = data.micro_batch_size
     if data.tokens is not None:
-        micro_batch = max(1, data.tokens // (rows_per_example(module) * longest))
-    zero2 = isinstance(trainer.strategy, Zero2Strategy)
+        micro_batch = max(1, data.tokens // (data.sequences * longest))
+    extra: dict[str, Any] = {"strategy": "ddp" if trainer.world_size > 1 else "single"}
+    if module.kind == "ppo":
+        ppo = cast(PPOStage, module)
+        reference, reward = ppo.placements
+        extra |= {"reference": reference, "reward": reward if ppo.reward_path else None}
+    if isinstance(strategy, Zero2Strategy):
+        assert strategy.config is not None
+        zero = strategy.config["zero_optimization"]
+        offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        extra |= {"strategy": "zero2", "offload_optimizer": offloaded, "bucket_size": int(zero["reduce_bucket_size"])}
     return Workload(
         stage=module.kind,
-        strategy="zero2" if zero2 else "ddp" if trainer.world_size > 1 else "single",
         precision="bf16-mixed" if "16" in trainer.precision else "32-true",
         world_size=trainer.world_size,
         micro_batch=micro_batch,
-        inference_batch=max(data.rollout_batch_size if ppo else 1, data.eval_batch_size),
+        inference_batch=max(data.rollout_batch_size, data.eval_batch_size),
         query_length=longest - response,
         response_length=response,
         activation_checkpointing=module.activation_checkpointing,
-        **(zero2_settings(trainer.strategy) if zero2 else {}),
-        **placements,
+        **extra,
     )
-
-
-def zero2_settings(strategy: Zero2Strategy) -> dict[str, Any]:
-    """What of the engine's config decides its memory."""
-    assert strategy.config is not None
-    zero = strategy.config["zero_optimization"]
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    return {"offload_optimizer": offloaded, "bucket_size": int(zero["reduce_bucket_size"])}

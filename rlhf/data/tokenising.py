@@ -6,144 +6,128 @@ import collections
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import pyarrow.compute
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rlhf.data.sources import Source, find_columns, load_records
-from rlhf.data.texts import (
-    BadRecordError,
-    Record,
-    TextFormat,
-    UnfittableError,
-    comparison,
-    demonstration,
-    name_of,
-    unfittable_error,
-)
+from rlhf.data.sources import Schemas, Source, find_columns, load_records
+from rlhf.data.texts import BadRecordError, Record, TextFormat, UnfittableError, comparison, demonstration
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-Schemas = dict[str, tuple[str, ...]]
 
 DEMONSTRATIONS: Schemas = {"tldr": ("subreddit", "title", "post", "summary"), "plain": ("prompt", "completion")}
 PROMPTS: Schemas = {"tldr": ("subreddit", "title", "post"), "plain": ("prompt",)}
 COMPARISONS: Schemas = {"openai": ("info", "summaries", "choice"), "plain": ("prompt", "chosen", "rejected")}
-_VERSION = 1  # part of the cache key: raise it when the processing of a record changes
+
+# Arrow would guess the types from the first rows, which may all be empty.
+TEXT, NUMBER, FLAG, IDS = Value("string"), Value("int64"), Value("bool"), List(Value("int64"))
+DEMONSTRATION_COLUMNS = {
+    "query": TEXT, "reference": TEXT, "query_ids": IDS, "input_ids": IDS, "response_start": NUMBER, "truncated": FLAG,
+}  # fmt: skip
+COMPARISON_COLUMNS = {
+    "query": TEXT, "chosen_text": TEXT, "rejected_text": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
+    "truncated": FLAG, "batch": TEXT, "confidence": NUMBER, "chosen_policy": TEXT, "rejected_policy": TEXT,
+}  # fmt: skip
+_VERSION = 2  # part of the cache key: raise it when the processing of a record changes
 
 
 def load_demonstrations(
     source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat, need_response: bool = True
 ) -> Dataset:
-    """Demonstrations (or, without `need_response`, prompts) as token ids.
+    """Loads demonstrations (or, without `need_response`, prompts) as token ids.
 
-    Columns: `query`, `reference` (texts), `query_ids`, `input_ids`, `response_start`, `truncated`, and the whole
-    `record` as JSON.
+    Returns:
+        Rows with the columns of `DEMONSTRATION_COLUMNS`, and the whole `record` as JSON.
     """
-    raw = load_records(source, setting)
-    schema = find_columns(raw, DEMONSTRATIONS if need_response else PROMPTS, setting, source.path)
-    process = partial(demonstration, schema=schema, need_response=need_response)
-    empty = {"query": "", "reference": "", "query_ids": [], "input_ids": [], "response_start": 0, "truncated": False}
-    return _process(raw, process, empty, source, setting, tokenizer, text, f"{schema}/{need_response}")
+    process = partial(demonstration, need_response=need_response)
+    schemas = DEMONSTRATIONS if need_response else PROMPTS
+    return _load(source, setting, tokenizer, text, schemas, process, DEMONSTRATION_COLUMNS)
 
 
 def load_comparisons(source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat) -> Dataset:
-    """Comparisons as token ids.
+    """Loads comparisons as token ids.
 
-    Columns: `query`, `chosen_text`, `rejected_text`, `chosen_ids`, `rejected_ids`, `truncated`, `batch`, `confidence`,
-    `chosen_policy`, `rejected_policy`, and the whole `record` as JSON.
+    Returns:
+        Rows with the columns of `COMPARISON_COLUMNS`, and the whole `record` as JSON.
     """
-    raw = load_records(source, setting)
-    schema = find_columns(raw, COMPARISONS, setting, source.path)
-    empty = {
-        "query": "", "chosen_text": "", "rejected_text": "", "chosen_ids": [], "rejected_ids": [], "truncated": False,
-        "batch": "", "confidence": None, "chosen_policy": "", "rejected_policy": "",
-    }  # fmt: skip
-    return _process(raw, partial(comparison, schema=schema), empty, source, setting, tokenizer, text, schema)
+    return _load(source, setting, tokenizer, text, COMPARISONS, comparison, COMPARISON_COLUMNS)
 
 
-def _process(
-    raw: Dataset,
-    process: Callable[..., Record],
-    empty: Record,
+def lengths(rows: Dataset, column: str) -> list[int]:
+    """Returns the length of every list in a column, without making lists of them."""
+    return pyarrow.compute.list_value_length(rows.with_format("arrow")[:][column]).to_pylist()
+
+
+def _load(
     source: Source,
     setting: str,
     tokenizer: PreTrainedTokenizerBase,
     text: TextFormat,
-    schema: str,
+    schemas: Schemas,
+    process: Callable[..., Record],
+    columns: Record,
 ) -> Dataset:
-    from datasets import Features
-    from datasets.fingerprint import Hasher
-
-    empty = {**empty, "record": ""}
+    raw = load_records(source, setting)
+    schema = find_columns(raw, schemas, setting, source.path)
+    features = Features({**columns, "record": TEXT, "problem": TEXT})
 
     def one(record: Record, index: int) -> Record:
+        row = dict.fromkeys(features)
         try:
-            return {**process(record, tokenizer, text), "problem": "", "record": json.dumps(dict(record), default=str)}
-        except UnfittableError as error:
-            if not text.drop_unfittable:
-                raise unfittable_error(record, index, error, setting) from error
-            return {**empty, "problem": str(error)}
+            row |= process(record, tokenizer, text, schema)
+            return row | {"record": json.dumps(dict(record), default=str), "problem": ""}
         except BadRecordError as error:
-            return {**empty, "problem": str(error)}
+            if isinstance(error, UnfittableError) and not text.drop_unfittable:
+                raise UserError(
+                    f"{setting}: {_name(record, index)}: {error}; raise data.text.max_query_length, or set "
+                    "data.text.drop_unfittable to true."
+                ) from error
+            return row | {"problem": str(error)}
         except (AttributeError, TypeError, ValueError) as error:
-            return {**empty, "problem": f"not of the form of its kind ({error})"}
+            return row | {"problem": f"not in the form of its schema ({error})"}
 
-    identity = (_VERSION, raw._fingerprint, schema, text, _content(tokenizer))
-    features = Features({name: _kind(name) for name in (*empty, "problem")})
-    description = f"Tokenising {source.path} ({source.split})"
+    identity = (_VERSION, raw._fingerprint, schema, schemas[schema], text, _content(tokenizer))
     done = raw.map(
         one,
         with_indices=True,
         remove_columns=raw.column_names,
         features=features,
         new_fingerprint=Hasher.hash(identity),
-        desc=description,
+        desc=f"Tokenising {source.path} ({source.split})",
     )
-    return _report(raw, done, source, setting)
+    return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})")
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides a tokenizer's output, for the key of the cache; padding and truncation change with every use."""
+    """What decides a tokenizer's output, for the cache key; padding and truncation change with every use."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content |= {"padding": None, "truncation": None, "eos": tokenizer.eos_token_id}
     return json.dumps(content, sort_keys=True)
 
 
-def _kind(column: str) -> Any:
-    """The type of a column that is added: Arrow would guess it from the first rows, which may all be empty."""
-    from datasets import List, Value
-
-    if column.endswith("_ids"):
-        return List(Value("int64"))
-    return Value({"response_start": "int64", "confidence": "int64", "truncated": "bool"}.get(column, "string"))
+def _name(record: Record, index: int) -> str:
+    known = record.get("id") or (record.get("info") or {}).get("id")
+    return f"record {index + 1}" + (f" (id {known})" if known else "")
 
 
-def _report(raw: Dataset, done: Dataset, source: Source, setting: str) -> Dataset:
+def _without_bad_records(raw: Dataset, done: Dataset, name: str) -> Dataset:
     problems = done["problem"][:]
-    bad = [i for i, problem in enumerate(problems) if problem]
-    truncated = sum(done["truncated"][:])
-    name = f"{setting}: {source.path} ({source.split})"
-    if bad:
+    counts = collections.Counter(filter(None, problems))
+    if counts:
         reasons = "; ".join(
-            f"{reason}: {count}, first in {name_of(raw[problems.index(reason)], problems.index(reason))}"
-            for reason, count in collections.Counter(problems[i] for i in bad).most_common(5)
+            f"{reason}: {count}, first in {_name(raw[problems.index(reason)], problems.index(reason))}"
+            for reason, count in counts.most_common(5)
         )
-        if len(bad) == len(problems):
+        if counts.total() == len(problems):
             raise UserError(f"{name}: none of the {len(problems)} records can be used ({reasons}).")
-        rank_zero_warn(f"{name}: left out {len(bad)} of {len(problems)} records ({reasons}).")
+        rank_zero_warn(f"{name}: left out {counts.total()} of {len(problems)} records ({reasons}).")
         done = done.select([i for i, problem in enumerate(problems) if not problem])
-    if truncated:
+    if truncated := sum(done["truncated"][:]):
         share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
         rank_zero_info(f"{name}: {share} are longer than their maximum; they lost their end and EOS.")
     return done.remove_columns("problem")
-
-
-def lengths(rows: Dataset, column: str) -> list[int]:
-    """Length of every list in a column, without making lists of them."""
-    import pyarrow.compute
-
-    return pyarrow.compute.list_value_length(rows.with_format("arrow")[:][column]).to_pylist()

@@ -1,1 +1,1 @@
-"""Did the policy get better, and would you believe it?"""
+"""Tables of responses, margins and judgements, and their statistics."""

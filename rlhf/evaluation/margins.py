@@ -1,41 +1,35 @@
 """The reward model's margin of every comparison, as a table."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
-from rlhf.checks import at_least
+import numpy as np
+import pandas as pd
+from pydantic import PositiveInt
+
+from rlhf import files
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
-from rlhf.evaluation import fingerprints
-from rlhf.evaluation.resumable import Parts, Ranks, ranks, slice_of
+from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
-from rlhf.evaluation.tables import claim, read_table
-from rlhf.models.loading import check_reward_model, load_config, load_tokenizer
-
-if TYPE_CHECKING:
-    import pandas as pd
+from rlhf.models.loading import check_reward_model, load_config, load_tokenizer, model_fingerprint
 
 _BATCHES = 16  # per part
-
-COMPARISON_TEXT = TextFormat(max_response_length=169)
 
 
 def margins(
     output: str,
     reward: str,
     data: Source,
-    text: TextFormat = COMPARISON_TEXT,
-    batch_size: int = 64,
+    text: TextFormat = TextFormat(max_response_length=169),
+    batch_size: PositiveInt = 64,
 ) -> pd.DataFrame:
-    """Write the reward model's margin of every comparison of a split to one table.
+    """Writes the reward model's margin of every comparison of a split to one table.
 
-    A killed run goes on from where it was, and several processes share the work when `torchrun` starts them.
+    A killed run resumes where it was, and several processes share the work when `torchrun` starts them.
 
     Args:
         output: file of the table, ends in .parquet or .csv.
@@ -45,65 +39,31 @@ def margins(
         batch_size: texts that go through the model at a time.
 
     Returns:
-        The table, a row per pair: `split` (`posts`, or `news` for CNN/DM pairs), `batch`, `confidence`,
-        `chosen_policy`, `rejected_policy`, `margin` (reward of the chosen response minus that of the rejected one) and,
-        on embedded data, `gold_margin`.
+        The table, a row per pair, with the columns that docs/evaluation.md describes.
     """
-    _check(reward, batch_size)
-    file, size = Path(output), _BATCHES * batch_size
+    check_reward_model(load_config(reward, "reward"), reward, "reward")
     with ranks() as processes:
-        rows = _load(reward, data, text, processes)
+        with processes.first_alone():
+            rows = load_comparisons(data, "data", load_tokenizer(reward, setting="reward"), text).to_list()
         contents = (row[column] for row in rows for column in ("query", "chosen_text", "rejected_text", "record"))
         settings = {
-            "reward": fingerprints.of_model(reward, "reward"),
-            "data": fingerprints.of_texts(contents),
+            "reward": model_fingerprint(reward, "reward"),
+            "data": files.fingerprint(contents),
             "text": asdict(text),
         }
-        if claim(file, settings, write=processes.rank == 0):
-            if processes.rank == 0:
-                print(f"{file} is finished, with these settings; it is kept.")
-            return read_table(file, "output")
-        parts = Parts(file, len(rows), size, processes)
-        parts.make("margins", f"Scoring with {reward}", lambda: _maker(reward, rows, size, batch_size))
-        table = parts.merge("margins")
-        if processes.rank == 0:
-            print(f"{len(table)} pairs: {file}")
-        return table
+        parts = Parts(output, settings, rows, _BATCHES * batch_size, processes)
+        parts.make(
+            "margins", f"Scoring with {reward}", lambda: partial(_margins, RewardScorer(reward, "reward", batch_size))
+        )
+        return parts.merge()
 
 
-def comparison_margins(
-    reward: str, data: Source, text: TextFormat = COMPARISON_TEXT, batch_size: int = 64
-) -> pd.DataFrame:
-    """The table of `margins`, in this process and without a file."""
-    _check(reward, batch_size)
-    return _table(RewardScorer(reward, "reward", batch_size), _load(reward, data, text, Ranks()))
-
-
-def _check(reward: str, batch_size: int) -> None:
-    at_least("batch_size", batch_size, 1)
-    check_reward_model(load_config(reward, "reward"), reward, "reward")
-
-
-def _load(reward: str, data: Source, text: TextFormat, processes: Ranks) -> list[dict[str, Any]]:
-    with processes.first_alone():
-        return load_comparisons(data, "data", load_tokenizer(reward, setting="reward"), text).to_list()
-
-
-def _maker(reward: str, rows: list[dict[str, Any]], size: int, batch_size: int) -> Callable[[int], pd.DataFrame]:
-    scorer = RewardScorer(reward, "reward", batch_size)
-    return lambda number: _table(scorer, slice_of(rows, number, size))
-
-
-def _table(scorer: RewardScorer, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    import pandas as pd
-
-    queries, chosen, rejected = ([row[name] for row in rows] for name in ("query", "chosen_text", "rejected_text"))
-    named = {name: [row[name] for row in rows] for name in ("batch", "confidence", "chosen_policy", "rejected_policy")}
-    margin = [a - b for a, b in zip(scorer(queries, chosen), scorer(queries, rejected), strict=True)]
-    split = ["news" if "cnndm" in batch else "posts" for batch in named["batch"]]
-    table = pd.DataFrame({"split": split, **named, "margin": margin}).astype({"confidence": "Int64"})
-    records = [json.loads(row["record"]) for row in rows]
-    gold = gold_columns(queries, records, chosen=chosen, rejected=rejected)
-    if gold:
-        table["gold_margin"] = [a - b for a, b in zip(gold["chosen"], gold["rejected"], strict=True)]
+def _margins(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
+    texts = pd.DataFrame(rows)
+    table = texts[["batch", "confidence", "chosen_policy", "rejected_policy"]].astype({"confidence": "Int64"})
+    table.insert(0, "split", np.where(table["batch"].str.contains("cnndm"), "news", "posts"))
+    chosen, rejected = (scorer(texts["query"], texts[name]) for name in ("chosen_text", "rejected_text"))
+    table["margin"] = np.subtract(chosen, rejected)
+    if gold := gold_columns(texts, chosen="chosen_text", rejected="rejected_text"):
+        table["gold_margin"] = np.subtract(gold["chosen"], gold["rejected"])
     return table

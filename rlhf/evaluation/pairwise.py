@@ -1,4 +1,4 @@
-"""Which of two candidates is better, query by query, asked of a judge in both orders."""
+"""Asks a judge, query by query and in both orders, which of two candidates is better."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
+
+from rlhf import files
 from rlhf.errors import UserError
-from rlhf.evaluation import fingerprints
 from rlhf.evaluation.judges import Answers, Judge, Pair
 from rlhf.evaluation.statistics import win_rates
 from rlhf.evaluation.tables import claim, read_notes, read_table, write_notes, write_table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
-# Column of a judged table -> where it is in a table of responses, for its two columns of texts.
+# Number in a judged table -> its column in a table of responses, for each of the two columns of texts.
 _NUMBERS = {
     "tokens": {"response": "tokens", "reference": "reference_tokens"},
     "score": {"response": "score", "reference": "reference_score"},
@@ -34,8 +34,8 @@ class Candidate:
 
     Attributes:
         table: file of a table with `query` and the column; `generate` writes such tables.
-        column: which texts of it.
-        name: how tables and reports call it; by default the name of the file, or `reference`.
+        column: the column with the texts of this candidate.
+        name: name in tables and reports; by default the name of the file, or `reference`.
     """
 
     table: str
@@ -44,7 +44,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """How it is called."""
+        """The name in tables and reports."""
         return self.name or ("reference" if self.column == "reference" else Path(self.table).stem)
 
 
@@ -56,35 +56,30 @@ def judge(
     answers: str | None = None,
     only_shared: bool = False,
 ) -> pd.DataFrame:
-    """Ask a judge, for every query, which of two responses is better, in both orders, and write one judged table.
+    """Asks a judge, for every query, which of two responses is better, in both orders, and writes one judged table.
 
-    A killed run goes on; what a judge has answered is asked no more. Nobody is asked where a text is empty (it loses,
-    or ties with another empty one) or where both are equal (a tie). Win rate, ties, position bias and cost are printed,
-    and stand in `<output>.json`.
+    A killed run resumes, and no question is asked twice. No judge is asked if a text is empty (it loses, or ties with
+    another empty one) or if both are equal (a tie). Win rate, ties, position bias and cost are printed, and are in
+    `<output>.json`.
 
     Args:
         output: file of the judged table, ends in .parquet or .csv.
-        a: the first candidate, whose win rate is reported.
+        a: the first candidate; the win rate is that of this one.
         b: the second candidate.
         judge: OpenAIJudge, LocalJudge, RewardJudge, GoldJudge, or the import path of your own.
         answers: file of the judge's answers; tables may share it, so that nothing is paid twice. By default
             `<output>.answers.jsonl`.
-        only_shared: judge the queries that both tables have, where they do not have the same; otherwise that is an
-            error.
+        only_shared: judge only the queries that both tables have; otherwise tables with different queries are an error.
 
     Returns:
-        The table, a row per query: `id`, `query`, `a`, `b` (texts), `a_name`, `b_name`, `judge`; `a_first`, `b_first`
-        (which candidate won when A, when B stood first: `a`, `b`, `tie` or `invalid`); `outcome` (mean over both orders
-        of 1, 0.5 or 0 for A; missing where either is invalid); `asked` (whether the judge was); and where the tables
-        have them `a_tokens`, `b_tokens`, `a_score`, `b_score`, `a_gold`, `b_gold`, `a_has_eos`.
+        The table, a row per query, with the columns that docs/evaluation.md describes.
     """
     file = Path(output)
     tables = [read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b))]
     joined = _join(tables[0], tables[1], a, b, only_shared)
-    contents = fingerprints.of_texts([joined.to_csv(index=False)])
-    settings = {"tables": contents, "a": a.label, "b": b.label, "judge": judge.settings()}
+    contents = joined.to_csv(index=False)
+    settings = {"tables": files.fingerprint([contents]), "a": a.label, "b": b.label, "judge": judge.settings()}
     if claim(file, settings):
-        print(f"{file} is finished, with these settings; it is kept.")
         _show(read_notes(file)["summary"])
         return read_table(file, "output")
     judge.prepare(Path(answers) if answers else file.with_name(f"{file.name}.answers.jsonl"))
@@ -100,13 +95,11 @@ def judge(
 
 
 def _join(ours: pd.DataFrame, theirs: pd.DataFrame, a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
-    """Columns `id`, `query`, texts and numbers of both candidates, in the order of the first table."""
-    import pandas as pd
-
+    """Returns `id`, `query`, and the texts and numbers of both candidates, in the order of the first table."""
     shared = int(ours["query"].isin(theirs["query"]).sum())
     alone = len(ours) - shared, len(theirs) - shared
     counts = (
-        f"{a.table} and {b.table} share {shared} queries; {alone[0]} stand in the first only, {alone[1]} in the other"
+        f"{a.table} and {b.table} share {shared} queries; only the first has {alone[0]}, only the second {alone[1]}"
     )
     if not shared:
         raise UserError(f"a.table, b.table: {counts}. They must be of the same split, cut to the same length.")
@@ -114,32 +107,29 @@ def _join(ours: pd.DataFrame, theirs: pd.DataFrame, a: Candidate, b: Candidate, 
         raise UserError(f"a.table, b.table: {counts}. To judge the shared ones, set only_shared to true.")
     if any(alone):
         print(f"{counts}; the shared ones are judged.")
-    sides = []
-    for side, table, candidate in (("a", ours, a), ("b", theirs, b)):
-        columns = {"query": table["query"], side: table[candidate.column].fillna("").astype(str)}
-        columns |= {
-            f"{side}_{name}": table[source[candidate.column]]
-            for name, source in _NUMBERS.items()
-            if source.get(candidate.column) in table
-        }
-        sides.append(pd.DataFrame(columns))
-    left = sides[0].assign(
+    left = _side("a", ours, a).assign(
         id=ours["id"].astype(str) if "id" in ours else [str(number) for number in range(len(ours))],
         record=ours.get("record", "{}"),
     )
-    return left.merge(sides[1].drop(columns="b_has_eos", errors="ignore"), on="query")
+    return left.merge(_side("b", theirs, b).drop(columns="b_has_eos", errors="ignore"), on="query")
+
+
+def _side(side: str, table: pd.DataFrame, candidate: Candidate) -> pd.DataFrame:
+    numbers = {
+        f"{side}_{name}": table[source[candidate.column]]
+        for name, source in _NUMBERS.items()
+        if source.get(candidate.column) in table
+    }
+    return pd.DataFrame({"query": table["query"], side: table[candidate.column].fillna("").astype(str), **numbers})
 
 
 def _judged(pairs: pd.DataFrame, a: Candidate, b: Candidate, judge: Judge) -> pd.DataFrame:
-    """The judged table of joined pairs."""
-    import numpy as np
-
     ruled = [_by_rule(*texts) for texts in zip(pairs["a"], pairs["b"], strict=True)]
     columns = (pairs[name] for name in ("query", "a", "b", "record"))
     texts = [Pair(q, x, y, _record(r)) for q, x, y, r in zip(*columns, strict=True)]
-    told = iter(judge.prefer([pair for pair, rule in zip(texts, ruled, strict=True) if rule is None]))
-    found = [next(told) if rule is None else rule for rule in ruled]
-    if next(told, None) is not None:
+    asked = iter(judge.prefer([pair for pair, rule in zip(texts, ruled, strict=True) if rule is None]))
+    found = [next(asked) if rule is None else rule for rule in ruled]
+    if next(asked, None) is not None:
         raise UserError(f"judge: {judge.name} gave more answers than there were pairs.")
     points = [[_POINTS.get(winner, np.nan) for winner in answers] for answers in found]
     table = pairs.drop(columns="record").assign(
@@ -166,7 +156,7 @@ def _record(text: str) -> dict[str, Any]:
 
 
 def _by_rule(a: str, b: str) -> Answers | None:
-    """The answer where nobody need be asked: an empty text loses, equal ones are a tie."""
+    """Decides pairs that need no judge: an empty text loses, equal ones are a tie."""
     a, b = a.strip(), b.strip()
     if a == b:
         return Answers("tie", "tie")
@@ -176,14 +166,13 @@ def _by_rule(a: str, b: str) -> Answers | None:
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
-    """What a judged table says in all.
+    """Summarises a judged table.
 
     Returns:
-        `rows`; `win_rate` of A with ties counted half, over the rows that are valid in both orders, with its interval
-        `low`, `high`; `ties`, the valid rows where each order or the two orders together are even; `invalid` rows;
-        `position_bias` of the judge; all as of `statistics.win_rates`. Then `empty_a`, `empty_b` texts; `by_rule`, rows
-        that nobody was asked about; `order_agreement`, the share of the rows with two valid answers of a judge where
-        these agree. What can't be said is None.
+        `rows`, `ties`, `invalid`, `position_bias`, and the `win_rate` of A with its interval `low`, `high`, as returned
+        by `statistics.win_rates`; the number of empty texts `empty_a`, `empty_b`; `by_rule`, the rows that no judge was
+        asked about; `order_agreement`, how often the two orders agree where a judge gave two valid answers. NaN is
+        given as None.
     """
     rates = win_rates(table, ["judge"]).iloc[0]
     asked = table[table["asked"]]
@@ -192,16 +181,14 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         **{name: str(table[name].iloc[0]) for name in ("a_name", "b_name", "judge")},
         **{name: int(rates[name]) for name in ("rows", "ties", "invalid")},
         **{name: _known(rates[name]) for name in ("win_rate", "low", "high", "position_bias")},
-        "empty_a": int((table["a"].str.strip() == "").sum()),
-        "empty_b": int((table["b"].str.strip() == "").sum()),
+        **{f"empty_{side}": int((table[side].str.strip() == "").sum()) for side in "ab"},
         "by_rule": len(table) - len(asked),
         "order_agreement": _known((valid["a_first"] == valid["b_first"]).mean()),
     }
 
 
 def _known(number: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return None if number != number else float(number)
+    return None if np.isnan(number) else float(number)  # JSON has no NaN
 
 
 def _show(summary: Mapping[str, Any]) -> None:
@@ -212,17 +199,11 @@ def _show(summary: Mapping[str, Any]) -> None:
     shown = Table(title=title, show_header=False)
     rate = f"{summary['win_rate']:.3f} ({summary['low']:.3f} to {summary['high']:.3f})"
     shown.add_row("win rate (95% interval)", rate)
-    for name in ("rows", "ties", "invalid", "empty_a", "empty_b", "by_rule", "position_bias", "order_agreement"):
-        shown.add_row(name.replace("_", " "), _cell(summary[name]))
-    for name, value in summary["usage"].items():
-        shown.add_row(name.replace("_", " "), _cell(value))
+    counts = ("rows", "ties", "invalid", "empty_a", "empty_b", "by_rule", "position_bias", "order_agreement")
+    for name, value in {**{name: summary[name] for name in counts}, **summary["usage"]}.items():
+        cell = "none" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+        shown.add_row(name.replace("_", " "), cell)
     Console().print(shown)
     if summary["invalid"] > summary["rows"] / 2:
-        counts = f"{summary['invalid']} of {summary['rows']} rows are invalid"
-        print(f"WARNING: {counts}; the win rate stands on the others only.", file=sys.stderr)
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+        invalid = f"{summary['invalid']} of {summary['rows']} rows are invalid"
+        print(f"WARNING: {invalid}; the win rate is that of the others.", file=sys.stderr)

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
-from typing import Any
 
+import pandas as pd
 import torch
 
 from rlhf.data.texts import encode
+from rlhf.hardware import best_device
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import pad_sequences
 from rlhf.synthetic.gold_score import gold_scores
 
 
-def best_device() -> torch.device:
-    """Returns the NVIDIA GPU of this process, or the CPU (on a Mac always the CPU)."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 class RewardScorer:
     """A reward model that reads texts.
 
     Args:
-        path: export of a reward model.
         setting: how the user names it, for messages.
         batch_size: texts that go through the model at a time.
     """
@@ -39,7 +32,7 @@ class RewardScorer:
 
     @torch.no_grad()
     def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """The reward of each response, ended with EOS, to its query."""
+        """Computes the reward of each response, ended with EOS, to its query."""
         texts = [q + r for q, r in zip(queries, responses, strict=True)]
         sequences = [[*encode(self.tokenizer, text), self.tokenizer.eos_token_id] for text in texts]
         scores: list[float] = []
@@ -49,19 +42,14 @@ class RewardScorer:
         return scores
 
 
-def has_gold(records: Sequence[dict[str, Any]]) -> bool:
-    """Whether all records have the hidden facts of the embedded data."""
-    return all(isinstance(record.get("facts"), dict) for record in records)
-
-
-def gold_columns(queries: list[str], records: list[dict[str, Any]], **texts: list[str]) -> dict[str, list[float]]:
-    """A column of gold scores for each column of texts; none where the records have no hidden facts.
+def gold_columns(table: pd.DataFrame, **columns: str) -> dict[str, list[float]]:
+    """Computes gold scores of a table with `query` and `record` (JSON), if all records have hidden facts.
 
     Args:
-        queries: of the texts.
-        records: of the queries.
-        texts: name of the new column -> what to score.
+        columns: for each new column, the column with the texts to score.
     """
-    if not has_gold(records):
+    records = [json.loads(record) for record in table["record"]]
+    if not all(isinstance(record.get("facts"), dict) for record in records):
         return {}
-    return {name: gold_scores(queries, responses, records) for name, responses in texts.items()}
+    queries = table["query"].tolist()
+    return {new: gold_scores(queries, table[texts].tolist(), records) for new, texts in columns.items()}

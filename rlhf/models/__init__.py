@@ -1,4 +1,1 @@
-"""Loading, the scalar head, the actor-critic, and frozen models with their placement.
-
-Nothing is imported here: transformers takes seconds, so it is loaded where a model is.
-"""
+"""Loading, the scalar head, the actor-critic, and frozen models. transformers is imported only to load a model."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Evaluation(NamedTuple):
-    """What the networks say of given responses; each `(B, R)`, float32."""
+    """The results of policy and critic for given responses; each `(B, R)`, float32."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
 
 
 def join(queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Left-padded queries `(B, P)` and right-padded responses `(B, R)` as one sequence and its mask, `(B, P + R)`."""
+    """Joins left-padded queries `(B, P)` and right-padded responses `(B, R)`; returns ids and mask, `(B, P + R)`."""
     return torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask.to(query_mask.dtype)], 1)
 
 
@@ -37,7 +37,7 @@ def response_logprobs(
     response_mask: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response token, and the entropy there, at the sampling temperature (D26).
+    """Computes the log-probability of each response token, and the entropy there, at the sampling temperature (D26).
 
     Args:
         queries, query_mask: `(B, P)`, padded on the left.
@@ -55,12 +55,7 @@ def response_logprobs(
 
 
 class ActorCritic(nn.Module):
-    """A policy and a critic, separate networks.
-
-    Args:
-        policy: causal language model.
-        critic: scalar model.
-    """
+    """A policy and a critic, separate networks."""
 
     def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
         super().__init__()
@@ -70,10 +65,10 @@ class ActorCritic(nn.Module):
     def forward(
         self, queries: Tensor, query_mask: Tensor, responses: Tensor, response_mask: Tensor, temperature: float
     ) -> Evaluation:
-        """Evaluate responses: shapes as in `response_logprobs`.
+        """Evaluates responses; shapes are those of `response_logprobs`.
 
         `values[:, t]` is the critic's value of the state before response token t, so the column after the last real
-        token holds the value of the finished response; columns further on mean nothing.
+        token holds the value of the finished response; later columns mean nothing.
         """
         logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
         ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))

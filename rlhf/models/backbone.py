@@ -1,4 +1,4 @@
-"""Hidden states of a model's backbone, as few as are read."""
+"""Hidden states of a model's backbone, computed only for the tokens that are read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """The last hidden states of some tokens, `(..., H)`.
+    """Computes the last hidden states of some tokens, `(..., H)`.
 
     The tokens of a row before the first one that is read still serve as keys and values, so all layers need them but
-    the last, whose MLP leaves them out: a sixteenth of a model of 16 layers, of which the MLP is two thirds. Where the
-    model packs, its attention leaves them out as well, and there is no padding.
+    the last: its MLP leaves them out. If the model packs, its attention does so too, and there is no padding.
 
     Args:
         input_ids, attention_mask: `(B, T)`, padded on the right.
-        rows, columns: which tokens, real ones, in any shape `(...)` that both broadcast to.
+        rows, columns: places of real tokens, in any shape `(...)` to which both broadcast.
     """
     rows, columns = torch.broadcast_tensors(rows, columns)
     lengths = attention_mask.sum(1)
@@ -46,7 +45,7 @@ def hidden_states(
 
 @contextmanager
 def _last_mlp_on(backbone: Any, read: Tensor) -> Iterator[None]:
-    """Within, the last layer's MLP computes the columns that are read only, bool `(T,)`, and gives 0 for the others."""
+    """Lets the last MLP compute only columns that are read, `(T,)`, inside the block; the others become 0."""
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
     mlp = None if checkpointed else last_mlp(backbone)  # checkpointed layers run again in the backward pass
     if mlp is None or read.all():
@@ -69,7 +68,7 @@ def _last_mlp_on(backbone: Any, read: Tensor) -> Iterator[None]:
 
 
 def last_mlp(backbone: nn.Module) -> nn.Module | None:
-    """The MLP of the last layer, where it is a function of each token alone; experts that are routed to are not."""
+    """Returns the MLP of the last layer if it is a function of each token alone, which routed experts are not."""
     layers = next((child for child in backbone.children() if isinstance(child, nn.ModuleList)), None)
     mlp = getattr(layers[-1], "mlp", None) if layers else None
     if mlp is None or len(inspect.signature(mlp.forward).parameters) != 1:

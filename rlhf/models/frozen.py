@@ -1,4 +1,4 @@
-"""Models that are only read: outside the module's parameters, the optimizer, the ZeRO engine and the checkpoints."""
+"""Frozen models: outside the module's parameters, the optimizer, the ZeRO engine and the checkpoints."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FrozenModel(Generic[M]):
-    """Holds a frozen model and says where it lives (D38).
+    """Holds a frozen model and decides where it is kept (D38).
 
     It is deliberately no `nn.Module`: a registered submodule would be broadcast, saved and switched by `.train()`.
 
     Args:
-        model: any module; its parameters stop requiring gradients and it goes into evaluation mode.
-        placement: `device` keeps it on the training device; `cpu` keeps it in CPU memory (pinned, where the device is
-            a GPU) and brings a copy in for the time of a `with` block, which is dropped after it; `zero3` shares the
-            weights out among the processes, in CPU memory, and gathers layer by layer as they are needed: every process
-            must then make the same number of forwards.
+        model: any module; it goes into evaluation mode, and its parameters require no gradients any more.
+        placement: `device` keeps it on the training device. `cpu` keeps it in CPU memory (pinned, if the device is a
+            GPU) and copies it to the device for the time of a `with` block. `zero3` partitions the weights across
+            processes, in CPU memory, and gathers them layer by layer: every process must then make the same number of
+            forwards.
     """
 
     def __init__(self, model: M, placement: Placement = "device") -> None:
@@ -35,12 +35,12 @@ class FrozenModel(Generic[M]):
         self._engine: Any = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, wherever they are."""
+        """Iterates over its parameters, wherever they are."""
         return self._model.parameters()
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[M]:
-        """The model, ready on `device` inside the `with` block; blocks can be nested, the outermost one moves it."""
+        """Yields the model, ready on `device`. Blocks can be nested; the outermost one moves it."""
         if not self._users:
             self._bring(device)
         self._users += 1
@@ -72,7 +72,7 @@ class FrozenModel(Generic[M]):
 
 
 def zero3_engine(model: nn.Module, device: torch.device) -> Any:
-    """A DeepSpeed ZeRO-3 inference engine, whose parameters lie in CPU memory (D38). Needs its process group."""
+    """Creates a DeepSpeed ZeRO-3 inference engine with parameters in CPU memory. Needs DeepSpeed's process group."""
     import deepspeed
 
     dtype = next(model.parameters()).dtype

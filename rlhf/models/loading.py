@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models from a local folder or the hub, checked before they are used."""
+"""Tokenizers and causal language models from a local folder or the hub, and checks of them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
+from rlhf import files
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_TOKEN = "[PAD]"
+WEIGHTS = (".safetensors", ".bin")
 
 
 def check_model_path(path: str, setting: str) -> None:
-    """Refuse what is neither a folder with a `config.json` nor shaped like the name of a model on the hub.
+    """Refuses a path that is neither a folder with a `config.json` nor shaped like a name on the hub.
 
-    Args:
-        setting: how the user names this path, for the message.
+    `setting` is the user's name for this path, here and below.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -36,7 +38,7 @@ def check_model_path(path: str, setting: str) -> None:
 
 
 def load_config(path: str, setting: str) -> PreTrainedConfig:
-    """The model's configuration."""
+    """Loads the configuration of a model."""
     from transformers import AutoConfig
 
     check_model_path(path, setting)
@@ -49,15 +51,11 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
 def load_tokenizer(
     path: str, pad_token: str | None = None, setting: str = "model.model_path"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a PAD of its own.
+    """Loads the tokenizer of a model, and makes sure that its PAD is not EOS (D05).
 
     Args:
-        path: model folder or hub name.
-        pad_token: token to pad with; added when the tokenizer does not know it. None keeps the tokenizer's own PAD, or
-            adds `[PAD]` when it has none.
-
-    Raises:
-        UserError: there is no tokenizer, it has no EOS, or PAD is EOS (D05).
+        pad_token: token to pad with, added if the tokenizer does not have it. None keeps the tokenizer's own PAD, or
+            adds `[PAD]` if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -81,7 +79,7 @@ def load_tokenizer(
 
 
 def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
-    """Refuse a PAD (or any other token) without a row in the embedding matrix, which is not resized (D05)."""
+    """Refuses a PAD or EOS without a row in the embedding matrix, which is not resized (D05)."""
     if max(tokenizer.pad_token_id, tokenizer.eos_token_id) >= vocab_size:
         raise UserError(
             f"PAD {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, outside the embedding of {path} with its "
@@ -91,18 +89,18 @@ def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, 
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether a model is a reward model or critic."""
+    """Tells whether a model is a reward model or critic."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def check_language_model(config: PreTrainedConfig, path: str, setting: str) -> None:
-    """Refuse a reward model where a language model is needed: its output layer would be random."""
+    """Refuses a reward model: its output layer would be random."""
     if is_classifier(config):
         raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
 
 
 def check_reward_model(config: PreTrainedConfig, path: str, setting: str) -> None:
-    """Refuse what is no reward model: its head would be random."""
+    """Refuses any model but a reward model: its head would be random."""
     if not is_classifier(config) or config.num_labels != 1:
         names = ", ".join(config.architectures or ["no model"])
         raise UserError(
@@ -111,17 +109,40 @@ def check_reward_model(config: PreTrainedConfig, path: str, setting: str) -> Non
         )
 
 
+def check_context(config: PreTrainedConfig, longest: int, what: str, advice: str) -> None:
+    """Refuses sequences that are longer than the context of a model.
+
+    Args:
+        longest: tokens of the longest sequence.
+        what: how the message names that sequence.
+        advice: what the user can do, for the message.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(f"{what} has {longest} tokens, more than the {positions} positions of the model; {advice}.")
+
+
+def model_fingerprint(path: str, setting: str) -> str:
+    """Computes a fingerprint of a model folder from its contents, wherever it is; for a hub name, `name@commit`.
+
+    Args:
+        setting: how the user names this path, for messages.
+    """
+    config = load_config(path, setting)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    names = ("config.json", files.MANIFEST)
+    return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in WEIGHTS or f.name in names))
+
+
 def embedding_rows(config: PreTrainedConfig) -> int:
-    """Rows of the embedding matrix, as the configuration states them."""
+    """Returns the number of rows of the embedding matrix."""
     return config.get_text_config().vocab_size
 
 
 def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model in evaluation mode, with all dropout off.
-
-    Args:
-        dtype: of the weights. Explicit because transformers would else take the checkpoint's.
-    """
+    """Loads a causal language model in evaluation mode. `dtype` replaces that of the stored weights."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(path, setting)
@@ -130,27 +151,15 @@ def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dt
 
 
 def from_pretrained(
-    auto_class: Any,
-    path: str,
-    config: PreTrainedConfig,
-    setting: str,
-    dtype: torch.dtype,
-    may_miss: frozenset[str] = frozenset(),
+    auto_class: Any, path: str, config: PreTrainedConfig, setting: str, dtype: torch.dtype, new: str | None = None
 ) -> PreTrainedModel:
-    """Load weights, all of them: transformers would fill in random ones for those that a file lacks.
-
-    Args:
-        auto_class: `AutoModelForCausalLM` or a sibling.
-        may_miss: names of weights that may be new.
-    """
-    from safetensors import SafetensorError
-
+    """Loads a model with all its weights but a `new` one; transformers would initialise others that are missing."""
     try:
         with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
             model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{setting}: the model {path} can't be loaded: {_first_line(error)}") from error
-    missing = sorted(set(report["missing_keys"]) - may_miss)
+        raise UserError(f"{setting}: the model {path} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(set(report["missing_keys"]) - {new})
     if missing:
         raise UserError(
             f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
@@ -160,7 +169,7 @@ def from_pretrained(
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep the input of every layer only, and compute the rest again in the backward pass.
+    """Makes a model keep only the input of every layer, and compute the rest again in the backward pass.
 
     transformers does so in training mode, which differs from evaluation mode in nothing else once dropout is off.
     """
@@ -170,7 +179,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers, whose reports of expected new heads only confuse."""
+    """Hides the progress bars and warnings of transformers, among them reports of heads that are meant to be new."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -184,12 +193,10 @@ def quiet() -> Iterator[None]:
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer in Hugging Face format (safetensors), with PAD and EOS in the configuration."""
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = tokenizer.eos_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    """Writes a model and its tokenizer in Hugging Face format, with PAD and EOS in the configuration."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,16 +1,17 @@
-"""Peak memory of each process's device, from the shapes of a run, before anything is loaded (docs/memory.md)."""
+"""An estimate of the peak memory of each device, from the shapes of a run, before anything is loaded."""
 
 from __future__ import annotations
 
 import copy
 import math
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
+import pydantic.dataclasses
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
-from rlhf.errors import UserError
 from rlhf.models.frozen import Placement
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.logprobs import LOGITS
@@ -18,58 +19,34 @@ from rlhf.ops.logprobs import LOGITS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-Strategy = Literal["single", "ddp", "zero2"]
-Precision = Literal["32-true", "bf16-mixed"]
-
 FLOAT32, BFLOAT16 = 4, 2
 ZERO3_PREFETCH = 50_000_000  # values that DeepSpeed gathers before their use (stage3_prefetch_bucket_size)
 AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the backward pass (measured)
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(title="trainer"))
 class Workload:
-    """What each process does.
-
-    Attributes:
-        stage: `sft`, `reward` or `ppo`.
-        strategy: `single` device, `ddp`, or `zero2` (DeepSpeed ZeRO stage 2).
-        precision: `32-true`, or `bf16-mixed`: autocast over float32 weights; under `zero2` bfloat16 weights.
-        world_size: number of processes.
-        micro_batch: rows (reward model: pairs) that go through the networks at a time in training.
-        inference_batch: the same without gradients, in rollouts and validation.
-        query_length, response_length: the longest, in tokens.
-        reference, reward: where PPO holds its frozen models; None: there is no such model.
-        offload_optimizer: ZeRO keeps the optimizer's states in CPU memory.
-        activation_checkpointing: layers keep their input only and are computed again in the backward pass.
-        bucket_size: values that ZeRO reduces at a time, at most those of the model.
-        gradient_as_bucket_view: DDP's setting of that name.
-    """
+    """The shapes of a run that decide how much memory each process needs."""
 
     stage: Literal["sft", "reward", "ppo"]
-    strategy: Strategy = "single"
-    precision: Precision = "32-true"
+    strategy: Literal["single", "ddp", "zero2"] = "single"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"  # autocast over float32 weights; under zero2 bf16 weights
     world_size: int = 1
-    micro_batch: int = 1
-    inference_batch: int = 1
-    query_length: int = 512
-    response_length: int = 53
-    reference: Placement | None = "device"
+    micro_batch: int = 1  # rows (reward model: pairs) that go through the networks at a time in training
+    inference_batch: int = 1  # the same without gradients, in rollouts and validation
+    query_length: int = 512  # the longest, in tokens
+    response_length: int = 53  # the longest, in tokens
+    reference: Placement | None = "device"  # None: there is no such model
     reward: Placement | None = "device"
-    offload_optimizer: bool = False
+    offload_optimizer: bool = False  # ZeRO keeps the optimizer's states in CPU memory
     activation_checkpointing: bool = False
-    bucket_size: int = 200_000_000
-    gradient_as_bucket_view: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (("strategy", get_args(Strategy)), ("precision", get_args(Precision))):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"trainer.{name} is {value!r}; memory can be estimated for {', '.join(known)}.")
+    bucket_size: int = 200_000_000  # values that ZeRO reduces at a time, at most those of the model
+    gradient_as_bucket_view: bool = False  # DDP's setting of that name
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that are on the device at the same time, by part; docs/memory.md tells what is in each."""
+    """Bytes that are on the device at the same time, by part (docs/memory.md)."""
 
     weights: int
     optimizer_states: int
@@ -105,31 +82,30 @@ class MemoryEstimate:
 
 
 def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
-    """Peak memory of a stage on each process's device.
+    """Estimates the peak memory of a stage on each device.
 
     Args:
-        config: of the causal language model that all networks of the stage are made of. Nothing is loaded.
+        config: of the causal language model from which all networks of the stage are made.
     """
     f = _Formula(config, workload)
     pairs = 2 if workload.stage == "reward" else 1
     micro, rows = pairs * workload.micro_batch, pairs * workload.inference_batch
-    always = Phase(f.stored * f.parameters, f.optimizer_states(), f.frozen("device"))
+    # Beside the two moments of each value ZeRO keeps a float32 master copy of each rank's share.
+    always = Phase(f.stored * f.parameters, (3 if f.zero else 2) * f.moments, f.frozen("device"))
     stepped = replace(always, gradients=FLOAT32 * f.own, buffers=0 if f.zero else f.reduction())
-    # without ZeRO gradients live until the next forward of training; PPO frees them before its rollout
+    # Without ZeRO gradients live until the next forward of training; PPO frees them before its rollout.
     between = always if f.zero or workload.stage == "ppo" else stepped
     work, outputs = f.at_work(rows), f.logits(rows)
     forward = replace(between, weight_copies=f.weight_copies(), activations=work)
     moved = always.frozen_models + max(f.frozen("cpu"), f.frozen("zero3"))
-    # logits come when the layers are done, so the larger of the two counts
+    # Logits are computed after the layers, so the larger of the two counts.
     either = {"activations": work} if work > outputs else {"activations": 0, "logits": outputs}
-    kept, logits = f.activations(micro), f.output_layer(micro)
+    kept = {"activations": f.activations(micro), "logits": f.output_layer(micro)}
     phases = {
         "sampling": replace(forward, kv_cache=f.kv_cache(rows)),
         "scoring": replace(forward, frozen_models=moved, **either),
-        "training": replace(
-            stepped, buffers=f.reduction(), weight_copies=f.weight_copies(), activations=kept, logits=logits
-        ),
-        "step": replace(stepped, buffers=stepped.buffers + f.square_roots()),
+        "training": replace(stepped, buffers=f.reduction(), weight_copies=f.weight_copies(), **kept),
+        "step": replace(stepped, buffers=stepped.buffers + f.moments),  # square roots of all second moments at once
     }
     if workload.stage == "reward":
         del phases["sampling"]
@@ -137,13 +113,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
 
 
 class Network:
-    """The sizes of a model, which may be on the `meta` device.
-
-    Attributes:
-        parameters: number of values.
-        largest: those of the largest weight.
-        matrices: name -> values of each weight of a linear layer: all matrices but the embeddings.
-    """
+    """The sizes of a model: all its values, those of its largest weight, and those of each matrix but embeddings."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -154,7 +124,7 @@ class Network:
 
 
 def networks(config: PreTrainedConfig) -> tuple[Network, Network, Network]:
-    """The language model, a reward model or critic, and the backbone that they share."""
+    """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     labelled = copy.deepcopy(config)
@@ -166,7 +136,7 @@ def networks(config: PreTrainedConfig) -> tuple[Network, Network, Network]:
 
 
 class _Formula:
-    """Every term, in bytes, is one method."""
+    """The terms of the estimate in bytes, one method each."""
 
     def __init__(self, config: PreTrainedConfig, run: Workload) -> None:
         self.run, self.config = run, config.get_text_config()
@@ -179,23 +149,14 @@ class _Formula:
         self.own = math.ceil(self.parameters / run.world_size) if self.zero else self.parameters
         self.compute = BFLOAT16 if self.mixed else FLOAT32
         self.stored = self.compute if self.zero else FLOAT32
+        self.moments = 0 if run.offload_optimizer else FLOAT32 * self.own  # AdamW has first and second ones
         self.tokens = run.query_length + run.response_length
-        # states per row that the output layer sees: all, or those of the response
+        # States per row that the output layer reads.
         self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage]
 
-    def optimizer_states(self) -> int:
-        """AdamW has two moments per value; ZeRO also a float32 master copy of each rank's share."""
-        return 0 if self.run.offload_optimizer else (3 if self.zero else 2) * FLOAT32 * self.own
-
-    def square_roots(self) -> int:
-        """AdamW on a GPU takes the square root of all second moments at once."""
-        return 0 if self.run.offload_optimizer else FLOAT32 * self.own
-
     def reduction(self) -> int:
-        """DDP copies all gradients into buckets, ZeRO fills two in turn; a weight beyond their size is one by itself.
-
-        With float32 weights ZeRO also holds the last micro-batch's share until it is added to the sum.
-        """
+        # DDP copies all gradients into buckets. ZeRO fills two in turn, and a larger weight has one of its own; with
+        # float32 weights it also holds the last micro-batch's share until it is added to the sum.
         if self.zero:
             largest = max(network.largest for network in self.trained)
             bucket = max(min(self.run.bucket_size, self.parameters), largest)
@@ -204,18 +165,15 @@ class _Formula:
         return FLOAT32 * self.parameters if copied else 0
 
     def weight_copies(self) -> int:
-        """Autocast casts the weights that it multiplies with and keeps the copies, for the backward pass too."""
+        # Autocast casts the weights that it multiplies with and keeps the copies, for the backward pass too.
         if self.zero or not self.mixed:
             return 0
         return BFLOAT16 * sum(sum(network.matrices.values()) for network in self.trained)
 
     def layer(self, rows: int) -> int:
-        """What one layer keeps for its backward pass.
-
-        Per token the wide side of every linear layer, a gated one's gate also after its activation, the results of two
-        norms, rotated queries and keys, and in float32 the inputs of the norms: one, where attention and MLP share it.
-        Attention keeps no T x T matrix, and has no mask.
-        """
+        # One layer keeps for its backward pass, per token, the wide side of every linear layer, a gate also after its
+        # activation, the results of two norms, rotated queries and keys, and in float32 the inputs of the norms: one,
+        # if attention and MLP share it. Attention keeps no T x T matrix, and has no mask.
         hidden, matrices = self.config.hidden_size, self.backbone.matrices
         gates = sum(values for name, values in matrices.items() if "gate" in name)
         wide = (sum(matrices.values()) + gates) // (hidden * self.config.num_hidden_layers)
@@ -224,40 +182,39 @@ class _Formula:
         return rows * self.tokens * token
 
     def at_work(self, rows: int) -> int:
-        """What a layer holds at a time in a forward without gradients."""
+        # A layer holds this much in a forward without gradients.
         return int(AT_WORK * self.layer(rows))
 
     def activations(self, rows: int) -> int:
-        """Those of all layers of all networks, and what the layer at work holds in the backward pass."""
+        # Those of all layers of all networks, and those that the layer at work adds in the backward pass.
         layers, kept = len(self.trained) * self.config.num_hidden_layers, self.layer(rows)
         if self.run.activation_checkpointing:
             kept = rows * self.tokens * self.stored * self.config.hidden_size
         return layers * kept + self.in_backward(rows)
 
     def in_backward(self, rows: int) -> int:
-        """The gradients of a layer, and what was not kept of it."""
+        # The gradients of a layer, and the activations that are computed again.
         return self.at_work(rows) + (self.layer(rows) if self.run.activation_checkpointing else 0)
 
     def logits(self, rows: int) -> int:
-        """In float32, of a stretch of the vocabulary: the logits, their distance from the largest, its exponential."""
+        # In float32, of a stretch of the vocabulary: the logits, their distance from the largest, its exponential.
         return 3 * FLOAT32 * min(rows * self.outputs * self.config.vocab_size, LOGITS["cuda"])
 
     def output_layer(self, rows: int) -> int:
-        """What it adds to the peak of training: its logits, later its gradient (under autocast also cast), at a time
-        when no other layer is at work.
-        """
+        # It adds to the peak of training its logits, later its gradient (under autocast also cast), at a time when no
+        # other layer is at work.
         size = self.compute + (FLOAT32 if self.mixed and not self.zero else 0)
         gradient = 0 if self.run.stage == "reward" else size * self.config.vocab_size * self.config.hidden_size
         return max(0, max(self.logits(rows), gradient + self.logits(rows) // 3) - self.in_backward(rows))
 
     def kv_cache(self, rows: int) -> int:
-        """Keys and values of every token; under autocast in float32, in which the keys come out of their rotation."""
+        # Keys and values of every token; under autocast in float32, the precision of rotated keys.
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         return rows * self.tokens * self.config.num_hidden_layers * 2 * heads * size * self.stored
 
     def frozen(self, placement: Placement) -> int:
-        """`device`: models that stay. `cpu`: the larger that comes in. `zero3`: the weight in use and the next ones."""
+        # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.
         held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
         models = [model for where, model in held if where == placement and self.run.stage == "ppo"]
         if placement == "zero3":

@@ -1,8 +1,7 @@
-"""Log-probabilities from a language model: its output layer sees only the states whose predictions are read."""
+"""Log-probabilities from a language model, with as few logits as possible."""
 
 from __future__ import annotations
 
-from threading import get_ident
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,7 @@ from rlhf.ops.sequences import causal_inputs, token_logprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what the probe found, while the model lives
 
 
 def logprobs_at(
@@ -27,15 +26,12 @@ def logprobs_at(
     tokens: Tensor,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of tokens at a temperature, and the entropy of the distributions that they are from, float32.
+    """Computes log-probabilities of tokens and entropies at a temperature, `(n,)` each, in float32.
 
     Args:
         input_ids, attention_mask: `(B, T)`, padded on the right.
         places: rows and columns, `(n,)` each, of the states that predict the tokens.
         tokens: `(n,)`.
-
-    Returns:
-        `logprobs (n,)` and `entropy (n,)`.
     """
     rows, columns = places
     weight = output_weight(model)
@@ -50,10 +46,10 @@ def logprobs_at(
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:
-    """The matrix `(V, H)` with which `logits = hidden @ weight.T`.
+    """Returns the matrix `(V, H)` with which `logits = hidden @ weight.T`, or None.
 
-    None for a model that does more to its logits (a bias, a scale, soft-capping), which a forward of two tokens shows,
-    and for one whose weights are shared out by ZeRO-3: these must be asked for logits.
+    None is for models that do more to their logits (a bias, a scale, soft-capping), which a forward of two tokens
+    shows, once per model, and for weights that ZeRO-3 partitions: such models must compute their own logits.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or layer.bias is not None or hasattr(layer.weight, "ds_id"):
@@ -65,15 +61,12 @@ def output_weight(model: PreTrainedModel) -> Tensor | None:
 
 @torch.no_grad()
 def _is_plain(model: PreTrainedModel, layer: nn.Linear) -> bool:
-    """Whether the layer gets the last hidden states as they are, and the logits are what it gives, large ones too."""
+    """Tells whether the layer's input is the last hidden states and its output the logits, large ones too."""
     ids = torch.tensor([[0, 1]], device=layer.weight.device)
     large = torch.linspace(-1e3, 1e3, len(layer.weight), dtype=layer.weight.dtype, device=ids.device)
     received: list[Tensor] = []
-    thread = get_ident()
 
     def give_large(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
-        if get_ident() != thread:
-            return logits  # another thread is in the same model
         received.append(inputs[0])
         return large.expand_as(logits)
 

@@ -1,4 +1,4 @@
-"""Rows one behind the other in a single sequence without padding, in which no row sees another."""
+"""Packed rows: one behind the other in a single sequence without padding, where no row attends to another."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 
 ATTENTION = "sdpa_packed"  # the name by which transformers knows `attention`
 
-_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what the probe found, while the model lives
 
 
 class Packing(NamedTuple):
-    """Which tokens of a packed sequence belong together, and which are read.
+    """The rows of a packed sequence: their lengths, and the first token of each whose last hidden state is read.
 
-    Attributes:
-        lengths: tokens of each row.
-        first: of each row the first token whose last hidden state is read; the last layer attends from there on only.
+    The last layer computes attention from that token on only.
     """
 
     lengths: list[int]
@@ -30,9 +28,9 @@ class Packing(NamedTuple):
 
 
 def packed(input_ids: Tensor, attention_mask: Tensor, first: Tensor) -> dict[str, Any]:
-    """What a model that packs is fed of rows `(B, T)` with padding anywhere: their N real tokens, `(1, N)`.
+    """Packs rows `(B, T)` with padding anywhere: returns inputs for a model that packs, their N real tokens `(1, N)`.
 
-    Positions start anew in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`.
+    Positions start at 0 in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`.
 
     Args:
         first: `(B,)`, see `Packing`.
@@ -52,14 +50,14 @@ def attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, row by row where a sequence is packed.
+    """Computes attention like transformers' `sdpa`, row by row if a sequence is packed.
 
     Args:
         query, key, value: `(1, heads, N, d)`.
-        attention_mask: None, or `(1, 1, N, N)` where a window limits what a token sees.
+        attention_mask: None, or `(1, 1, N, N)` for sliding windows.
 
     Returns:
-        `(1, N, heads, d)`; zeros for the tokens of the last layer that are not read.
+        `(1, N, heads, d)`, in the last layer zeros for tokens that are not read.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -81,7 +79,7 @@ def attention(
 
 
 def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: torch.device) -> Tensor | None:
-    """What the tokens of a row from `skip` on see, `(1, 1, length - skip, length)`; None: all that stands before."""
+    """Returns the mask of a row's tokens from `skip` on, `(1, 1, length - skip, length)`; None: a causal one."""
     if windows is not None:
         return windows[:, :, start + skip : start + length, start : start + length]
     if not skip:
@@ -90,9 +88,9 @@ def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: to
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether rows can be packed for this model: its attention is transformers' `sdpa`, and nothing else mixes tokens.
+    """Tells whether a model can take packed rows: its attention is transformers' `sdpa`, and nothing else mixes tokens.
 
-    A forward of two short rows shows it, once per model. On a GPU, where a kernel per row has not been tried, never.
+    A forward of two short rows shows it, once per model. On a GPU the answer is no: a kernel per row was not tried.
     """
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or hasattr(weight, "ds_id"):
@@ -120,7 +118,7 @@ def _use_attention(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _keeps_rows_apart(model: PreTrainedModel) -> bool:
-    """Whether a row's states are the same to the last bit behind two other rows, and nearly those that it has alone."""
+    """Tells whether a row has the same states behind two different rows, to the last bit, and nearly the same alone."""
     backbone: Any = model.base_model
 
     def states(*first: int) -> Tensor:
@@ -131,7 +129,7 @@ def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     with torch.autocast("cpu", enabled=False):
         try:
             behind, behind_another = states(0, 1, 1), states(1, 0, 1)
-        except TypeError:  # a model that takes no arguments for its attention
+        except TypeError:  # the model takes no extra arguments for its attention
             return False
         alone = backbone(input_ids=torch.tensor([[0, 1, 0]]), use_cache=False).last_hidden_state[0].float()
     near = (behind - alone).abs().max() <= 0.02 * alone.abs().max()

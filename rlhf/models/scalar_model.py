@@ -1,4 +1,4 @@
-"""Reward model and critic: a backbone with a linear head that gives one number per token."""
+"""Reward model and critic: a backbone with a linear head that computes one number per token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = "score.weight"
 class ScalarModel(nn.Module):
     """A `...ForSequenceClassification` model with one label, read at any token, plus a bias.
 
-    The bias holds the constant shift of the reward (D21). In an export it stands in `config.json` as `reward_shift`:
+    The bias holds the constant shift of the reward (D21). An export has it in `config.json` as `reward_shift`:
     reward = score of the plain `transformers` model - `reward_shift`.
     """
 
@@ -33,7 +33,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear):
-            raise UserError(f"{type(model).__name__} has no linear head named `score`, so it can't be a reward model.")
+            raise UserError(f"{type(model).__name__} has no linear head named `score`, so it cannot be a reward model.")
         self.model = model
         self.bias = nn.Parameter(torch.tensor([-float(getattr(model.config, SHIFT, 0.0))]))
 
@@ -41,8 +41,8 @@ class ScalarModel(nn.Module):
     def from_policy(
         cls, path: str, seed: int, setting: str = "model.model_path", dtype: torch.dtype = torch.float32
     ) -> ScalarModel:
-        """The backbone of a language model with a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
-        model = cls(_load_classifier(path, setting, dtype, frozenset({HEAD})))
+        """Loads the backbone of a language model and adds a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
+        model = cls(_load_classifier(path, setting, dtype, new=HEAD))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -52,38 +52,38 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
-        """A trained reward model or critic."""
-        config = load_config(path, setting)
-        check_reward_model(config, path, setting)
-        return cls(_load_classifier(path, setting, dtype, frozenset()))
+        """Loads a trained reward model or critic."""
+        check_reward_model(load_config(path, setting), path, setting)
+        return cls(_load_classifier(path, setting, dtype))
 
     @property
     def head_weight(self) -> Tensor:
-        """Weights of the head, `(1, d)`."""
+        """The weights of the head, `(1, d)`."""
         return self.model.get_parameter(HEAD)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One number per token in float32, `(B, T) -> (B, T)`. Padding may be anywhere; its numbers mean nothing."""
+        """Computes one number per token in float32, `(B, T)`. Padding may be anywhere; its numbers mean nothing."""
         inputs = model_inputs(input_ids, attention_mask)
         return self.read(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """The head on some hidden states, in float32, `(..., H) -> (...)`."""
+        """Applies the head to hidden states in float32, `(..., H) -> (...)`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.head_weight.float()).squeeze(-1) + self.bias.float()
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The reward of each sequence, read at its last real token (D19). `(B, T) -> (B,)`; padding on either side."""
+        """Computes the reward of each sequence at its last real token (D19), `(B, T) -> (B,)`; padding on any side."""
         ids, mask = right_padded(input_ids, attention_mask)
         rows, last = torch.arange(len(ids), device=ids.device), last_real_token(mask)
-        if hasattr(self.head_weight, "ds_id"):  # ZeRO-3 gathers the head for a forward of the whole
+        if hasattr(self.head_weight, "ds_id"):  # ZeRO-3 gathers the head in a whole forward only
             return self(ids, mask)[rows, last]
         return self.read(hidden_states(self.model, ids, mask, rows, last))
 
     @torch.no_grad()
     def padding_side_difference(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Largest difference between the rewards with all padding left and all right (D20), in units of the largest
-        reward (at least 1); `(B, T)` of both. There is padding in every row: eight more columns of it are added.
+        """Measures the largest difference between rewards with all padding left and all right (D20).
+
+        The unit is the largest reward (at least 1). Eight columns of padding are added, so that every row has some.
         """
         ids, mask = F.pad(input_ids, (0, 8)), F.pad(attention_mask.long(), (0, 8))
         left = self(*move_padding(ids, mask, "left"))[:, -1]
@@ -91,18 +91,18 @@ class ScalarModel(nn.Module):
         return (left - right).abs().max() / right.abs().max().clamp(min=1)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, centre: float = 0.0) -> None:
-        """Write the model for plain `AutoModelForSequenceClassification`, the shift in its configuration.
+        """Writes the model for plain `AutoModelForSequenceClassification`, with the shift in its configuration.
 
         Args:
-            centre: the reward that shall be 0 in what is written (D21).
+            centre: the reward that becomes 0 in the export.
         """
         setattr(self.model.config, SHIFT, centre - self.bias.item())
         save_pretrained(self.model, tokenizer, folder)
 
 
-def _load_classifier(path: str, setting: str, dtype: torch.dtype, may_miss: frozenset[str]) -> PreTrainedModel:
+def _load_classifier(path: str, setting: str, dtype: torch.dtype, new: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, setting)
     config.num_labels = 1
-    return from_pretrained(AutoModelForSequenceClassification, path, config, setting, dtype, may_miss)
+    return from_pretrained(AutoModelForSequenceClassification, path, config, setting, dtype, new)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from rlhf.errors import UserError
 from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
-from rlhf.models.loading import check_pad_in_embedding, embedding_rows, load_causal_lm, save_pretrained
+from rlhf.models.loading import load_causal_lm, save_pretrained
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, load_actor_critic
+from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
 from rlhf.modules.reward_functions import RewardFunction, call_reward_function
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
@@ -30,15 +29,14 @@ from rlhf.ops.advantages import gae
 from rlhf.ops.kl_control import AdaptiveKL, kl_control
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import identity, whiten
-from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
+from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
 from rlhf.sampling.cuda_graphs import sample_in_graph
 from rlhf.sampling.grouping import as_many_everywhere, by_length
 from rlhf.sampling.responses import respond
 from rlhf.sampling.rollout import Rollout, in_groups
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import generator
-from rlhf.strategies import Zero2Strategy
 
 
 class PPOModule(StageModule):
@@ -87,15 +85,13 @@ class PPOModule(StageModule):
         self.reward_function = reward_function
         self.evaluation_function = evaluation_function
         self.reference_path = reference_path or model_path
-        self.reference_placement = reference_placement
-        self.reward_placement = reward_placement
+        self.reference_placement, self.reward_placement = reference_placement, reward_placement
         self.ppo = ppo
-        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
         check_models(model_path, self.reference_path, reward_path, self.tokenizer)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
             raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
         self.actor_critic: Any = None
-        self.reference: FrozenModel[Any] | None = None
+        self.reference: Any = None
         self.reward_model: FrozenModel[ScalarModel] | None = None
         self.kl_control = kl_control(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
         self.seconds: dict[str, float] = {}
@@ -119,19 +115,14 @@ class PPOModule(StageModule):
     @override
     def configure_model(self) -> None:
         if self.actor_critic is None:
-            self.actor_critic = load_actor_critic(
-                self.model_path, self.reward_path, self.seed, self.activation_checkpointing, self.weights_dtype,
-                self.weights_device,
-            )  # fmt: skip
+            weights = self.weights_dtype, self.weights_device
+            recompute = self.activation_checkpointing
+            self.actor_critic = load_actor_critic(self.model_path, self.reward_path, self.seed, recompute, *weights)
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        zero3 = "zero3" in self.placements
-        if zero3 and not isinstance(self.trainer.strategy, Zero2Strategy):
-            raise UserError(
-                "model.reference_placement and model.reward_placement zero3 need trainer.strategy zero2; use cpu."
-            )
+        check_placements(self.trainer, self.placements)
 
     @override
     def on_fit_start(self) -> None:
@@ -156,8 +147,6 @@ class PPOModule(StageModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         policy = set(self.actor_critic.policy.parameters())
         return [[p for p in trained if p in policy], [p for p in trained if p not in policy]]
-
-    # --------------------------------------------------------------------------------------------- what should hold
 
     @property
     def starts_at_reference(self) -> bool:
@@ -205,9 +194,10 @@ class PPOModule(StageModule):
         with self._timed("values"), self.autocast():
             episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
             episodes.values = torch.where(value_mask, values, 0.0)
-        assert self.reference is not None
         with self._timed("reference"), self.reference.on(self.device) as reference, self.autocast():
-            episodes.ref_logprobs, _ = in_groups(episodes, groups, partial(self._logprobs_of, reference))
+            episodes.ref_logprobs, _ = in_groups(
+                episodes, groups, lambda part: response_logprobs(reference, *part.inputs, self.ppo.temperature)
+            )
         # 3. One score per response; the EOS trick.
         with self._timed("reward"):
             episodes.scores = self._score(episodes, groups)
@@ -226,7 +216,10 @@ class PPOModule(StageModule):
             # 6. Advantages and returns.
             advantages, returns = gae(episodes.rewards, episodes.values, self.ppo.gamma, self.ppo.lam)
             episodes.returns = torch.where(episodes.value_mask, returns, 0.0)
-            episodes.advantages = self._whitened(advantages, episodes.mask)
+            reduce = {"global": self.reduce_sum, "rank": identity}.get(self.ppo.whiten_advantages)
+            if reduce is not None:
+                advantages = whiten(advantages, episodes.mask, reduce=reduce)
+            episodes.advantages = torch.where(episodes.mask, advantages, 0.0)
         return episodes
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
@@ -236,10 +229,9 @@ class PPOModule(StageModule):
             uniforms: `(n, response_length)`, the random numbers of each row. An engine that draws its own may take its
                 seed from them.
         """
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         draw = sample_in_graph if self.ppo.cuda_graphs else sample
-        policy = self.actor_critic.policy
-        return draw(policy, queries, query_mask, uniforms, temperature=temperature, eos_id=eos, pad_id=pad)
+        decoding = Decoding.of(self.tokenizer, temperature)
+        return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         """Computes the reward of every episode, `(N,)`: by model, function, or both. Override it for your own.
@@ -275,8 +267,6 @@ class PPOModule(StageModule):
         episodes.scores = self._score(episodes, self._groups(episodes, tokens))
         return episodes
 
-    # -------------------------------------------------------------------------------------------- rollout, in parts
-
     def _respond(self, batch: dict[str, Any], temperature: float, tokens: int, *seed: int) -> Rollout:
         """Samples responses in groups of at most `tokens` tokens with padding."""
 
@@ -300,9 +290,6 @@ class PPOModule(StageModule):
     def _networks(self, part: Rollout) -> Evaluation:
         return self.actor_critic(*part.inputs, self.ppo.temperature)
 
-    def _logprobs_of(self, policy: Any, part: Rollout) -> tuple[Tensor, Tensor]:
-        return response_logprobs(policy, *part.inputs, self.ppo.temperature)
-
     def _score(self, episodes: Rollout, groups: list[list[int]]) -> Tensor:
         def scores(part: Rollout) -> tuple[Tensor]:
             values = self.score_responses(part).to(self.device, torch.float32)
@@ -312,12 +299,6 @@ class PPOModule(StageModule):
 
         with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
             return in_groups(episodes, groups, scores)[0]
-
-    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        if self.ppo.whiten_advantages == "off":
-            return torch.where(mask, advantages, 0.0)
-        reduce = self.reduce_sum if self.ppo.whiten_advantages == "global" else identity
-        return whiten(advantages, mask, reduce=reduce)
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -391,17 +372,14 @@ class PPOModule(StageModule):
         if self.evaluation_function is not None:
             name = self.evaluation_function.__name__
             values[name] = call_reward_function(self.evaluation_function, episodes.texts, self.device)
-        for name, value in values.items():
-            self.log(f"{split}/{name}", value.mean(), batch_size=len(episodes), sync_dist=True)
-        scores = episodes.scores.tolist()
-        return {"samples": [{**text, "score": score} for text, score in zip(episodes.texts, scores, strict=True)]}
+        means = {f"{split}/{name}": value.mean() for name, value in values.items()}
+        self.log_dict(means, batch_size=len(episodes), sync_dist=True)
+        return {"samples": episodes.samples()}
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        episodes = self.respond(batch, batch_idx)
-        rows = zip(episodes.texts, episodes.scores.tolist(), episodes.has_eos.tolist(), strict=True)
-        columns = ("query", "response", "reference")
-        return [{**{c: t[c] for c in columns}, "score": s, "has_eos": e} for t, s, e in rows]
+        columns = ("query", "response", "reference", "score", "has_eos")
+        return [{name: sample[name] for name in columns} for sample in self.respond(batch, batch_idx).samples()]
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Trainer
 
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.frozen import Placement
 from rlhf.models.loading import (
     check_language_model,
+    check_pad_in_embedding,
     check_reward_model,
     checkpoint_activations,
+    embedding_rows,
     load_causal_lm,
     load_config,
     load_tokenizer,
 )
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +33,7 @@ def check_models(
     model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Refuses models that PPO cannot use together, before any of them is loaded."""
+    check_pad_in_embedding(tokenizer, embedding_rows(load_config(model_path, POLICY)), model_path)
     for path, setting in ((model_path, POLICY), (reference_path, REFERENCE)):
         check_language_model(load_config(path, setting), path, setting)
     if reward_path is not None:
@@ -39,21 +45,29 @@ def check_models(
             )
 
 
+def check_placements(trainer: Trainer, placements: tuple[Placement, Placement]) -> None:
+    """Refuses ZeRO-3 for frozen models without the process group of DeepSpeed's strategy."""
+    if "zero3" in placements and not isinstance(trainer.strategy, Zero2Strategy):
+        raise UserError(
+            "model.reference_placement and model.reward_placement zero3 need trainer.strategy zero2; use cpu."
+        )
+
+
 def load_actor_critic(
-    model_path: str, reward_path: str | None, seed: int, checkpointing: bool, dtype: torch.dtype, device: torch.device
+    model_path: str, reward_path: str | None, seed: int, recompute: bool, dtype: torch.dtype, device: torch.device
 ) -> ActorCritic:
     """Loads the policy, and the critic from the reward model or, if there is none, from the policy's backbone (D24).
 
     Args:
         seed: of the critic's new head in the latter case.
-        checkpointing: whether activations are computed again in the backward pass.
+        recompute: whether activations are computed again in the backward pass.
     """
     if reward_path is not None:
         critic = ScalarModel.from_pretrained(reward_path, REWARD, dtype).to(device)
     else:
         critic = ScalarModel.from_policy(model_path, seed, dtype=dtype).to(device)
     policy = load_causal_lm(model_path, dtype=dtype)
-    if checkpointing:
+    if recompute:
         checkpoint_activations(policy)
         checkpoint_activations(critic.model)
     return ActorCritic(policy.to(device), critic)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The reward model."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """Supervised fine-tuning."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from rlhf.modules.settings import Optimization, Positive
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
 from rlhf.ops.masking import masked_mean
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import generator
 
 
@@ -126,17 +126,11 @@ class SFTModule(StageModule):
 
     def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Samples a text for each of the left-padded `queries (B, P)` of a batch."""
-        queries, random = batch["queries"], generator(self.device, self.global_rank, batch_idx)
+        random = generator(self.device, self.global_rank, batch_idx)
+        numbers = uniforms(len(batch["queries"]), self.response_length, random)
+        decoding = Decoding.of(self.tokenizer, self.temperature)
         with self.autocast():
-            responses = sample(
-                self.model,
-                queries,
-                batch["query_mask"],
-                uniforms(len(queries), self.response_length, random),
-                temperature=self.temperature,
-                eos_id=self.tokenizer.eos_token_id,
-                pad_id=self.tokenizer.pad_token_id,
-            )
+            responses = sample(self.model, batch["queries"], batch["query_mask"], numbers, decoding)
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     @override

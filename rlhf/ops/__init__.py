@@ -1,1 +1,4 @@
-"""The mathematics of RLHF with PPO: pure functions on tensors. Imports torch and nothing else."""
+"""The mathematics of RLHF with PPO: pure functions on tensors.
+
+Shapes are types, which the tests check. B: rows, T: tokens, R: tokens of a response, V: vocabulary, H: hidden size.
+"""

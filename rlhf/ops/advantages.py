@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+PerToken = Float[Tensor, "B R"]
 
-def gae(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (D31; Schulman et al. 2016, arXiv 1506.02438).
+
+def gae(rewards: PerToken, values: PerToken, gamma: float = 1.0, lam: float = 0.95) -> tuple[PerToken, PerToken]:
+    """Computes advantages and returns (D31; Schulman et al. 2016, arXiv 1506.02438).
 
     `delta[t] = reward[t] + gamma x value[t+1] - value[t]`, `advantage[t] = delta[t] + gamma x lam x advantage[t+1]`,
-    `return[t] = advantage[t] + value[t]`; beyond the last column value and advantage are 0.
-
-    Args:
-        rewards: `(B, R)`, 0 on padding.
-        values: `(B, R)`, 0 on padding.
-
-    Returns:
-        `advantages (B, R)` and `returns (B, R)`.
+    `return[t] = advantage[t] + value[t]`; beyond the last column value and advantage are 0. On padding rewards and
+    values must be 0.
     """
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * next_values - values

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 
 class FixedKL:
-    """The same coefficient throughout (D28)."""
+    """Keeps the coefficient as it is (D28)."""
 
     def __init__(self, coefficient: float) -> None:
         self.coefficient = coefficient
 
     def update(self, kl: float, episodes: int) -> None:
-        """Nothing to adapt."""
+        """Does nothing."""
 
 
 class AdaptiveKL:
-    """Proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2).
+    """Steers the KL towards a target with the proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, 2.2).
 
     After each batch the coefficient is multiplied by `1 + clip(kl / target - 1, -0.2, 0.2) x episodes / horizon`.
     """
@@ -25,7 +25,7 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, kl: float, episodes: int) -> None:
-        """Adapt to the mean KL per response (nats) of a batch of `episodes`."""
+        """Adapts the coefficient to the mean KL per response, in nats, of a batch."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coefficient *= 1 + error * episodes / self.horizon
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-LOGITS = {"cpu": 2**19, "cuda": 2**26}  # float32 logits that exist at a time: 2 MiB stay in the cache of a CPU
+LOGITS = {"cpu": 2**19, "cuda": 2**26}  # float32 logits that exist at a time: 2 MiB fit in the cache of a CPU
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of chosen tokens and entropy at a temperature (D26), from the input of the output layer.
+def linear_logprobs(
+    hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], tokens: Int[Tensor, " n"], temperature: float = 1.0
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+    """Computes the log-probability of tokens and the entropy at a temperature (D26), in nats, from hidden states.
 
-    The logits are `hidden @ weight.T`, in the precision of autocast. They are made for a stretch of the vocabulary at
-    a time, in the backward pass once more, and everything after them is float32: with z = logits / temperature,
-    `logprob = z[token] - logsumexp(z)` and `entropy = logsumexp(z) - sum(softmax(z) z)`.
-
-    Args:
-        hidden: `(n, H)`.
-        weight: `(V, H)`, of an output layer without a bias.
-        tokens: `(n,)`.
-
-    Returns:
-        `logprobs (n,)` and `entropy (n,)` in nats, float32. Both have gradients.
+    The logits are `hidden @ weight.T`, in the precision of autocast. They are computed for one stretch of the
+    vocabulary at a time, again in the backward pass, and everything after them is float32: with
+    z = logits / temperature, `logprob = z[token] - logsumexp(z)` and `entropy = logsumexp(z) - sum(softmax(z) z)`.
+    Both have gradients.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -38,8 +34,8 @@ def _stretches(rows: int, weight: Tensor) -> range:
     return range(0, len(weight), min(step, len(weight)))
 
 
-def _columns(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which tokens are in a stretch of the vocabulary, `(n,)`, and where, `(n, 1)`; for the others any column."""
+def _columns(tokens: Int[Tensor, " n"], start: int, width: int) -> tuple[Bool[Tensor, " n"], Int[Tensor, "n 1"]]:
+    """Returns which tokens are in a stretch of the vocabulary, and their columns; for the others any column."""
     columns = tokens - start
     return (columns >= 0) & (columns < width), columns.clamp(0, width - 1).unsqueeze(1)
 
@@ -47,7 +43,7 @@ def _columns(tokens: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """One pass over the vocabulary: largest z so far, sum of exp(z - largest), sum of z exp(z - largest)."""
+        # One pass over the vocabulary: largest z so far, sum of exp(z - largest), sum of z exp(z - largest).
         rows = hidden.new_zeros(len(hidden), dtype=torch.float32)
         largest, total, weighted, chosen = rows - torch.inf, rows, rows, rows
         stretches = _stretches(len(hidden), weight)
@@ -70,7 +66,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """With p = softmax(z): d logprob / dz = onehot - p, and d entropy / dz = -p (log p + entropy)."""
+        # With p = softmax(z): d logprob / dz = onehot - p, and d entropy / dz = -p (log p + entropy).
         of_logprob, of_entropy = gradients
         hidden, weight, tokens, normaliser, entropy = ctx.saved_tensors
         if of_logprob is None:

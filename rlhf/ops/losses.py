@@ -11,27 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.ops.masking import masked_sum
+from rlhf.ops.masking import Mask, Scalar, Values, masked_sum
 
 
-def masked_total(losses: Tensor, mask: Tensor, normaliser: Tensor | float) -> Tensor:
-    """Sum of the real entries over `normaliser` (see the module's docstring)."""
+def masked_total(losses: Values, mask: Mask, normaliser: Tensor | float | int) -> Scalar:
+    """Computes the sum of the real entries over `normaliser` (see the module's docstring)."""
     return masked_sum(losses, mask) / normaliser
 
 
-def pairwise_losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """`-log sigmoid(r_chosen - r_rejected)` per pair (D18; Bradley-Terry). `(B,), (B,) -> (B,)`."""
+def pairwise_losses(chosen: Values, rejected: Values) -> Values:
+    """Computes the Bradley-Terry loss `-log sigmoid(r_chosen - r_rejected)` of each pair (D18)."""
     return -F.logsigmoid(chosen - rejected)
 
 
-def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate per token (D34; Schulman et al. 2017, arXiv 1707.06347, eq. 7, negated).
+def policy_losses(logprobs: Values, old_logprobs: Values, advantages: Values, clip: float) -> tuple[Values, Mask]:
+    """Computes PPO's clipped surrogate loss (D34; Schulman et al. 2017, arXiv 1707.06347, eq. 7, negated).
 
-    `max(-A x ratio, -A x clamp(ratio, 1 - clip, 1 + clip))` with `ratio = exp(logprob - old_logprob)`; all `(B, R)`.
-    The exponent ends at 80: beyond, float32 overflows, and the gradient of a term that does not count would be NaN.
+    `max(-A x ratio, -A x clamp(ratio, 1 - clip, 1 + clip))` with `ratio = exp(logprob - old_logprob)`. The exponent
+    ends at 80: beyond, float32 overflows, and the gradient of a term that does not count would be NaN.
 
     Returns:
-        The losses and, as bool, where the clipped term was the larger one.
+        The losses, and where the clipped term is the larger one.
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(max=80))
     unclipped = -advantages * ratio
@@ -39,14 +39,14 @@ def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cl
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
-def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """Squared error of the value, 0.5 x the larger of clipped and unclipped (D34); all `(B, R)`.
+def value_losses(values: Values, old_values: Values, returns: Values, clip: float | None) -> tuple[Values, Mask]:
+    """Computes 0.5 x the squared error of the values, clipped or unclipped, whichever is larger (D34).
 
     Args:
         clip: how far a value may move from its old value before its error stops shrinking; None: no clipping.
 
     Returns:
-        The losses and, as bool, where the clipped term was the larger one.
+        The losses, and where the clipped term is the larger one.
     """
     unclipped = (values - returns) ** 2
     if clip is None:

@@ -1,40 +1,39 @@
-"""Statistics over the real entries of padded tensors."""
+"""Statistics over the real entries of padded tensors, those where the mask is true. Padding may be non-finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+Values = Float[Tensor, "*shape"]
+Mask = Bool[Tensor, "*shape"]
+Scalar = Float[Tensor, ""]
 Reduce = Callable[[Tensor], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
-    """The reduction over a single process."""
+    """Returns the tensor: the sum over a single process."""
     return x
 
 
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `values` where `mask` is true; both `(...)` of the same shape. Masked entries may be non-finite."""
+def masked_sum(values: Values, mask: Mask) -> Scalar:
+    """Computes the sum of the real entries."""
     return torch.where(mask, values, 0.0).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is true; 0 where the mask is empty."""
+def masked_mean(values: Values, mask: Mask) -> Scalar:
+    """Computes the mean of the real entries; 0 if there are none."""
     return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
-def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the real entries.
+def masked_moments(values: Values, mask: Mask, reduce: Reduce = identity) -> tuple[Scalar, Scalar]:
+    """Computes the mean and the variance of the real entries; the variance divides by n, as in the reference.
 
     Args:
-        values: `(...)`.
-        mask: `(...)`, true where real.
         reduce: sums a tensor over all ranks, so that the moments are those of the global batch.
-
-    Returns:
-        Two scalars. The variance divides by n, as in the reference.
     """
     count, total = reduce(torch.stack([mask.sum().to(values.dtype), masked_sum(values, mask)]))
     mean = total / count.clamp(min=1)
@@ -42,8 +41,8 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> t
     return mean, reduce((deviations**2).sum()) / count.clamp(min=1)
 
 
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = identity) -> Tensor:
-    """Scale the real entries to variance 1 and, with `shift_mean`, to mean 0; masked entries become 0.
+def whiten(values: Values, mask: Mask, shift_mean: bool = True, reduce: Reduce = identity) -> Values:
+    """Scales the real entries to variance 1 and, with `shift_mean`, to mean 0; masked entries become 0.
 
     `(x - mean) / sqrt(var + 1e-8)`, plus the mean again where it is not to be shifted (D30, D32).
     """

@@ -1,4 +1,7 @@
-"""Token sequences: padding, positions, stop tokens, log-probabilities of chosen tokens."""
+"""Token sequences: padding, positions, stop tokens, log-probabilities of chosen tokens.
+
+An attention mask is 1, or true, on real tokens and 0 on padding.
+"""
 
 from __future__ import annotations
 
@@ -6,103 +9,87 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Ids = Int[Tensor, "B T"]
+Mask = Int[Tensor, "B T"] | Bool[Tensor, "B T"]
+PerRow = Int[Tensor, " B"]
 
 
 def pad_sequences(
     sequences: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right"
-) -> tuple[Tensor, Tensor]:
-    """Pad token lists to the longest of them.
-
-    Returns:
-        `input_ids (B, T)` and `attention_mask (B, T)`, both int64.
-    """
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), value)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        where = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
-        ids[row, where] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, where] = 1
-    return ids, mask
+) -> tuple[Ids, Ids]:
+    """Pads token lists to the longest of them, and returns ids and attention mask."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    masks = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, value, side), pad_sequence(masks, True, 0, side)
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """The n-th real token has position n, whatever the padding (D09). `(B, T) -> (B, T)`; padding gets 0."""
+def position_ids(attention_mask: Mask) -> Ids:
+    """Numbers the real tokens of each row from 0, whatever the padding (D09); padding gets 0."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0) * attention_mask
 
 
-def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """What a model is fed: padding as id 0 with mask 0 (D05), positions explicit (D09). All `(B, T)`."""
+def model_inputs(input_ids: Ids, attention_mask: Mask) -> dict[str, Ids]:
+    """Returns the inputs of a model: padding as id 0 with mask 0 (D05), and explicit positions."""
     mask = attention_mask.long()
     return {"input_ids": input_ids * mask, "attention_mask": mask, "position_ids": position_ids(mask)}
 
 
-def move_padding(input_ids: Tensor, attention_mask: Tensor, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """The same sequences with all padding on one side; ids and mask, `(B, T)` each."""
+def move_padding(input_ids: Ids, attention_mask: Mask, side: Literal["left", "right"]) -> tuple[Ids, Mask]:
+    """Moves all padding to one side, and returns ids and attention mask."""
     order = attention_mask.long().argsort(dim=1, descending=side == "right", stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
-def right_padded(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sequences with all padding on the right, no wider than the longest; ids and mask, `(B, T)` each."""
+def right_padded(input_ids: Ids, attention_mask: Mask) -> tuple[Int[Tensor, "B t"], Tensor]:
+    """Moves all padding to the right and cuts off the columns that no row uses."""
     width = int(attention_mask.sum(1).max())
     ids, mask = move_padding(input_ids, attention_mask, "right")
     return ids[:, :width], mask[:, :width]
 
 
-def causal_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """What a causal model is fed when all padding is on the right: padding as id 0 (D05), positions explicit (D09).
+def causal_inputs(input_ids: Ids, attention_mask: Mask) -> dict[str, Ids]:
+    """Returns the inputs of a causal model when all padding is on the right.
 
-    There is no attention mask: no real token sees what stands behind it, and without a mask attention takes its fast
-    causal kernels. All `(B, T)`.
+    There is no attention mask: no real token sees the padding behind it, and without a mask attention takes its fast
+    causal kernels.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return {"input_ids": input_ids * attention_mask, "position_ids": positions.expand_as(input_ids)}
 
 
-def last_real_token(attention_mask: Tensor) -> Tensor:
-    """Index of the last real token of every row, `(B, T) -> (B,)`, for padding on either side (D19)."""
+def last_real_token(attention_mask: Mask) -> PerRow:
+    """Returns the column of the last real token of every row, for padding on either side (D19)."""
     positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     return (positions * attention_mask).argmax(-1)
 
 
-def response_lengths(responses: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
-    """Length of each response up to and with its first EOS, and whether there is one.
-
-    Args:
-        responses: `(B, R)` token ids; what follows the first EOS is ignored.
-
-    Returns:
-        `lengths (B,)` (R where there is no EOS) and `has_eos (B,)`.
-    """
+def response_lengths(responses: Int[Tensor, "B R"], eos_id: int) -> tuple[PerRow, Bool[Tensor, " B"]]:
+    """Returns the length of each response up to and including its first EOS (else R), and whether there is one."""
     is_eos = responses == eos_id
     has_eos = is_eos.any(-1)
     lengths = torch.where(has_eos, is_eos.long().argmax(-1) + 1, responses.shape[-1])
     return lengths, has_eos
 
 
-def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """True for the first `lengths` of `width` columns, `(B,) -> (B, width)`."""
+def length_mask(lengths: PerRow, width: int) -> Bool[Tensor, "B {width}"]:
+    """Returns a mask that is true for the first `lengths` of `width` columns."""
     return torch.arange(width, device=lengths.device) < lengths.unsqueeze(-1)
 
 
-def truncate_after_eos(responses: Tensor, eos_id: int, pad_id: int) -> Tensor:
-    """Replace everything after the first EOS by PAD (D25). `(B, R) -> (B, R)`."""
+def truncate_after_eos(responses: Int[Tensor, "B R"], eos_id: int, pad_id: int) -> Int[Tensor, "B R"]:
+    """Replaces everything after the first EOS by PAD (D25)."""
     lengths, _ = response_lengths(responses, eos_id)
     return torch.where(length_mask(lengths, responses.shape[-1]), responses, pad_id)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of chosen tokens and entropy of the distribution, at a temperature (D26), in float32.
-
-    Args:
-        logits: `(B, T, V)`; position t predicts `tokens[:, t]`.
-        tokens: `(B, T)`.
-
-    Returns:
-        `logprobs (B, T)` and `entropy (B, T)` in nats.
-    """
+def token_logprobs(
+    logits: Float[Tensor, "*shape V"], tokens: Int[Tensor, "*shape"], temperature: float = 1.0
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Computes log-probabilities of tokens from the logits that predict them, and entropies, in nats and float32."""
     logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy

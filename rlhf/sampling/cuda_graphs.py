@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rlhf.ops.sequences import model_inputs
-from rlhf.sampling.sampler import choose, evaluation_mode, sample
+from rlhf.models.packing import ATTENTION
+from rlhf.ops.sequences import model_inputs, response_lengths
+from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
-LOOK_EVERY = 8  # steps, to see whether all rows have ended: a look waits for the device
+LOOK_EVERY = 8  # steps between two looks whether all rows have ended: a look waits for the device
 
 
 @torch.no_grad()
 def sample_in_graph(
-    model: PreTrainedModel,
-    queries: Tensor,
-    query_mask: Tensor,
-    uniforms: Tensor,
-    *,
-    temperature: float,
-    eos_id: int,
-    pad_id: int,
+    model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding
 ) -> Tensor:
-    """As `sampler.sample`, with a cache of fixed size; on a GPU a step is captured once and then replayed.
+    """Samples as `sampler.sample` does, with a cache of fixed size; a GPU captures one step and replays it.
 
-    A step is then one launch instead of hundreds. Rows that have ended stay in the batch. A model whose attention is
-    not plain (sliding windows, other implementations than SDPA) is sampled by `sample`.
+    A step is then one launch instead of hundreds. Rows that have ended stay in the batch. A model with sliding windows
+    or another attention than SDPA is sampled by `sample`.
     """
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
-    width = queries.shape[1] + uniforms.shape[1]
-    cache = StaticCache(config=model.config, max_cache_len=width)
+    cache = StaticCache(config=model.config, max_cache_len=queries.shape[1] + uniforms.shape[1])
     plain = all(type(layer) is StaticLayer for layer in cache.layers)
-    if not plain or model.config._attn_implementation != "sdpa":
-        return sample(
-            model, queries, query_mask, uniforms, temperature=temperature, eos_id=eos_id, pad_id=pad_id
-        )  # fmt: skip
-    steps = _Steps(model, cache, queries, query_mask, uniforms, temperature, eos_id, pad_id)
+    if not plain or model.config._attn_implementation not in ("sdpa", ATTENTION):
+        return sample(model, queries, query_mask, uniforms, decoding)
+    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    steps = _Steps(forward, queries, query_mask, uniforms, decoding)
     with evaluation_mode(model):
         steps.prefill(queries, query_mask)
         advance: Callable[[], None] = steps.decode
@@ -53,8 +46,8 @@ def sample_in_graph(
             advance()
             if step == 1 and queries.is_cuda:
                 advance = captured(steps.decode)
-    used = int((steps.responses != pad_id).any(0).sum())
-    return steps.responses[:, :used]
+    lengths, _ = response_lengths(steps.responses, decoding.eos_id)
+    return steps.responses[:, : int(lengths.max())]
 
 
 class _Steps:
@@ -64,53 +57,31 @@ class _Steps:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: Cache,
-        queries: Tensor,
-        query_mask: Tensor,
-        uniforms: Tensor,
-        temperature: float,
-        eos_id: int,
-        pad_id: int,
+        self, forward: Callable[..., Any], queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding
     ) -> None:
-        rows, self.start = queries.shape
-        steps = uniforms.shape[1]
-        self.model, self.cache, self.uniforms, self.temperature = model, cache, uniforms, temperature
-        self.eos_id, self.pad_id = eos_id, pad_id
-        room = query_mask.new_zeros(rows, steps)
-        self.mask = torch.cat([query_mask, room], 1).bool()[:, None, None]
+        self.forward, self.uniforms, self.decoding, self.start = forward, uniforms, decoding, queries.shape[1]
+        self.mask = torch.cat([query_mask, torch.zeros_like(uniforms, dtype=query_mask.dtype)], 1).bool()[:, None, None]
         self.positions = query_mask.sum(1, keepdim=True) - 1
         self.tokens = queries[:, :1].clone()
-        self.responses = torch.full((rows, steps), pad_id, device=queries.device)
-        self.alive = torch.ones(rows, dtype=torch.bool, device=queries.device)
-        self.column = torch.zeros(1, dtype=torch.long, device=queries.device)
+        self.responses = torch.full_like(uniforms, decoding.pad_id, dtype=queries.dtype)
+        self.alive = torch.ones_like(queries[:, 0], dtype=torch.bool)
+        self.column = queries.new_zeros(1)
 
     def prefill(self, queries: Tensor, query_mask: Tensor) -> None:
-        """Read the queries and draw the first tokens."""
-        inputs = model_inputs(queries, query_mask)
-        self._draw(
-            self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        )  # fmt: skip
+        """Reads the queries and draws the first tokens."""
+        self._draw(**model_inputs(queries, query_mask))
 
     def decode(self) -> None:
-        """Read the last tokens and draw the next ones."""
-        out = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._draw(out.logits[:, -1])
+        """Reads the last tokens and draws the next ones."""
+        self._draw(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions)
 
-    def _draw(self, logits: Tensor) -> None:
+    def _draw(self, **inputs: Tensor) -> None:
+        logits = self.forward(**inputs).logits[:, -1]
         numbers = self.uniforms.index_select(1, self.column).squeeze(1)
-        drawn = choose(logits.float() / self.temperature, numbers)
-        kept = torch.where(self.alive, drawn, self.pad_id)
+        drawn = choose(logits.float() / self.decoding.temperature, numbers)
+        kept = torch.where(self.alive, drawn, self.decoding.pad_id)
         self.responses.index_copy_(1, self.column, kept.unsqueeze(1))
-        self.alive.logical_and_(drawn != self.eos_id)
+        self.alive.logical_and_(drawn != self.decoding.eos_id)
         self.mask.index_fill_(3, self.start + self.column, True)
         self.tokens.copy_(drawn.unsqueeze(1))
         self.positions.add_(1)
@@ -118,7 +89,7 @@ class _Steps:
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """A step that has run before, as a CUDA graph. Capturing runs nothing."""
+    """Captures a step that has run before as a CUDA graph. Capturing runs nothing."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

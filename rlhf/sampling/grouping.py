@@ -1,18 +1,19 @@
-"""Which rows go through a model together: rows of similar length, since a group costs its rows x its longest."""
+"""Groups of rows that go through a model together: of similar length, since a group costs its rows x its longest."""
 
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-SHORTEST = 0.8  # so padding is less than a fifth of a group, and about a tenth in all
+SHORTEST = 0.8  # so padding is less than a fifth of a group, and about a tenth overall
 
 
 def by_length(lengths: Sequence[int], tokens: int, shortest: float = SHORTEST) -> list[list[int]]:
-    """Row numbers in groups of similar length, those of the longest first, none of more than `tokens` with padding.
+    """Groups rows by length, the longest first, so that no group has more than `tokens` with padding.
 
     A row that is longer than that has a group of its own.
 
@@ -31,20 +32,16 @@ def by_length(lengths: Sequence[int], tokens: int, shortest: float = SHORTEST) -
 
 
 def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Row numbers in `parts` groups of similar length, so that the costliest (rows x longest) costs the least.
+    """Splits rows into groups by length, so that the most expensive one (rows x longest) is as cheap as possible.
 
-    Where there are fewer rows than parts, the last groups are empty.
+    If there are fewer rows than parts, the last groups are empty.
     """
     rows = sorted(range(len(lengths)), key=lambda r: -lengths[r])
     ordered = [lengths[r] for r in rows]
-    low, high = max(ordered, default=0), max(ordered, default=0) * len(rows)
-    while low < high:  # the smallest limit under which `parts` groups suffice
-        middle = (low + high) // 2
-        if parts_needed(ordered, middle) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    sizes = _sizes(ordered, high)
+    longest = max(ordered, default=0)
+    most = range(longest * len(rows))  # the smallest limit under which `parts` groups suffice is in here
+    limit = bisect_left(most, True, longest, key=lambda tokens: parts_needed(ordered, tokens) <= parts)
+    sizes = [len(group) for group in by_length(ordered, limit, shortest=0)]
     while len(sizes) < min(parts, len(rows)):  # more groups than the limit asks for: halve the largest
         largest = max(range(len(sizes)), key=sizes.__getitem__)
         half = sizes[largest] // 2
@@ -68,14 +65,5 @@ def as_many_everywhere(
 
 
 def parts_needed(lengths: Sequence[int], tokens: int) -> int:
-    """The smallest number of groups of at most `tokens` each, with padding. No length is larger than `tokens`."""
-    return len(_sizes(sorted(lengths, reverse=True), tokens))
-
-
-def _sizes(descending: Sequence[int], tokens: int) -> list[int]:
-    sizes = []
-    start = 0
-    while start < len(descending):
-        sizes.append(min(tokens // descending[start], len(descending) - start))
-        start += sizes[-1]
-    return sizes
+    """Returns the smallest number of groups of at most `tokens` each, with padding. No length may exceed `tokens`."""
+    return len(by_length(lengths, tokens, shortest=0))

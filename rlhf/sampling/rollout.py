@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from rlhf.ops.rewards import ScorePosition
 from rlhf.ops.sequences import length_mask
+from rlhf.ops.token_rewards import ScorePosition
 from rlhf.sampling.grouping import split
 from rlhf.seeding import permutation
 
@@ -22,39 +24,26 @@ class Rollout:
     would put an error of up to 2.5% into the ratio; what has its own `.to()` is left alone.
 
     Attributes:
-        queries: `(N, P)` token ids, padded on the left.
-        query_mask: `(N, P)`, 1 on real tokens.
-        responses: `(N, R)` token ids, PAD after the first EOS.
-        lengths: `(N,)` real response tokens, EOS included.
-        has_eos: `(N,)` bool.
-        mask: `(N, R)` bool, the tokens that the policy is trained on: those within `lengths`.
-        value_mask: `(N, R)` bool, one wider: also the column after the last token (D29).
-        logprobs, ref_logprobs: `(N, R)` of policy and reference at the sampling temperature, float32.
-        values: `(N, R)` float32, 0 outside `value_mask`.
-        scores: `(N,)` float32, after the penalty for a missing EOS.
-        kl: `(N, R)` estimate per token, 0 outside `mask`.
-        rewards: `(N, R)` per token.
-        advantages, returns: `(N, R)`.
         texts: per episode a dict with `query`, `response`, `reference` and the `record`.
-        rows: which rows of the rollout a slice holds.
+        rows: the rows of the whole rollout that a slice holds.
         policy_share, value_share: average real tokens per micro-batch of the global minibatch (D14), set on slices.
     """
 
-    queries: Tensor
-    query_mask: Tensor
-    responses: Tensor
-    lengths: Tensor
-    has_eos: Tensor
-    mask: Tensor
-    value_mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    scores: Tensor
-    kl: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
+    queries: Int[Tensor, "N P"]  # token ids, padded on the left
+    query_mask: Int[Tensor, "N P"]
+    responses: Int[Tensor, "N R"]  # token ids, PAD after the first EOS
+    lengths: Int[Tensor, " N"]  # real response tokens, EOS included
+    has_eos: Bool[Tensor, " N"]
+    mask: Bool[Tensor, "N R"]  # the tokens that the policy is trained on: those within `lengths`
+    value_mask: Bool[Tensor, "N R"]  # one wider: also the column after the last token (D29)
+    logprobs: Float32[Tensor, "N R"]  # of the policy, at the sampling temperature
+    ref_logprobs: Float32[Tensor, "N R"]  # of the reference
+    values: Float32[Tensor, "N R"]  # 0 outside `value_mask`
+    scores: Float32[Tensor, " N"]  # after the penalty for a missing EOS
+    kl: Float32[Tensor, "N R"]  # estimate per token, 0 outside `mask`
+    rewards: Float32[Tensor, "N R"]
+    advantages: Float32[Tensor, "N R"]
+    returns: Float32[Tensor, "N R"]
 
     def __init__(self, texts: list[dict[str, Any]] | None = None, **tensors: Tensor) -> None:
         self.texts = texts or []
@@ -75,20 +64,25 @@ class Rollout:
         return new
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Rollout:
-        """All tensors on `device`, their precision unchanged."""
+        """Moves all tensors to a device, their precision unchanged."""
         return self._map(lambda _, tensor: tensor.to(device, **kwargs), self.texts)
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the networks read: `queries`, `query_mask`, `responses` and `mask`."""
+        """The inputs of the networks: `queries`, `query_mask`, `responses` and `mask`."""
         return self.queries, self.query_mask, self.responses, self.mask
 
+    def samples(self) -> list[dict[str, Any]]:
+        """Returns the texts of each episode with its `score` and `has_eos`."""
+        columns = zip(self.texts, self.scores.tolist(), self.has_eos.tolist(), strict=True)
+        return [{**text, "score": score, "has_eos": has_eos} for text, score, has_eos in columns]
+
     def total_lengths(self) -> list[int]:
-        """Tokens of each query and response together."""
+        """Returns the number of tokens of each episode, query and response together."""
         return (self.query_mask.sum(1) + self.lengths).tolist()
 
     def select(self, rows: list[int]) -> Rollout:
-        """Some episodes, without the columns that none of them uses."""
+        """Returns some episodes, without the columns that none of them uses."""
         index = torch.tensor(rows, device=self.queries.device)
         first = int(self.query_mask[index].any(0).long().argmax())
         last = min(int(self.lengths[index].max()) + 1, self.responses.shape[1])
@@ -104,9 +98,9 @@ class Rollout:
 
 
 def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = "after_eos") -> tuple[Tensor, Tensor]:
-    """`mask` and `value_mask` of a rollout, `(N,) -> (N, width)` each (D29).
+    """Returns `mask` and `value_mask` of a rollout, `(N,) -> (N, width)` each (D29).
 
-    The value mask is one wider, as the score lands one column later; where it lands on EOS, the state after it is over.
+    The value mask is one wider if the score lands one column after EOS. If it lands on EOS, both are the same.
     """
     mask = length_mask(lengths, width)
     return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
@@ -115,7 +109,7 @@ def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = 
 def in_groups(
     episodes: Rollout, groups: list[list[int]], evaluate: Callable[[Rollout], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """Apply `evaluate` to groups of rows, without the columns a group does not use, and put the results together.
+    """Evaluates groups of rows, without the columns that a group does not use, and puts the results together.
 
     Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
     """
@@ -129,47 +123,36 @@ def in_groups(
 
 
 def minibatches(episodes: int, count: int, update: int, epoch: int, rank: int) -> Iterator[list[int]]:
-    """Row numbers of the minibatches of a PPO epoch: a fresh permutation, in `count` equal parts (D33)."""
+    """Yields the row numbers of each minibatch of a PPO epoch: a fresh permutation in equal parts (D33)."""
     order = permutation(episodes, update, epoch, rank)
     size = episodes // count
     for start in range(0, episodes, size):
         yield order[start : start + size]
 
 
+@dataclass(eq=False)
 class RolloutLoader:
-    """A plain iterable with a length, whose every pass is one PPO update: roll out, then yield micro-batches.
+    """A plain iterable with a length; every pass is one PPO update: roll out, then yield micro-batches.
 
     The work happens at the first `next()`, not in `iter()`: Lightning calls `iter()` before training starts.
 
-    Args:
-        make: update -> the rollout of this rank.
-        update: the number of the current update.
+    Attributes:
+        make: makes this rank's rollout of an update.
+        update: returns the number of the current update.
         reduce_sum: sums a tensor over ranks.
-        rank, world_size: this process and how many there are.
         ppo_epochs: passes over each rollout, in a fresh permutation each (D33).
         minibatches: optimizer steps per pass.
         accumulate: micro-batches per optimizer step, formed by length.
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], Rollout],
-        update: Callable[[], int],
-        reduce_sum: Callable[[Tensor], Tensor],
-        rank: int,
-        world_size: int,
-        ppo_epochs: int,
-        minibatches: int,
-        accumulate: int,
-    ) -> None:
-        self.make = make
-        self.update = update
-        self.reduce_sum = reduce_sum
-        self.rank = rank
-        self.world_size = world_size
-        self.ppo_epochs = ppo_epochs
-        self.minibatches = minibatches
-        self.accumulate = accumulate
+    make: Callable[[int], Rollout]
+    update: Callable[[], int]
+    reduce_sum: Callable[[Tensor], Tensor]
+    rank: int
+    world_size: int
+    ppo_epochs: int
+    minibatches: int
+    accumulate: int
 
     def __len__(self) -> int:
         return self.ppo_epochs * self.minibatches * self.accumulate

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf.hardware import accumulator_dtype
 from rlhf.models.packing import packed, packs
 from rlhf.ops.sequences import model_inputs
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 LEAVING = 0.25  # share of the rows that must have ended before they leave the batch: the cache is copied then
 BLOCK = 256
 
 
+class Decoding(NamedTuple):
+    """The temperature at which tokens are drawn, EOS, which ends a response, and PAD, which fills it up."""
+
+    temperature: float
+    eos_id: int
+    pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, temperature: float) -> Decoding:
+        """Takes EOS and PAD from a tokenizer."""
+        return cls(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """In training mode, checkpointed layers keep no cache."""
+    """Keeps a model in evaluation mode inside the block: in training mode, checkpointed layers keep no cache."""
     training = model.training
     model.eval()
     try:
@@ -33,23 +47,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def uniforms(rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """The randomness of `sample`, one number in [0, 1) per token, `(rows, length)`, on the device of the generator."""
+    """Draws the random numbers of `sample`: one in [0, 1) per token, `(rows, length)`, on the generator's device."""
     device = generator.device
     return torch.rand(rows, length, dtype=accumulator_dtype(device), generator=generator, device=device)
 
 
 @torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    queries: Tensor,
-    query_mask: Tensor,
-    uniforms: Tensor,
-    *,
-    temperature: float,
-    eos_id: int,
-    pad_id: int,
-) -> Tensor:
-    """Sample one response per query from the model's full distribution at a temperature (D25).
+def sample(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
+    """Samples one response per query from the model's full distribution at a temperature (D25).
 
     There is no top-k, top-p or other processing, whatever the model's `generation_config` says. A row ends with its
     first EOS and is PAD after it. Rows that have ended leave the batch, and sampling stops when all have. A row's
@@ -57,19 +62,20 @@ def sample(
 
     Args:
         queries, query_mask: `(B, P)`, padded on the left.
-        uniforms: `(B, R)`, see `uniforms`; R is the longest that a response may get.
+        uniforms: `(B, R)`, see `uniforms`; R is the longest response allowed.
 
     Returns:
         Token ids `(B, r)` with r at most R.
     """
+    temperature, eos_id, pad_id = decoding
     steps = uniforms.shape[1]
     mask, position = F.pad(query_mask.long(), (0, steps), value=1), query_mask.sum(1, keepdim=True) - 1
-    cache = cache_with_room(model, steps)
+    cache = _cache_with_room(model, steps)
     responses = torch.full((len(queries), steps), pad_id, device=queries.device)
-    rows = torch.arange(len(queries), device=queries.device)  # which rows are in the batch
+    rows = torch.arange(len(queries), device=queries.device)  # those that are in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)
     with evaluation_mode(model):
-        logits = read_queries(model, queries, query_mask, cache)
+        logits = _read_queries(model, queries, query_mask, cache)
         for step in range(steps):
             tokens = choose(logits.float() / temperature, uniforms[rows, step])
             responses[rows, step] = torch.where(alive, tokens, pad_id)
@@ -88,8 +94,8 @@ def sample(
     return responses[:, : step + 1]
 
 
-def read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, cache: Cache) -> Tensor:
-    """Logits of the first token of every response, `(B, V)`; the keys and values of the queries go into the cache."""
+def _read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, cache: Cache) -> Tensor:
+    """Returns the logits of every first token, `(B, V)`, and puts the keys and values of the queries into the cache."""
     layers: list[Any] = cache.layers
     if not packs(model) or not all(hasattr(layer, "unpack") for layer in layers):
         inputs = model_inputs(queries, query_mask)
@@ -104,11 +110,11 @@ def read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, ca
 
 
 def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a token per row by inverting the cumulative distribution, `(B, V), (B,) -> (B,)`.
+    """Draws a token per row by inverting the cumulative distribution, `(B, V), (B,) -> (B,)`.
 
     The distribution is summed up by blocks of the vocabulary, in the precision of the random numbers: first the block
-    is found, then the token in it. A token whose probability rounds to 0 is never drawn, however the sums round. Unlike
-    `torch.multinomial`, this needs one random number per row, and not one per row and token.
+    is found, then the token in it. A token of probability 0 is never drawn, however the sums round. Unlike
+    `torch.multinomial`, this needs one random number per row, not one per row and token.
     """
     width = logits.shape[1]
     logits = F.pad(logits, (0, -width % BLOCK), value=-torch.inf)
@@ -124,13 +130,9 @@ def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Finds the first column with a weight whose cumulative sum is above the target, else the last one with a weight.
+    """Finds the first column with a weight and a cumulative sum above the target, else the last one with a weight.
 
-    A binary search could stop at a column without a weight: each sum rounds by itself, and so may exceed the next one.
-
-    Args:
-        cumulative, weights: `(B, n)`.
-        target: `(B, 1)`.
+    A binary search could stop at a column without a weight: each sum is rounded by itself and may exceed the next one.
     """
     columns = torch.arange(weights.shape[1], device=weights.device)
     last = torch.where(weights > 0, columns, 0).amax(1, keepdim=True)
@@ -138,17 +140,18 @@ def _first_above(cumulative: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 def _cumulative(values: Tensor) -> Tensor:
-    """Sums up to each column, `(B, n) -> (B, n)`, by a matrix: `cumsum` is not deterministic on GPUs."""
+    """Computes the sums up to each column by a matrix product: `cumsum` is not deterministic on GPUs."""
     ones = torch.ones(values.shape[1], values.shape[1], dtype=values.dtype, device=values.device)
     return values @ ones.triu()
 
 
-def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
-    """An empty cache of keys and values whose plain layers make room for all steps at once, and so never move again."""
+def _cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
+    """Returns an empty cache whose plain layers allocate room for all steps at once, and so are never copied."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
+        @override
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             start, width = self.get_seq_length(), key_states.shape[2]
             if not self.is_initialized:
@@ -162,7 +165,7 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
             return self.keys, self.values
 
         def unpack(self, mask: Tensor) -> None:
-            """From rows behind one another, `(1, heads, N, d)`, to rows with the padding of a mask `(B, W)`."""
+            """Turns packed rows, `(1, heads, N, d)`, into rows with the padding of a mask `(B, W)`."""
             rows, width = mask.shape
             before = [buffer[0, :, : self.get_seq_length()] for buffer in self._buffers]
             self._buffers = [x.new_zeros(rows, len(x), width + steps, x.shape[2]) for x in before]
@@ -170,6 +173,7 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
             for padded, states in zip((self.keys, self.values), before, strict=True):
                 padded.transpose(1, 2)[mask.bool()] = states.transpose(0, 1)
 
+        @override
         def batch_select_indices(self, indices: Tensor) -> None:
             width = self.get_seq_length()
             self._buffers = [buffer[indices] for buffer in self._buffers]

@@ -1,1 +1,1 @@
-"""The embedded data: posts told from hidden facts."""
+"""The embedded data: posts written from hidden facts, and a small model."""

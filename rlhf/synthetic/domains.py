@@ -1,4 +1,4 @@
-"""What the embedded data is about: two domains, their facts, and the sentences that tell them."""
+"""The two domains of the embedded data: their facts, and the sentences that tell them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ Facts = dict[str, str]
 
 @dataclass(frozen=True)
 class Domain:
-    """What a post of one domain can be about, and how it is told.
+    """The facts that a post of one domain can have, and the sentences that tell them.
 
     Attributes:
         slots: fact name -> the values it can take; no value is part of another value of the same fact.
         required: facts that every demonstration states.
         title: templates of the title (empty for articles).
-        tell: per fact or group of facts, templates of the sentence that tells it.
-        order: the groups of `tell` in the order of the post; distractors stand between them.
+        tell: per fact or group of facts, in the order of the post, templates of the sentence that tells it.
         distractors: sentences that state no fact.
-        summarise: (prefix, fact group, suffix) pieces of the one-sentence summary, per style.
+        summarise: functions that write a one-sentence summary, one per style.
     """
 
     slots: dict[str, tuple[str, ...]]
     required: frozenset[str]
     title: tuple[str, ...]
     tell: dict[str, tuple[str, ...]]
-    order: tuple[str, ...]
     distractors: tuple[str, ...]
     summarise: tuple[Callable[[Facts], str], ...]
 
@@ -106,7 +104,6 @@ REDDIT = Domain(
         "amount": ("I lost {amount} dollars.", "It cost me {amount} dollars.", "I had to pay {amount} dollars."),
         "ask": ("Please tell me {ask}.", "I want to know {ask}.", "Can you tell me {ask}?"),
     },
-    order=("who", "where", "when", "amount", "ask"),
     distractors=(
         "I did not sleep well.", "We used to get along.", "My cat is fine.", "The weather was bad.",
         "Nobody else saw it.", "I like to cook.", "This is my first post.", "Sorry for the bad English.",
@@ -138,7 +135,6 @@ NEWS = Domain(
         "cost": ("The price is {cost} million dollars.", "It will cost {cost} million dollars."),
         "why": ("Officials said they want {reason}.", "The goal is {reason}."),
     },
-    order=("what", "where", "when", "cost", "why"),
     distractors=(
         "Critics were not convinced.", "Many people watched.", "A spokesman did not comment.", "It rained all day.",
         "More details are expected.", "The hall was full.",
@@ -146,7 +142,4 @@ NEWS = Domain(
     summarise=(_news_plain,),
 )  # fmt: skip
 
-
-def all_slots() -> dict[str, tuple[str, ...]]:
-    """The values of every fact of both domains."""
-    return {**REDDIT.slots, **NEWS.slots}
+ALL_SLOTS = REDDIT.slots | NEWS.slots  # the domains share no fact

@@ -1,4 +1,4 @@
-"""The gold score of the embedded data: what a perfect reader of the hidden facts thinks of a summary."""
+"""The gold score of the embedded data: how a perfect reader of the hidden facts would rate a summary."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.synthetic.domains import all_slots
+from rlhf.synthetic.domains import ALL_SLOTS
 
 FREE_WORDS = 30
 PER_WORD = 0.1
 
 
 class GoldScore(NamedTuple):
-    """Facts covered, facts invented, number of words, and the score made of them."""
+    """The facts covered, the facts invented, the number of words, and the score made of them."""
 
     covered: int
     invented: int
@@ -26,14 +26,13 @@ def _mentions(text: str, value: str) -> bool:
 
 
 def gold_score(summary: str, facts: Mapping[str, str], slots: Mapping[str, Sequence[str]]) -> GoldScore:
-    """`score = covered - invented - 0.1 x (words beyond 30)`.
+    """Computes `score = covered - invented - 0.1 x (words beyond 30)`.
 
-    A fact is covered when its value stands in the summary, invented when another value of the same fact does.
+    A fact is covered if the summary has its value, and invented if it has another value of the same fact.
 
     Args:
-        summary: the text to judge.
-        facts: fact name -> true value.
-        slots: fact name -> all values it could have had (`Domain.slots`).
+        facts: the true value of each fact.
+        slots: all values that each fact could have had (`Domain.slots`).
     """
     covered = sum(_mentions(summary, value) for value in facts.values())
     invented = sum(
@@ -43,7 +42,7 @@ def gold_score(summary: str, facts: Mapping[str, str], slots: Mapping[str, Seque
     return GoldScore(covered, invented, words, covered - invented - PER_WORD * max(0, words - FREE_WORDS))
 
 
-def gold_scores(queries: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    """The gold score as a reward function: for `model.evaluation_function` on the embedded data."""
+def gold_scores(queries: list[str], responses: list[str], records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Computes gold scores as a reward function, for `model.evaluation_function` on the embedded data."""
     facts = [{slot: value for slot, value in record["facts"].items() if value is not None} for record in records]
-    return [gold_score(text, known, all_slots()).score for text, known in zip(responses, facts, strict=True)]
+    return [gold_score(text, known, ALL_SLOTS).score for text, known in zip(responses, facts, strict=True)]

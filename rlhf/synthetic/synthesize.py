@@ -1,14 +1,18 @@
-"""Writes the embedded data, and a small GPT-NeoX with a tokenizer of its own: a pipeline needs no download."""
+"""Writes the embedded data, and a small GPT-NeoX with its own tokenizer: a pipeline needs no download."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from rlhf import files
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer, quiet
@@ -20,9 +24,9 @@ MANIFEST = "synthesize.json"  # written last: the settings that all else in the 
 TOKENIZER_TEXTS = 4_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="sizes"))
 class Sizes:
-    """How many records of each kind; of 0 records no file is written.
+    """Number of records of each kind; for 0 records no file is written.
 
     Attributes:
         pretraining: posts with TL;DRs of every honest quality, to teach a random model to read, which is then written.
@@ -30,18 +34,18 @@ class Sizes:
         validation: demonstrations to measure on.
         comparisons: pairs for the reward model.
         comparisons_validation: pairs to measure its accuracy on.
-        comparisons_news: pairs of the other domain, standing in for CNN/DM.
+        comparisons_news: pairs of the other domain, in place of CNN/DM.
     """
 
-    pretraining: int = 24_000
-    train: int = 4_000
-    validation: int = 256
-    comparisons: int = 8_000
-    comparisons_validation: int = 800
-    comparisons_news: int = 200
+    pretraining: NonNegativeInt = 24_000
+    train: NonNegativeInt = 4_000
+    validation: NonNegativeInt = 256
+    comparisons: NonNegativeInt = 8_000
+    comparisons_validation: NonNegativeInt = 800
+    comparisons_news: NonNegativeInt = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="model"))
 class SmallModel:
     """Shape of the small GPT-NeoX (the architecture of Pythia).
 
@@ -53,31 +57,31 @@ class SmallModel:
         vocabulary: largest size of the byte-level BPE; the embedding has spare rows, as Pythia's has.
     """
 
-    hidden_size: int = 128
-    layers: int = 2
-    heads: int = 4
-    context: int = 512
-    vocabulary: int = 1_000
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    context: PositiveInt = 512
+    vocabulary: PositiveInt = 1_000
 
 
 def synthesize(
     output: str,
     seed: int = 1,
-    label_noise: float = 1.0,
+    label_noise: NonNegativeFloat = 1.0,
     sizes: Sizes = Sizes(),
     model: SmallModel = SmallModel(),
     tokenizer: str | None = None,
 ) -> None:
-    """Write the embedded data (posts, demonstrations, comparisons), or a small untrained model with its tokenizer.
+    """Writes the embedded data (posts, demonstrations, comparisons), or a small untrained model with its tokenizer.
 
-    The folder gets `pretraining`, `demonstrations` and `comparisons` with a JSONL file per split, `model` where there
-    are data to pretrain it on, and last `synthesize.json` with these settings.
+    The folder gets `pretraining`, `demonstrations` and `comparisons` with a JSONL file per split, `model` if there are
+    data to pretrain it on, and last `synthesize.json` with these settings.
 
     Args:
         output: the folder to write.
-        seed: of everything.
+        seed: seed of everything.
         label_noise: temperature of the labeller of the comparisons; 0 gives clean labels.
-        sizes: how many records of each kind.
+        sizes: number of records of each kind.
         model: shape of the small GPT-NeoX.
         tokenizer: folder of a tokenizer; only a model for it is written, no data.
     """
@@ -92,39 +96,31 @@ def synthesize(
                 read = (texts.query.format(**r) + one_leading_space(r["summary"]) for r in corpus)
                 create_model(folder / "model", train_tokenizer(read, model.vocabulary), model, seed)
         settings = {"seed": seed, "label_noise": label_noise, "sizes": asdict(sizes), "model": asdict(model)}
-        (folder / MANIFEST).write_text(json.dumps(settings | {"tokenizer": tokenizer}, indent=2) + "\n")
+        files.write_text(folder / MANIFEST, json.dumps(settings | {"tokenizer": tokenizer}, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"output: {folder} can't be written: {error}") from error
+        raise UserError(f"output: {folder} cannot be written: {error}") from error
 
 
 def _write_data(folder: Path, seed: int, noise: float, sizes: Sizes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "pretraining" / "train.jsonl", pretraining(sizes.pretraining, seed, "pretraining"))
     for split, n in (("train", sizes.train), ("validation", sizes.validation)):
         _write(folder / "demonstrations" / f"{split}.jsonl", demonstrations(n, seed, split))
     _write(folder / "comparisons" / "train.jsonl", comparisons(sizes.comparisons, seed, "train", noise))
-    _write(folder / "comparisons" / "validation.jsonl", _validation_pairs(sizes, seed, noise))
+    posts = comparisons(sizes.comparisons_validation, seed, "validation", noise)
+    news = comparisons(sizes.comparisons_news, seed, "validation", noise, NEWS, "cnndm")
+    _write(folder / "comparisons" / "validation.jsonl", chain(posts, news))
 
 
-def _validation_pairs(sizes: Sizes, seed: int, noise: float) -> Iterator[dict[str, Any]]:
-    yield from comparisons(sizes.comparisons_validation, seed, "validation", noise)
-    yield from comparisons(sizes.comparisons_news, seed, "validation", noise, NEWS, "cnndm")
-
-
-def _write(file: Path, records: Iterator[dict[str, Any]]) -> None:
-    """Writes records as JSON lines; of no records there is no file."""
-    first = next(records, None)
-    if first is None:
+def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if text:
+        files.write_text(file, text)
+    else:
         file.unlink(missing_ok=True)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as stream:
-        for record in chain([first], records):
-            stream.write(json.dumps(record) + "\n")
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer with EOS and without PAD, like Pythia's."""
+    """Trains a byte-level BPE tokenizer with EOS and without PAD, like Pythia's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -142,7 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def create_model(folder: Path, tokenizer: Any, shape: SmallModel, seed: int) -> None:
-    """A GPT-NeoX with random weights, as a Hugging Face folder."""
+    """Writes a GPT-NeoX with random weights, as a Hugging Face folder."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

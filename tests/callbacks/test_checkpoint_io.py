@@ -1,76 +1,32 @@
-"""Checkpoints on disk: whenever writing stops, a complete one is found; what is not complete is refused."""
+"""Checkpoints on disk are written whole or not at all; what is not complete is refused."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf.callbacks.checkpoint_io import AtomicCheckpointIO, find_last, partial_path, publish, read, remove
+from rlhf import files
+from rlhf.callbacks.checkpoint_io import AtomicCheckpointIO, find_last, read
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 
 
+def test_the_old_version_is_found_while_a_new_one_takes_its_place(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    assert find_last(tmp_path) is None
+    files.partial_path(last).mkdir()
+    assert find_last(tmp_path) is None
+    files.previous_path(last).mkdir()
+    assert find_last(tmp_path) == files.previous_path(last)
+    last.mkdir()
+    assert find_last(tmp_path) == last
+
+
 class Kill(BaseException):
     """A kill that leaves the process of the tests alive."""
-
-
-@contextmanager
-def killed_after(calls: int) -> Iterator[None]:
-    """Within, after so many changes of the folder the process is killed."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("rename", "replace", "unlink", "rmdir"):
-
-            def change(*args: Any, original: Callable[..., Any] = getattr(os, name), **kwargs: Any) -> Any:
-                nonlocal calls
-                calls -= 1
-                if calls < 0:
-                    raise Kill
-                return original(*args, **kwargs)
-
-            patch.setattr(os, name, change)
-        with suppress(Kill):
-            yield
-
-
-@pytest.mark.parametrize(("old", "new"), [("file", "file"), ("folder", "folder"), ("folder", "file")])
-def test_whenever_writing_stops_a_complete_checkpoint_is_found(tmp_path: Path, old: str, new: str) -> None:
-    def write(path: Path, kind: str, text: str) -> None:
-        files = [path] if kind == "file" else [path / "checkpoint" / "a", path / "checkpoint" / "b"]
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-
-    def content(path: Path) -> str:
-        return path.read_text() if path.is_file() else "".join(f.read_text() for f in path.rglob("[ab]"))
-
-    def publish_last(folder: Path, kind: str, text: str) -> None:
-        partial = partial_path(folder / "last.ckpt")
-        write(partial, kind, text)
-        publish(partial, folder / "last.ckpt")
-
-    whole = {"file": ("old", "new"), "folder": ("oldold", "newnew")}
-    found = []
-    for calls in range(12):
-        folder = tmp_path / str(calls)
-        write(folder / "last.ckpt", old, "old")
-        with killed_after(calls):
-            publish_last(folder, new, "new")
-        last = find_last(folder)
-        assert last is not None
-        found.append(content(last))
-        remove(partial_path(folder / "last.ckpt"))
-        publish_last(folder, new, "new")  # as a run does that goes on
-        assert content(folder / "last.ckpt") == whole[new][1]
-        assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
-    steps = found.index(whole[new][1])
-    assert steps == (1 if old == "file" else 2)
-    assert found == [whole[old][0]] * steps + [whole[new][1]] * (12 - steps)
 
 
 def test_other_checkpoints_are_whole_too(tmp_path: Path) -> None:

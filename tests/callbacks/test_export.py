@@ -1,43 +1,131 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from rlhf.callbacks.export import Export, is_complete
+from rlhf.callbacks.export import Export
+from rlhf.errors import UserError
+from rlhf.files import is_complete, previous_path
+from rlhf.synthetic.posts import demonstrations
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Kill(BaseException):
+    """A kill that leaves the process of the tests alive."""
 
 
 class Module:
-    def __init__(self, fails: bool = False, text: str = "new") -> None:
-        self.fails = fails
+    device = "cpu"
+
+    def __init__(self, text: str = "new", error: BaseException | None = None, failed_elsewhere: bool = False) -> None:
+        self.error = error
         self.text = text
+        self.failed_elsewhere = failed_elsewhere
 
     def prepare_export(self) -> None: ...
 
     def save_export(self, folder: Path) -> None:
         (folder / "weights").write_text(self.text)
-        if self.fails:
-            raise OSError("no space left on device")
+        if self.error:
+            raise self.error
+
+    def reduce_max(self, x: Any) -> Any:
+        return x + self.failed_elsewhere
 
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Any:
     """As much of a Trainer as an export needs."""
-    strategy = SimpleNamespace(barrier=lambda name: None)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
     return SimpleNamespace(
-        default_root_dir=tmp_path, is_global_zero=True, strategy=strategy, current_epoch=3, global_step=12
+        default_root_dir=tmp_path, is_global_zero=True, strategy=None, current_epoch=3, global_step=12
     )
 
 
-def test_an_export_is_all_or_nothing(trainer: Any, tmp_path: Path) -> None:
-    Export.export(trainer, Module(text="old"), "export")
-    with pytest.raises(OSError, match="no space"):
-        Export.export(trainer, Module(fails=True), "export")
-    assert is_complete(tmp_path / "export")
-    assert (tmp_path / "export" / "weights").read_text() == "old"
+def text_of(folder: Path) -> str:
+    assert is_complete(folder)
+    return (folder / "weights").read_text()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left"), Exception("No space left")]
+)
+def test_a_full_disk_leaves_the_old_export_and_is_said_in_one_sentence(
+    trainer: Any, tmp_path: Path, error: Exception
+) -> None:
+    Export.export(trainer, Module("old"), "export")
+    message = rf"The export {tmp_path}/export could not be written: .*No space left\. Make room; the checkpoint .* is "
+    with pytest.raises(UserError, match=message + "intact, and --ckpt_path last writes the export again"):
+        Export.export(trainer, Module(error=error), "export")
+    assert text_of(tmp_path / "export") == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "export"]
+
+
+def test_a_full_disk_of_another_process_ends_this_one_too(trainer: Any, tmp_path: Path) -> None:
+    trainer.is_global_zero = False
+    with pytest.raises(UserError, match="could not be written: see what the first process says"):
+        Export.export(trainer, Module(failed_elsewhere=True), "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_fault_of_the_code_is_not_a_full_disk(trainer: Any) -> None:
+    with pytest.raises(KeyError, match="name"):
+        Export.export(trainer, Module(error=KeyError("name")), "export")
+
+
+def test_a_kill_leaves_the_old_export_or_the_new_one(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*args: Any) -> None:
+        raise Kill
+
+    final = tmp_path / "export"
+    Export.export(trainer, Module("old"), "export")
+    with pytest.raises(Kill):
+        Export.export(trainer, Module(error=Kill()), "export")
+    assert text_of(final) == "old"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)  # when the old one was moved away already
+        with pytest.raises(Kill):
+            Export.export(trainer, Module(), "export")
+    assert text_of(final if final.exists() else previous_path(final)) == "old"
+    Export.export(trainer, Module("newer"), "export")
+    assert text_of(final) == "newer"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "export"]
+
+
+def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_export_later(
+    driver: Callable[..., list[int]], model_path: str, write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    data, run, log = write_jsonl("d.jsonl", demonstrations(8, 1, "train")), tmp_path / "run", tmp_path / "log"
+    words = [
+        "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={run}", f"--model.model_path={model_path}",
+        f"--data.train.path={data}", f"--data.validation.path={data}", "--data.validation.split=train",
+        "--data.batch_size=8", "--data.micro_batch_size=4", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=0", "--trainer.devices=2", "--trainer.strategy=ddp",
+    ]  # fmt: skip
+    at = "--trainer.callbacks"
+    full = [
+        f"{at}+=rlhf.callbacks.last_checkpoint.LastCheckpoint", f"{at}+=resume_callbacks.Happens", f"{at}.rank=0",
+        f"{at}.event=small_disk", f"{at}.hook=on_train_end", f"{at}.number=1",
+    ]  # fmt: skip
+    assert driver([*words, *full], 2, log) == [2, 2], log.read_text()[-3000:]
+    said = log.read_text()
+    assert "error: The export" in said
+    assert "File too large" in said
+    assert f"the checkpoint {run}/checkpoints/last.ckpt is intact" in said
+    assert not (run / "export").exists()
+    assert driver([*words, "--ckpt_path=last"], 2, log) == [0, 0], log.read_text()[-3000:]
+    assert is_complete(run / "export")
 
 
 def test_manifest(trainer: Any, tmp_path: Path) -> None:

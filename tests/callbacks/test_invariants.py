@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.callbacks.example_counts import Counts
 from rlhf.callbacks.findings import INVARIANTS, Finding, tolerance
-from rlhf.callbacks.invariants import Invariants, fingerprints
+from rlhf.callbacks.invariants import ExampleCounter, Invariants, fingerprints
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
@@ -56,7 +55,7 @@ def centre(reward_path: str, demonstrations: list[list[int]]) -> str:
 
 
 def test_every_invariant_is_explained_and_can_be_set() -> None:
-    assert set(Invariants().severity) == set(INVARIANTS)
+    assert {field.name for field in fields(Invariants)} == {*INVARIANTS, "highest_kl"}
 
 
 def test_all_hold_on_a_sound_run_and_are_curves(ppo: Make, rollout_data: Make, reward_path: str) -> None:
@@ -243,14 +242,14 @@ def test_examples_seen_twice_are_found(model_path: str, trainer: Make, sft_data:
 )
 def test_too_few_count_only_in_an_epoch_that_was_whole(seen: list[int], batches: int, wrong: int) -> None:
     data = SimpleNamespace(splits={"train": [None] * 3})
-    module = SimpleNamespace(schedule_interval="step", device="cpu", reduce_sum=lambda x: x)
-    counts = Counts()
+    module = SimpleNamespace(kind="sft", device="cpu", reduce_sum=lambda x: x)
+    counter = ExampleCounter()
     for _ in range(2):
-        counts.start()
+        counter.start()
         for row in seen:
-            counts.add({"rows": [row]})
+            counter.add({"rows": [row]})
         trainer = SimpleNamespace(datamodule=data, train_dataloader=range(batches))
-        assert counts.wrong(trainer, module) == wrong
+        assert counter.count_wrong(trainer, module) == wrong
 
 
 class Forgets(SFTModule):

@@ -17,7 +17,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from rlhf.callbacks.checkpoint_io import read
-from rlhf.callbacks.epoch_results import EpochResults
 from rlhf.callbacks.last_checkpoint import LastCheckpoint
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.main import main
@@ -171,15 +170,6 @@ def test_other_micro_batches_go_on_with_the_same_examples(fit: Make) -> None:
     torch.testing.assert_close(resumed, final, atol=1e-7, rtol=0)
 
 
-def test_sums_of_two_processes_go_on_in_one() -> None:
-    mean = {"kind": "mean", "name": "a", "options": {}}
-    saved = [{"a": mean | {"value": 1.0, "weight": 2}}, {"a": mean | {"value": 3.0, "weight": 1}}]
-    (first,) = EpochResults(saved, 0, 1)._left.values()
-    assert (first["value"], first["weight"]) == (4.0, 3)
-    (second,) = EpochResults([*saved, *saved], 1, 2)._left.values()
-    assert (second["value"], second["weight"]) == (0.0, 0)
-
-
 def test_what_is_typed_wins_over_the_checkpoint(fit: Make) -> None:
     def rates(typed: Optimization) -> list[float]:
         with pytest.raises(Kill):
@@ -219,8 +209,8 @@ def test_a_signal_saves_and_stops(
     assert stop.value.code == 128 + signal.Signals[name]
     assert signal.getsignal(signal.Signals[name]) == before
     out = capsys.readouterr().out
-    where = "after step 3" if stage == "sft" else "in update 2, which will begin anew"
-    assert f"Stopped by {name} {where}. Go on from {last} with --ckpt_path last." in out
+    where = "after step 3" if stage == "sft" else "in update 2, which will start again"
+    assert f"Stopped by {name} {where}. Resume from {last} with --ckpt_path last." in out
     assert read(last)["global_step"] == (3 if stage == "sft" else 2)
     assert torch.equal(fit(stage, resume=True, curves=curves), final)
     assert curves == expected
@@ -294,6 +284,20 @@ def test_last_is_the_beginning_of_a_run_without_a_checkpoint(
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 1
 
 
-def test_checkpoints_never_written_are_refused() -> None:
-    with pytest.raises(UserError, match="every_n_steps of the callback LastCheckpoint must be at least 1"):
-        LastCheckpoint(every_n_steps=0)
+@pytest.mark.parametrize(
+    ("callback", "setting"),
+    [
+        ("last_checkpoint.LastCheckpoint", "every_n_steps=0"),
+        ("export.Export", "every_n_epochs=-1"),
+        ("invariants.Invariants", "highest_kl=0"),
+        ("invariants.Invariants", "ratio=of"),
+        ("sample_table.SampleTable", "rows=-1"),
+        ("progress_bar.StageProgress", "every_seconds=-1"),
+    ],
+)
+def test_settings_of_callbacks_that_make_no_sense_are_refused(
+    callback: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--trainer.callbacks+=rlhf.callbacks.{callback}", f"--trainer.callbacks.{setting}"])
+    assert setting.partition("=")[0] in capsys.readouterr().err

@@ -10,7 +10,10 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from transformers import GPTNeoXConfig
+
+from rlhf.data.loaders import Batch, Plan, PlannedBatches
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -50,6 +53,16 @@ def pairs(comparisons_file: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def batch_of() -> Callable[..., Batch]:
+    """Makes a batch of some rows of a split."""
+
+    def batch_of(datamodule: Any, split: str, rows: list[int], real: bool = True) -> Batch:
+        return PlannedBatches(datamodule.splits[split], datamodule.collate(split))[Plan(rows, real)]
+
+    return batch_of
+
+
+@pytest.fixture
 def attach(tokenizer: Any) -> Callable[..., Any]:
     """Gives a DataModule a Trainer and sets it up; further keywords become attributes of the module."""
 
@@ -71,6 +84,7 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
             global_rank=rank,
             world_size=world_size,
             accumulate_grad_batches=accumulate,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
             current_epoch=0,
             max_epochs=max_epochs,
             fit_loop=SimpleNamespace(

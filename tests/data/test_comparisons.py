@@ -61,13 +61,13 @@ def test_a_split_of_one_domain_gives_one_loader(make: Attach, pairs: list[Any], 
 
 
 def test_test_falls_back_to_validation_and_validation_to_nothing(make: Attach) -> None:
-    assert [len(batches.rows) for batches in make().test_dataloader()] == [3, 2]
+    assert [sum(len(b["pairs"]) for b in batches) for batches in make().test_dataloader()] == [3, 2]
     assert make(validation=None).val_dataloader() == []
 
 
-def test_chosen_come_first_then_rejected_padded_right(make: Attach, tokenizer: Any) -> None:
+def test_chosen_come_first_then_rejected_padded_right(make: Attach, batch_of: Attach, tokenizer: Any) -> None:
     data = make()
-    batch = data.collate("train", [1, 0, 4], True)
+    batch = batch_of(data, "train", [1, 0, 4])
     rows = [data.splits["train"][i] for i in (1, 0, 4)]
     expected = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
     width = max(len(ids) for ids in expected)
@@ -82,8 +82,8 @@ def test_chosen_come_first_then_rejected_padded_right(make: Attach, tokenizer: A
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_the_pair_mask_says_whether_pairs_count(make: Attach, real: bool) -> None:
-    assert make().collate("train", [0, 1], real)["pair_mask"].tolist() == [real, real]
+def test_the_pair_mask_says_whether_pairs_count(make: Attach, batch_of: Attach, real: bool) -> None:
+    assert batch_of(make(), "train", [0, 1], real)["pair_mask"].tolist() == [real, real]
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 2), (2, 1)])

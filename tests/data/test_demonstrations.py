@@ -34,9 +34,9 @@ def test_defaults_are_the_papers() -> None:
     assert (data.batch_size, data.text.max_query_length, data.text.max_response_length) == (128, 512, 53)
 
 
-def test_sequences_are_padded_right_and_queries_left(make: Attach, tokenizer: Any) -> None:
+def test_sequences_are_padded_right_and_queries_left(make: Attach, batch_of: Attach, tokenizer: Any) -> None:
     data = make()
-    batch = data.collate("validation", [0, 2, 1], True)
+    batch = batch_of(data, "validation", [0, 2, 1])
     rows = [data.splits["validation"][i] for i in (0, 2, 1)]
     for i, row in enumerate(rows):
         ids, n = row["input_ids"], len(row["input_ids"])
@@ -53,37 +53,39 @@ def test_sequences_are_padded_right_and_queries_left(make: Attach, tokenizer: An
 
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
-def test_the_loss_is_on_all_tokens_but_the_first_or_on_the_response(make: Attach, loss_on: str) -> None:
+def test_the_loss_is_on_all_tokens_but_the_first_or_on_the_response(
+    make: Attach, batch_of: Attach, loss_on: str
+) -> None:
     data = make(trainer={"loss_on": loss_on})
-    batch = data.collate("train", [3, 0, 4], True)
+    batch = batch_of(data, "train", [3, 0, 4])
     for row, mask in zip(data.splits["train"].select([3, 0, 4]), batch["loss_mask"].tolist(), strict=True):
         start = row["response_start"] if loss_on == "response" else 1
         n = len(row["input_ids"])
         assert mask == [0] * start + [1] * (n - start) + [0] * (len(mask) - n)
 
 
-def test_every_token_counts_unless_the_module_says_otherwise(make: Attach) -> None:
-    batch = make().collate("train", [0], True)
+def test_every_token_counts_unless_the_module_says_otherwise(make: Attach, batch_of: Attach) -> None:
+    batch = batch_of(make(), "train", [0])
     assert batch["loss_mask"].tolist() == [[0] + [1] * (batch["input_ids"].shape[1] - 1)]
 
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 def test_a_response_without_query_tokens_leaves_the_first_token_out(
-    attach: Attach, tokenizer: Any, write_jsonl: Callable[..., str], loss_on: str
+    attach: Attach, batch_of: Attach, tokenizer: Any, write_jsonl: Callable[..., str], loss_on: str
 ) -> None:
     token = max((t for t in tokenizer.get_vocab() if t.isascii() and t.isalpha()), key=len)
     path = write_jsonl("a.jsonl", [{"prompt": token[:1], "completion": f"{token[1:]} of mine"}])
     data = attach(SFTDataModule(Source(path), batch_size=1, micro_batch_size=1), loss_on=loss_on)
     ids, start = (data.splits["train"][0][c] for c in ("input_ids", "response_start"))
     assert start == 0
-    mask = data.collate("train", [0], True)["loss_mask"]
+    mask = batch_of(data, "train", [0])["loss_mask"]
     assert mask.tolist() == [[0] + [1] * (len(ids) - 1)]
     assert next(iter(data.train_dataloader()))["share"] == mask.sum()
 
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
-def test_a_row_that_is_not_real_counts_for_nothing(make: Attach, loss_on: str) -> None:
-    batch = make(trainer={"loss_on": loss_on}).collate("train", [1], False)
+def test_a_row_that_is_not_real_counts_for_nothing(make: Attach, batch_of: Attach, loss_on: str) -> None:
+    batch = batch_of(make(trainer={"loss_on": loss_on}), "train", [1], False)
     assert batch["loss_mask"].sum() == 0
     assert batch["attention_mask"].sum() > 0
 
@@ -117,13 +119,14 @@ def test_validation_and_test_cover_their_split_once_in_order(make: Attach, demos
     summaries = [" " + demo["summary"] for demo in demos]
     for rank in range(world):
         data = make(trainer={"rank": rank, "world_size": world})
-        for batches in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        for (batches,) in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
             assert [text for batch in batches for text in batch["reference"]] == summaries[rank::world]
 
 
 def test_the_test_split_goes_before_the_validation_split(make: Attach, demonstrations_file: str) -> None:
     data = make(test=Source(demonstrations_file, limit=1))
-    assert [len(batches.rows) for batches in (data.test_dataloader(), data.val_dataloader())] == [1, 5]
+    for (batches,), rows in ((data.test_dataloader(), 1), (data.val_dataloader(), 5)):
+        assert sum(len(batch["query"]) for batch in batches) == rows
 
 
 def test_without_validation_there_is_none_and_a_test_needs_a_split(make: Attach) -> None:

@@ -93,8 +93,8 @@ def test_the_prompts_of_an_update_depend_neither_on_history_nor_on_ranks(make: A
         assert sorted(everyone) == sorted(one.prompts_of(update))
 
 
-def test_generic_prompts_work_with_nothing_but_a_prompt(make: Attach, tokenizer: Any) -> None:
-    batch = make().collate("train", [2, 0], True)
+def test_generic_prompts_work_with_nothing_but_a_prompt(make: Attach, batch_of: Attach, tokenizer: Any) -> None:
+    batch = batch_of(make(), "train", [2, 0])
     assert [text["query"] for text in batch["texts"]] == ["Question very very 2?", "Question 0?"]
     assert [text["reference"] for text in batch["texts"]] == ["", ""]
     assert [text["record"] for text in batch["texts"]] == [
@@ -109,12 +109,14 @@ def test_generic_prompts_work_with_nothing_but_a_prompt(make: Attach, tokenizer:
     assert tokenizer.decode(batch["queries"][0]) == "Question very very 2?"
 
 
-def test_tldr_prompts_need_no_summary(attach: Attach, demos: list[Any], write_jsonl: Callable[..., str]) -> None:
+def test_tldr_prompts_need_no_summary(
+    attach: Attach, batch_of: Attach, demos: list[Any], write_jsonl: Callable[..., str]
+) -> None:
     with_summary, without = demos[0], {k: v for k, v in demos[1].items() if k != "summary"}
     for record, reference in ((with_summary, " " + with_summary["summary"]), (without, "")):
         source = Source(write_jsonl("tldr.jsonl", [record]))
         data = attach(RolloutDataModule(source, batch_size=1, micro_batch_size=1), ppo=PPOSettings())
-        text = data.collate("train", [0], True)["texts"][0]
+        text = batch_of(data, "train", [0])["texts"][0]
         assert text["query"].endswith("\n\nTL;DR:")
         assert text["reference"] == reference
         assert text["record"] == record
@@ -138,7 +140,7 @@ def test_accumulation_counts_the_minibatches(make: Attach, minibatches: int, acc
 def test_validation_covers_the_whole_subset_once(make: Attach, world: int) -> None:
     ranks = [make(rank=rank, world_size=world) for rank in range(world)]
     for loaders in ([d.val_dataloader() for d in ranks], [d.test_dataloader() for d in ranks]):
-        labels = [t["record"]["label"] for batches in loaders for batch in batches for t in batch["texts"]]
+        labels = [t["record"]["label"] for (batches,) in loaders for batch in batches for t in batch["texts"]]
         assert labels == [label for rank in range(world) for label in range(rank, 20, world)]
 
 

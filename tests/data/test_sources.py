@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+from pydantic import ValidationError
 
 from rlhf.data.sources import Source, find_columns, load_records
 from rlhf.errors import UserError
@@ -130,7 +131,7 @@ def wrong_column(folder: Path) -> Source:
         (file_with("a.jsonl", ""), r"a\.jsonl is empty"),
         (file_with("a.csv", "prompt,completion\n"), r"a\.csv"),
         (file_with("a.txt", "text"), r"a\.txt is none of \.jsonl, \.json, \.parquet, \.csv"),
-        (file_with("a.jsonl", '{"a": 1}\n{"a": '), r"a\.jsonl \(train\) can't be read: .*JSON"),
+        (file_with("a.jsonl", '{"a": 1}\n{"a": '), r"a\.jsonl \(train\) cannot be read: .*JSON"),
         (missing_split, r"has no test\.jsonl, \.parquet or \.csv; it has train\.jsonl, validation\.jsonl"),
         (missing_saved_split, "has no split 'valid'; it has train, test"),
         (wrong_column, "has no column 'question'; it has prompt, completion"),
@@ -142,9 +143,9 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, write: Callable[[
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_leaves_nothing_is_refused(write_jsonl: Writer, limit: int) -> None:
-    with pytest.raises(UserError, match="limit"):
-        load_records(Source(write_jsonl("a.jsonl", ROWS), limit=limit), "data.train")
+def test_a_limit_that_leaves_nothing_is_refused(limit: int) -> None:
+    with pytest.raises(ValidationError, match="limit"):
+        Source("a.jsonl", limit=limit)
 
 
 CHOICES = {"tldr": ("post", "summary"), "plain": ("prompt", "completion")}

@@ -119,13 +119,6 @@ def test_a_run_without_an_end_has_no_token_budget(make: Make, stage: str, epochs
 
 
 @STAGES
-@pytest.mark.parametrize("budget", [0, -5])
-def test_a_budget_of_nothing_is_refused(make: Make, stage: str, budget: int) -> None:
-    with pytest.raises(UserError, match=r"data\.max_tokens_per_micro_batch"):
-        make(stage, budget)
-
-
-@STAGES
 def test_the_batch_must_divide_among_the_processes_all_the_same(make: Make, stage: str) -> None:
     with pytest.raises(UserError, match=r"data\.batch_size 8 does not divide into 3 processes"):
         make(stage, 10_000, world_size=3)

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
 from rlhf.data.texts import (
@@ -22,6 +23,7 @@ from rlhf.data.texts import (
 )
 
 EOS = "<|endoftext|>"
+LIMITED = ["query", "response", "article", "article_response"]
 RECORD = {"subreddit": "tifu", "title": "A title", "post": "A post.", "summary": "A summary."}
 
 
@@ -50,6 +52,15 @@ def test_the_format_of_the_query_is_a_setting(tokenizer: Any) -> None:
     assert tldr_query(RECORD, tokenizer, TextFormat(query="{title}|{post}|"))[0] == "A title|A post.|"
     with pytest.raises(BadRecordError, match="'author'"):
         tldr_query(RECORD, tokenizer, TextFormat(query="{author}: {post}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("query", "POST: {post"), ("article", "}"), *((f"max_{n}_length", 0) for n in LIMITED)]
+)
+def test_formats_and_lengths_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        TextFormat(**{name: value})
+    assert (refused.value.title, refused.value.errors()[0]["loc"]) == ("data.text", (name,))
 
 
 def test_braces_in_a_post_are_text(tokenizer: Any) -> None:

@@ -15,8 +15,9 @@ from transformers import GPTNeoXConfig
 
 from rlhf.data import token_budget
 from rlhf.data.texts import TextFormat
-from rlhf.data.token_budget import ROOM, auto_tokens, device_memory
+from rlhf.data.token_budget import ROOM, auto_tokens
 from rlhf.errors import UserError
+from rlhf.hardware import device_memory
 from rlhf.models.memory import estimate
 from rlhf.modules import SFTModule
 
@@ -39,6 +40,7 @@ def run(kind: str, checkpointing: bool = False, reduce_max: Any = lambda x: x) -
     )  # fmt: skip
     data = SimpleNamespace(
         longest=lambda: LONGEST, tokens=None, micro_batch_size=1, eval_batch_size=1, rollout_batch_size=1,
+        sequences=2 if kind == "reward" else 1,
         batch_size=2 * SHARE * (4 if kind == "ppo" else 1), minibatches=4 if kind == "ppo" else 1, text=TextFormat(),
     )  # fmt: skip
     return trainer, module, data

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.cli.main import main
 from rlhf.data.sources import Source
-from rlhf.evaluation.margins import comparison_margins
+from rlhf.evaluation.margins import margins
 from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.evaluation.tables import read_table
 from rlhf.synthetic.domains import NEWS
@@ -29,14 +29,16 @@ def test_margins_and_clean_labels_of_both_domains(
     assert table["split"].tolist() == ["posts"] * 40 + ["news"] * 4
     assert (table["gold_margin"] > 0).all()  # labels without noise agree with the gold score
     assert table["margin"].abs().max() > 0
-    pd.testing.assert_frame_equal(comparison_margins(reward_path, source, batch_size=2), table)
+    pd.testing.assert_frame_equal(margins(f"{tmp_path}/n.parquet", reward_path, source, batch_size=2), table)
     monkeypatch.setattr(RewardScorer, "__call__", None)  # a finished table is kept
     main([*words, f"--output={tmp_path}/m.parquet"])
 
 
-def test_margin_is_the_difference_of_two_rewards(reward_path: str, write_jsonl: Callable[..., str]) -> None:
+def test_margin_is_the_difference_of_two_rewards(
+    reward_path: str, write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
     record = {"prompt": "a b", "chosen": " d", "rejected": " e f g"}
-    table = comparison_margins(reward_path, Source(write_jsonl("c.jsonl", [record])))
+    table = margins(f"{tmp_path}/m.csv", reward_path, Source(write_jsonl("c.jsonl", [record])))
     scorer = RewardScorer(reward_path)
     better, worse = scorer(["a b"], [" d"])[0], scorer(["a b"], [" e f g"])[0]
     assert table["margin"].tolist() == pytest.approx([better - worse], abs=1e-6)

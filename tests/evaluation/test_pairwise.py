@@ -15,7 +15,7 @@ import yaml
 from rlhf.cli.main import VERBS, main
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
-from rlhf.evaluation.generate import responses
+from rlhf.evaluation.generate import generate
 from rlhf.evaluation.judges import Answers, Judge, Pair
 from rlhf.evaluation.pairwise import Candidate, judge, summarise
 from rlhf.evaluation.tables import read_table, write_table
@@ -58,8 +58,8 @@ def test_the_numbers_of_a_summary(tmp_path: Path) -> None:
 
 def test_columns_of_a_judged_table(model_path: str, reward_path: str, write_jsonl: Any, tmp_path: Path) -> None:
     source = Source(write_jsonl("d.jsonl", demonstrations(6, 1, "validation")))
-    made = responses(model_path, source, response_length=8, temperature=1.0, reward=reward_path)
-    write_table(made, tmp_path / "sft.csv")
+    output = f"{tmp_path}/sft.csv"
+    made = generate(output, model_path, source, response_length=8, temperature=1.0, reward=reward_path)
     words = [f"--a.table={tmp_path}/sft.csv", f"--b.table={tmp_path}/sft.csv", "--b.column=reference"]
     main(["judge", *words, "--a.name=SFT", "--judge=GoldJudge", f"--output={tmp_path}/j.csv"])
     table = read_table(tmp_path / "j.csv", "x", ("query",))
@@ -152,10 +152,10 @@ def test_only_shared_queries(own_words: Callable[..., list[str]]) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "words", "sentence"),
     [
-        ("xyz", "uvw", [], "share 0 queries; 3 stand in the first only, 3 in the other"),
+        ("xyz", "uvw", [], "share 0 queries; only the first has 3, only the second 3"),
         ("xyz", "uvw", ["--only_shared=true"], "share 0 queries"),
-        ("xyz", "xyzw", [], "share 3 queries; 0 stand in the first only, 1 in the other"),
-        ("xyy", "xyz", [], "a.table: ours.csv has 1 rows with a query that stands in an earlier row"),
+        ("xyz", "xyzw", [], "share 3 queries; only the first has 0, only the second 1"),
+        ("xyy", "xyz", [], "a.table: ours.csv has 1 rows with the query of an earlier row"),
         ("xyz", "xyz", ["--b.column=reference"], "b.table: theirs.csv lacks reference; it has query, response"),
         ("xyz", "xyz", ["--b.table=none.csv"], "b.table: there is no table none.csv"),
         ("xyz", "xyz", ["--output=j.txt"], "output: j.txt must end in"),

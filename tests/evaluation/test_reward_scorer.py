@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import pandas as pd
 import pytest
 import torch
 
@@ -25,7 +28,9 @@ def test_reward_is_read_at_eos_of_the_joint_text(model_path: str, reward_path: s
 def test_gold_scores_only_where_all_records_have_facts() -> None:
     records = list(demonstrations(3, 1, "v"))
     texts = [record["summary"] for record in records]
-    columns = gold_columns(texts, records, gold=texts, nothing=[""] * 3)
+    table = pd.DataFrame({"query": texts, "text": texts, "empty": "", "record": [json.dumps(r) for r in records]})
+    columns = gold_columns(table, gold="text", nothing="empty")
     assert columns["gold"] == [gold_score(r["summary"], r["facts"], REDDIT.slots).score for r in records]
     assert columns["nothing"] == [0, 0, 0]
-    assert gold_columns(texts, [*records[:2], {"id": 3}], gold=texts) == {}
+    table.loc[2, "record"] = '{"id": 3}'
+    assert gold_columns(table, gold="text") == {}

@@ -46,9 +46,9 @@ def test_bad_tables_get_one_sentence(tmp_path: Path) -> None:
     assert "must end in .parquet or .csv" in refused(tmp_path / "none.txt")
     for name in ("bad.parquet", "bad.csv"):
         (tmp_path / name).write_bytes(b"" if name == "bad.csv" else b"no table")
-        assert f"{name} can't be read as a table" in refused(tmp_path / name)
+        assert f"{name} cannot be read as a table" in refused(tmp_path / name)
     write_table(pd.DataFrame({"query": ["x", "y", "x", "x"], "response": list("abcd")}), tmp_path / "twice.csv")
-    assert "2 rows with a query that stands in an earlier row, first in row 3" in refused(tmp_path / "twice.csv")
+    assert "2 rows with the query of an earlier row, the first is row 3" in refused(tmp_path / "twice.csv")
     assert len(read_table(tmp_path / "twice.csv", "a.table", ("response",))) == 4
     assert "twice.csv lacks score; it has query, response." in refused(tmp_path / "twice.csv", ("score",))
     write_table(pd.DataFrame({"query": [], "response": []}), tmp_path / "empty.parquet")
@@ -70,7 +70,7 @@ def test_a_place_belongs_to_one_set_of_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a table made with other settings"):
         claim(output, {"temperature": 0.7})
     notes_of(output).unlink()
-    with pytest.raises(UserError, match="it has none beside it"):
+    with pytest.raises(UserError, match="the file with its settings is missing"):
         claim(output, settings)
     write_notes(output, {"settings": {"temperature": 0.01, "seed": [1, 2]}})
     assert claim(output, settings)
@@ -79,5 +79,5 @@ def test_a_place_belongs_to_one_set_of_settings(tmp_path: Path) -> None:
 def test_a_place_that_can_not_be_written() -> None:
     with pytest.raises(UserError, match=r"output: .* must end in"):
         claim(Path("t.txt"), {})
-    with pytest.raises(UserError, match="output: the folder /proc/nowhere can't be made"):
+    with pytest.raises(UserError, match="output: the folder /proc/nowhere cannot be created"):
         claim(Path("/proc/nowhere/t.csv"), {})

@@ -101,7 +101,7 @@ def test_a_broken_configuration_is_named(config: str, tmp_path: Path) -> None:
 
 def test_missing_weights_are_named(model_path: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(model_path) / "config.json").read_text())
-    with pytest.raises(UserError, match=r"model\.some_path.*can't be loaded"):
+    with pytest.raises(UserError, match=r"model\.some_path.*cannot be loaded"):
         load_causal_lm(str(tmp_path), SETTING)
 
 
@@ -115,7 +115,7 @@ def test_a_missing_tokenizer_is_named(model_type: str, tmp_path: Path) -> None:
 
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UserError, match=r"model\.some_path.*can't be loaded"):
+    with pytest.raises(UserError, match=r"model\.some_path.*cannot be loaded"):
         load_causal_lm(str(tmp_path), SETTING)
 
 

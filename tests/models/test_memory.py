@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf.errors import UserError
 from rlhf.models import backbone
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.loading import checkpoint_activations
@@ -25,7 +25,7 @@ from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import model_inputs
 from rlhf.sampling import sampler
-from rlhf.sampling.sampler import sample, uniforms
+from rlhf.sampling.sampler import Decoding, sample, uniforms
 
 ROOT = Path(__file__).parents[2]
 QUERY, RESPONSE, VOCABULARY = 64, 16, 1600
@@ -284,8 +284,7 @@ def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str]) -> Non
     models = build(CONFIGS[kind](), how)
     queries, mask = (tensor[:, :QUERY] for tensor in batch(4))
     with PeakMemory(models) as measured, autocast(how):
-        settings: dict[str, Any] = {"temperature": 0.7, "eos_id": -1, "pad_id": 0}
-        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), **settings)
+        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), Decoding(0.7, -1, 0))
     found = made(estimate(CONFIGS[kind](), workload("sft", how)).phases["sampling"])
     assert 0.9 < found / measured.peak < 1.45
 
@@ -324,7 +323,7 @@ def test_the_peak_is_that_of_the_largest_phase() -> None:
 
 @pytest.mark.parametrize(("setting", "value"), [("strategy", "fsdp"), ("precision", "bf16-true")])
 def test_what_is_not_known_is_refused(setting: str, value: str) -> None:
-    with pytest.raises(UserError, match=rf"trainer\.{setting} is '{value}'"):
+    with pytest.raises(ValidationError, match=rf"trainer\n{setting}\n.*input_value='{value}'"):
         Workload("ppo", **{setting: value})  # type: ignore[arg-type]
 
 

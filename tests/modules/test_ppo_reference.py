@@ -331,9 +331,9 @@ def test_sampling_is_at_its_temperature_and_validation_at_its_own(
 ) -> None:
     temperatures: list[float] = []
 
-    def spy(*args: Any, **settings: Any) -> Tensor:
-        temperatures.append(settings["temperature"])
-        return sample(*args, **settings)
+    def spy(*args: Any) -> Tensor:
+        temperatures.append(args[-1].temperature)
+        return sample(*args)
 
     monkeypatch.setattr("rlhf.modules.ppo.sample", spy)
     module = PPOModule(model_path, reward_path, ppo=replace(SETTINGS, evaluation_temperature=0.02))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -315,17 +316,20 @@ class TwoRanks(PPOModule):
         with self.one_at_a_time:
             return super()._networks(part)
 
-    def _logprobs_of(self, *args: Any) -> Any:
-        with self.one_at_a_time:
-            return super()._logprobs_of(*args)
-
     def _score(self, *args: Any) -> Tensor:
         with self.one_at_a_time:
             return super()._score(*args)
 
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[Any]:
+        """The reference, in its place while the ranks run."""
+        with self.one_at_a_time, self.shared_reference.on(device) as model:
+            yield model
+
     def rollouts(self, batch: dict[str, Any]) -> list[Rollout]:
         """The rollout of each rank."""
         self.brought: list[Any] = [None, None]
+        self.shared_reference, self.__dict__["reference"] = self.reference, self
 
         def of_rank(rank: int) -> Rollout:
             self.here.rank = rank

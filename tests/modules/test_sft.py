@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.callbacks.export import Export, is_complete
+from rlhf.callbacks.export import Export
 from rlhf.errors import UserError
+from rlhf.files import is_complete
 from rlhf.modules import Optimization, SFTModule
 
 FAST = Optimization(learning_rate=1e-3)

@@ -86,7 +86,7 @@ def test_tables_that_can_not_be_read(run: Run, tmp_path: Path) -> None:
     assert "lacks outcome" in sentence(JUDGED.drop(columns="outcome"))
     assert "PPO of size 1b, seed 1" in sentence(JUDGED.drop(columns=["a", "b"]))
     assert "has no rows" in sentence(JUDGED[:0])
-    assert "stands in an earlier row" in sentence(JUDGED.assign(query="q"))
+    assert "the query of an earlier row" in sentence(JUDGED.assign(query="q"))
     assert "outcome that is not between 0 and 1" in sentence(JUDGED.assign(outcome=[1, 2]))
     with pytest.raises(UserError, match=r"there is no table .*nowhere.csv"):
         judged_rows([replace(run, policies={"PPO": "nowhere.csv"})])

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 from rlhf.sampling import sampler
-from rlhf.sampling.sampler import BLOCK, _first_above, choose, sample, uniforms
+from rlhf.sampling.sampler import BLOCK, Decoding, _first_above, choose, sample, uniforms
 
 PAD, NEVER = 10_000, -1
 QUERIES = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
@@ -40,9 +40,8 @@ def small_vocabulary() -> Any:
 
 
 def draw(model: Any, queries: list[list[int]], seed: int = 0, **settings: Any) -> Tensor:
-    settings = {"temperature": 0.7, "eos_id": NEVER, "pad_id": PAD} | settings
     numbers = uniforms(len(queries), settings.pop("max_new_tokens", 12), torch.Generator().manual_seed(seed))
-    return sample(model, *pad_sequences(queries, PAD, "left"), numbers, **settings)
+    return sample(model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(0.7, NEVER, PAD)._replace(**settings))
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
@@ -104,21 +103,20 @@ def test_the_generator_alone_decides(model: Any) -> None:
 def test_left_padding_changes_nothing(model: Any) -> None:
     ids, mask = pad_sequences(QUERIES, PAD, "left")
     wide = torch.nn.functional.pad(ids, (20, 0), value=PAD), torch.nn.functional.pad(mask, (20, 0))
-    settings: dict[str, Any] = {"temperature": 0.7, "eos_id": NEVER, "pad_id": PAD}
     numbers = uniforms(3, 12, torch.Generator().manual_seed(4))
-    tight, padded = (sample(model, *inputs, numbers, **settings) for inputs in ((ids, mask), wide))
+    tight, padded = (sample(model, *inputs, numbers, Decoding(0.7, NEVER, PAD)) for inputs in ((ids, mask), wide))
     assert torch.equal(tight, padded)
 
 
 MANY = [[n % 12, (5 * n) % 12, (7 * n + 1) % 12][: 1 + n % 3] for n in range(24)]
 
 
-def one_by_one(model: Any, queries: list[list[int]], numbers: Tensor, **settings: Any) -> Tensor:
+def one_by_one(model: Any, queries: list[list[int]], numbers: Tensor, decoding: Decoding) -> Tensor:
     """Each row in a batch of its own."""
     width = numbers.shape[1]
     responses = torch.full((len(queries), width), PAD)
     for row, query in enumerate(queries):
-        alone = sample(model, *pad_sequences([query], PAD), numbers[row : row + 1], **settings)
+        alone = sample(model, *pad_sequences([query], PAD), numbers[row : row + 1], decoding)
         responses[row, : alone.shape[1]] = alone
     return responses
 
@@ -130,11 +128,11 @@ def test_a_response_depends_on_its_own_row_alone(
     """Not on the rows beside it, nor on when those that have ended leave the batch: at once, late, or never."""
     monkeypatch.setattr(sampler, "LEAVING", leaving)
     numbers = uniforms(len(MANY), 16, torch.Generator().manual_seed(6))  # none within 5e-4 of another token
-    settings: dict[str, Any] = {"temperature": 1.0, "eos_id": 7, "pad_id": PAD}
-    alone = one_by_one(small_vocabulary, MANY, numbers, **settings)
+    decoding = Decoding(1.0, 7, PAD)
+    alone = one_by_one(small_vocabulary, MANY, numbers, decoding)
     lengths = (alone != PAD).sum(1)
     assert lengths.unique().numel() > 5
-    together = sample(small_vocabulary, *pad_sequences(MANY, PAD, "left"), numbers, **settings)
+    together = sample(small_vocabulary, *pad_sequences(MANY, PAD, "left"), numbers, decoding)
     assert torch.equal(together, alone[:, : together.shape[1]])
     assert together.shape[1] == lengths.max()
 
@@ -167,9 +165,7 @@ def test_a_sliding_window_sees_what_it_sees_without_a_cache(kind: str, temperatu
         model = AutoModelForCausalLM.from_config(config).eval()
     queries = [[(3 * n + k) % 12 for k in range(1 + (4 * n) % 9)] for n in range(12)]
     numbers = uniforms(len(queries), 14, torch.Generator().manual_seed(2))
-    together = sample(
-        model, *pad_sequences(queries, PAD, "left"), numbers, temperature=temperature, eos_id=7, pad_id=PAD
-    )  # fmt: skip
+    together = sample(model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(temperature, 7, PAD))
     lengths = (together != PAD).sum(1)
     assert lengths.unique().numel() > 3
     for row, query in enumerate(queries):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.synthetic.domains import NEWS, REDDIT, Domain, all_slots
+from rlhf.synthetic.domains import NEWS, REDDIT, Domain
 from rlhf.synthetic.gold_score import gold_score, gold_scores
 
 FACTS = {"relation": "sister", "amount": "20", "place": "in Paris", "ask": "what to say"}
@@ -55,7 +55,6 @@ def test_distractors_mention_no_value(domain: Domain) -> None:
 
 
 def test_the_domains_share_no_fact() -> None:
-    assert all_slots() == {**REDDIT.slots, **NEWS.slots}
     assert not REDDIT.slots.keys() & NEWS.slots.keys()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -117,8 +118,15 @@ def test_making_a_model_leaves_the_random_state_alone(tmp_path: Path, tokenizer:
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^output: .*file.* can't be written"):
+    with pytest.raises(UserError, match=r"^output: .*file.* cannot be written"):
         written(tmp_path / "file")
+
+
+def test_numbers_out_of_range() -> None:
+    with pytest.raises(ValidationError, match="sizes\ntrain"):
+        Sizes(train=-1)
+    with pytest.raises(ValidationError, match="model\nlayers"):
+        SmallModel(layers=0)
 
 
 def test_for_a_tokenizer_only_a_model_is_written(output: Path, tmp_path: Path) -> None:

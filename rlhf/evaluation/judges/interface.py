@@ -1,4 +1,4 @@
-"""What every judge is: something that says of pairs of responses which one is better."""
+"""The interface of all judges, which say which of two responses is better."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from typing_extensions import override
 
 Winner = Literal["a", "b", "tie", "invalid"]
 
@@ -18,7 +20,7 @@ class Pair:
     Attributes:
         query: the text that both answer.
         a, b: the responses of the two candidates; they differ, and neither is empty.
-        record: the record of the query; empty where the tables have none.
+        record: the record of the query; empty if the tables have none.
     """
 
     query: str
@@ -28,42 +30,41 @@ class Pair:
 
 
 class Answers(NamedTuple):
-    """Which candidate a judge prefers when A stands first, and when B does."""
+    """The candidate that a judge prefers when A comes first, and when B does."""
 
     a_first: Winner
     b_first: Winner
 
 
 class Judge(ABC):
-    """Says of pairs of responses which one is better, asked in both orders.
+    """Says which response of a pair is better, asked in both orders.
 
     To write your own, subclass this (or `ScoringJudge`) and override `prefer`; the config names the class by its import
-    path. Public attributes are its settings: a judged table is made anew only where they changed.
+    path. Public attributes are its settings, and part of the settings of a judged table.
     """
 
     @property
     def name(self) -> str:
-        """How tables and reports name this judge."""
+        """The name of this judge in tables and reports."""
         return type(self).__name__
 
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on, as JSON values."""
+        """Returns everything that the answers depend on, as JSON values."""
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 
     def prepare(self, answers: Path) -> None:  # noqa: B027  (most judges have nothing to prepare)
-        """Called once, before the first pair. Refuse here what could only fail later.
+        """Prepares the judge before the first pair, and refuses what would otherwise fail later.
 
-        Args:
-            answers: file for answers that are dear, to find them again when the run is started again.
+        Answers that are expensive can be kept in the file `answers`, for the next run.
         """
 
     @abstractmethod
     def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
-        """The answers to pairs, in their order."""
+        """Returns the answers to pairs, in their order."""
 
     def usage(self) -> dict[str, float]:
-        """What the answers cost, for the summary: name -> number."""
+        """Returns what the answers cost, as named numbers for the summary."""
         return {}
 
 
@@ -72,10 +73,10 @@ class ScoringJudge(Judge):
 
     @abstractmethod
     def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
-        """A number for each response to its query."""
+        """Computes a number for each response to its query."""
 
+    @override
     def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
-        """Compare the numbers; equal ones are a tie."""
         queries, records = [pair.query for pair in pairs], [pair.record for pair in pairs]
         ours = self.scores(queries, [pair.a for pair in pairs], records)
         theirs = self.scores(queries, [pair.b for pair in pairs], records)

@@ -1,9 +1,10 @@
-"""Judges that are asked a question per order, whose answers are kept in a file."""
+"""Judges that are asked about each pair in both orders, and keep the answers in a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import string
 import threading
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
@@ -12,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from typing_extensions import override
+
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.interface import Answers, Judge, Pair, Winner
 
 Verdict = Literal["first", "second", "tie", "invalid"]
-
-_RUBBISH = 20  # so many questions without one readable answer, and the judge is given up
+_A_FIRST: dict[Verdict, Winner] = {"first": "a", "second": "b", "tie": "tie", "invalid": "invalid"}
+_B_FIRST: dict[Verdict, Winner] = {"first": "b", "second": "a", "tie": "tie", "invalid": "invalid"}
+_RUBBISH = 20  # after so many questions without one readable answer the judge is given up
 
 
 class Question(NamedTuple):
-    """Which is better, the first or the second response? `key` says where its answers are kept."""
+    """The question which of two responses is better; `key` identifies its answers in the file."""
 
     key: str
     query: str
@@ -31,28 +35,19 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One answer in the file.
+    """One answer in the file, with its tokens as the endpoint counted them."""
 
-    Attributes:
-        verdict: what it says; None where it could not be read.
-        text: the answer, as it came.
-        prompt_tokens, completion_tokens: as the endpoint counted them.
-    """
-
-    verdict: Verdict | None
+    verdict: Verdict | None  # None if it could not be read
     text: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
 class AnswerFile:
-    """Answers in a file of JSON lines; each is on disk before the next one is asked for.
+    """Answers in a file of JSON lines; each is on disk before the next question is asked.
 
-    A last line that a killed run left unfinished is passed over. Several tables, and several runs at a time, may share
-    a file.
-
-    Args:
-        file: the file; its folder must be there.
+    A last line that a killed run left unfinished is skipped. Several tables, and several runs at a time, may share a
+    file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -67,60 +62,61 @@ class AnswerFile:
                 continue  # torn
 
     def of(self, key: str) -> list[Entry]:
-        """The answers to a question, in the order in which they came."""
+        """Returns the answers to a question, the earliest first."""
         return self._entries.get(key, [])
 
     def append(self, key: str, entry: Entry) -> None:
-        """Keep an answer. Any thread may."""
+        """Keeps an answer, from any thread."""
         line = json.dumps({"key": key, **vars(entry)}) + "\n"
         with self._lock:
             with self.file.open("ab+") as stream:
-                if stream.tell() and _last_byte(stream) != b"\n":
+                stream.seek(max(0, stream.tell() - 1))
+                if stream.read(1) not in (b"", b"\n"):
                     line = "\n" + line  # ends a torn line
                 stream.write(line.encode())
             self._entries.setdefault(key, []).append(entry)
 
 
-def _last_byte(stream: Any) -> bytes:
-    stream.seek(-1, 2)
-    return stream.read(1)
-
-
 class AskingJudge(Judge):
-    """A judge that is asked about each pair twice, once per order, and whose answers are kept.
+    """Asks about each pair twice, once per order, and keeps the answers.
 
-    `attempts` answers that can't be read make a question invalid.
+    Args:
+        template: the question, with `{query}`, `{first}` and `{second}`.
+        attempts: answers that cannot be read until a question counts as invalid.
     """
 
-    attempts: int = 1
-    _answers: AnswerFile
-    _problem: str = ""  # what went wrong last, where that was no answer
-
-    def prepare(self, answers: Path) -> None:
-        """Read the answers that are there.
-
-        Raises:
-            UserError: the file can't be written; that must not come out when the first answer is paid for.
-        """
+    def __init__(self, template: str, attempts: int = 1) -> None:
         try:
-            answers.parent.mkdir(parents=True, exist_ok=True)
-            answers.open("ab").close()
-        except OSError as error:
-            raise UserError(f"answers: the file {answers} can't be written: {error.strerror}.") from error
-        self._answers = AnswerFile(answers)
+            fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise UserError(f"judge.template is not a format string: {error}.") from error
+        if fields != {"query", "first", "second"}:
+            raise UserError("judge.template must have the fields {query}, {first} and {second}, and no others.")
+        self.template = template
+        self._attempts = attempts  # private, since it changes no answer
+        self._problem = ""  # the last thing that went wrong without being an answer
         self._asked: list[Question] = []
-        self._known: dict[str, int] = {}
+        self._known: dict[str, int] = {}  # answers to each question before this run
 
     @abstractmethod
     def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Verdict], None, None]:
-        """Ask, keep every answer with `self._answers.append`, and yield verdicts as they come, in any order."""
+        """Asks, keeps every answer with `self._answers.append`, and yields verdicts as they come, in any order."""
 
+    def prompt(self, question: Question) -> str:
+        """Returns the text of a question."""
+        return self.template.format(query=question.query, first=question.first, second=question.second)
+
+    @override
+    def prepare(self, answers: Path) -> None:
+        try:  # before the first answer is paid for
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            answers.open("ab").close()
+        except OSError as error:
+            raise UserError(f"answers: the file {answers} cannot be written: {error.strerror}.") from error
+        self._answers = AnswerFile(answers)
+
+    @override
     def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
-        """Ask what is not yet answered, in both orders.
-
-        Raises:
-            UserError: not one of the first questions got an answer that can be read.
-        """
         from rich.progress import track
 
         settings = self.settings()
@@ -131,38 +127,32 @@ class AskingJudge(Judge):
         self._give_up(verdicts)
         left = [question for question in self._asked if question.key not in verdicts]
         count, done = len(self._asked), len(verdicts)
-        with closing(self.ask(left)) as answers:  # an error here must stop what goes on behind it
+        with closing(self.ask(left)) as answers:  # so that an error here stops the threads behind it
             for question, verdict in track(answers, f"Asking {self.name}", count, done, transient=True) if left else ():
                 verdicts[question.key] = verdict
                 self._give_up(verdicts)
-        return [
-            Answers(_winner(verdicts[one.key], "a", "b"), _winner(verdicts[two.key], "b", "a")) for one, two in both
-        ]
+        return [Answers(_A_FIRST[verdicts[one.key]], _B_FIRST[verdicts[two.key]]) for one, two in both]
 
     def verdict(self, question: Question) -> Verdict | None:
-        """What the kept answers say; None where it must be asked (again)."""
+        """Returns the verdict of the kept answers; None if the question must be asked (again)."""
         entries = self._answers.of(question.key)
         readable = [entry.verdict for entry in entries if entry.verdict is not None]
         if readable:
             return readable[0]
-        return "invalid" if len(entries) >= self.attempts else None
+        return "invalid" if len(entries) >= self._attempts else None
 
+    @override
     def usage(self) -> dict[str, float]:
-        """Answers and tokens, of the whole table and of this run."""
-        whole = [entry for q in self._asked for entry in self._answers.of(q.key)]
-        now = [entry for q in self._asked for entry in self._answers.of(q.key)[self._known[q.key] :]]
-        return {
-            f"{name}{suffix}": value
-            for suffix, entries in (("", whole), ("_now", now))
-            for name, value in (
-                ("answers", len(entries)),
-                ("prompt_tokens", sum(entry.prompt_tokens for entry in entries)),
-                ("completion_tokens", sum(entry.completion_tokens for entry in entries)),
-            )
-        }
+        usage: dict[str, float] = {}
+        for suffix, known in (("", {}), ("_now", self._known)):  # of the whole table, and of this run
+            entries = [entry for q in self._asked for entry in self._answers.of(q.key)[known.get(q.key, 0) :]]
+            usage[f"answers{suffix}"] = len(entries)
+            usage[f"prompt_tokens{suffix}"] = sum(entry.prompt_tokens for entry in entries)
+            usage[f"completion_tokens{suffix}"] = sum(entry.completion_tokens for entry in entries)
+        return usage
 
     def _give_up(self, verdicts: dict[str, Verdict]) -> None:
-        """Stop, where nothing that can be read has come so far."""
+        """Stops if the first questions have not got one answer that can be read."""
         if len(verdicts) < min(_RUBBISH, len(self._asked)) or set(verdicts.values()) != {"invalid"}:
             return
         texts = [entry.text for key in verdicts for entry in self._answers.of(key)]
@@ -176,8 +166,3 @@ class AskingJudge(Judge):
 def _question(settings: dict[str, Any], query: str, first: str, second: str) -> Question:
     content = json.dumps([settings, query, first, second], sort_keys=True)
     return Question(hashlib.sha256(content.encode()).hexdigest(), query, first, second)
-
-
-def _winner(verdict: Verdict, first: Winner, second: Winner) -> Winner:
-    """Which candidate a verdict means, by who stood where."""
-    return {"first": first, "second": second, "tie": "tie", "invalid": "invalid"}[verdict]

@@ -1,18 +1,31 @@
-"""A causal language model of one's own as a judge, by the probabilities of two labels."""
+"""A local causal language model as a judge, by the probabilities of two labels."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 from collections.abc import Generator, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rlhf.checks import at_least
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+from typing_extensions import override
+
+from rlhf.data.texts import encode
 from rlhf.errors import UserError
-from rlhf.evaluation.judges.endpoint import check_template
 from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Verdict
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rlhf.hardware import best_device
+from rlhf.models.loading import (
+    PAD_TOKEN,
+    check_context,
+    check_language_model,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+)
+from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 
 TEMPLATE = """Below are a post and two summaries of it. The better summary tells the points of the post that matter \
 most and is true to the post.
@@ -31,7 +44,7 @@ Preferred:"""
 
 
 class LocalJudge(AskingJudge):
-    """A causal language model that prefers the label which it finds more probable after the question.
+    """A causal language model that prefers the label that it finds more probable after the question.
 
     The log-probability of a label is the sum over its tokens; equal ones are a tie.
 
@@ -48,94 +61,60 @@ class LocalJudge(AskingJudge):
         model: str,
         template: str = TEMPLATE,
         labels: tuple[str, str] = (" A", " B"),
-        batch_size: int = 16,
+        batch_size: PositiveInt = 16,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        check_template(template)
-        at_least("judge.batch_size", batch_size, 1)
+        super().__init__(template)
         if labels[0] == labels[1] or not all(labels):
             raise UserError("judge.labels must be two different texts.")
-        self.template, self.labels, self.dtype = template, list(labels), dtype
+        self.labels, self.dtype = list(labels), dtype
         self._model, self._batch_size = model, batch_size
 
     @property
+    @override
     def name(self) -> str:
-        """The last part of the model's name; of an export, with the folder of its run."""
         parts = Path(self._model).parts
         return "/".join(parts[-2:]) if parts[-1] == "export" else parts[-1]
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """Model (by its contents), template, labels and precision."""
-        from rlhf.evaluation import fingerprints
+        return {**super().settings(), "model": model_fingerprint(self._model, "judge.model")}
 
-        return {**super().settings(), "model": fingerprints.of_model(self._model, "judge.model")}
-
+    @override
     def prepare(self, answers: Path) -> None:
-        """Read the answers that are there; refuse a reward model."""
-        from rlhf.models.loading import check_language_model, load_config
-
         check_language_model(load_config(self._model, "judge.model"), self._model, "judge.model")
         super().prepare(answers)
 
+    @override
     def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Verdict], None, None]:
-        """Ask in batches."""
-        import torch
-
-        from rlhf.evaluation.reward_scorer import best_device
-        from rlhf.models.loading import PAD_TOKEN, load_causal_lm, load_tokenizer
-
         tokenizer = load_tokenizer(self._model, PAD_TOKEN, "judge.model")
-        prepared = [(question, *self._sequences(tokenizer, question)) for question in questions]
+        pairs = [[encode(tokenizer, self.prompt(question) + label) for label in self.labels] for question in questions]
         model: Any = load_causal_lm(self._model, "judge.model", getattr(torch, self.dtype))
-        self._check_context(model, max(len(ids) for _, *pair, _ in prepared for ids in pair))
+        longest = max(len(ids) for pair in pairs for ids in pair)
+        check_context(model.config, longest, "judge: the longest question", "shorten judge.template")
         model = model.to(str(best_device())).eval()
-        for start in range(0, len(prepared), self._batch_size):
-            batch = prepared[start : start + self._batch_size]
-            sequences = [ids for _, *pair, _ in batch for ids in pair]
-            kept = max(len(ids) - shared for _, *pair, shared in batch for ids in pair)
-            logprobs = label_logprobs(model, sequences, [shared for *_, shared in batch for _ in range(2)], kept)
-            for (question, *_), (first, second) in zip(batch, logprobs.view(-1, 2).tolist(), strict=True):
+        for start in range(0, len(pairs), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            logprobs = label_logprobs(model, pairs[part]).tolist()
+            for question, (first, second) in zip(questions[part], logprobs, strict=True):
                 verdict: Verdict = "first" if first > second else "second" if second > first else "tie"
                 self._answers.append(question.key, Entry(verdict, f"{first:.4f} {second:.4f}"))
                 yield question, verdict
 
-    def _sequences(self, tokenizer: Any, question: Question) -> tuple[list[int], list[int], int]:
-        """The token ids of the question with each label, and how many of them they share."""
-        from rlhf.data.texts import encode
 
-        prompt = self.template.format(query=question.query, first=question.first, second=question.second)
-        first, second = (encode(tokenizer, prompt + label) for label in self.labels)
-        differing = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-        return first, second, next(differing, min(len(first), len(second)))
+@torch.no_grad()
+def label_logprobs(model: Any, pairs: list[list[list[int]]]) -> Tensor:
+    """Computes the log-probabilities of the two labels after each question, `(len(pairs), 2)`.
 
-    def _check_context(self, model: Any, longest: int) -> None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            raise UserError(
-                f"judge: the longest question has {longest} tokens, more than the {positions} positions of "
-                f"{self._model}; shorten judge.template, or choose another model."
-            )
-
-
-def label_logprobs(model: Any, sequences: list[list[int]], shared: list[int], kept: int) -> Tensor:
-    """Log-probability of the tokens of each sequence from position `shared` on, `(len(sequences),)`.
-
-    What stands before is common to the sequences of a question, so that its probability does not matter.
-
-    Args:
-        model: causal language model.
-        sequences: token ids.
-        shared: for each, how many tokens come first.
-        kept: the largest number of tokens that follow.
+    A pair has the token ids of a question with either label; a label is what follows the tokens that both share.
     """
-    import torch
-
-    from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
-
-    ids, mask = (x.to(model.device) for x in pad_sequences(sequences, 0, "left"))
-    with torch.no_grad():
-        logits = model(**model_inputs(ids, mask), use_cache=False, logits_to_keep=kept + 1).logits[:, :-1]
+    ids, mask = (x.to(model.device) for x in pad_sequences([ids for pair in pairs for ids in pair], 0, "left"))
+    own = []  # tokens of each label
+    for first, second in pairs:
+        shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
+        own += [len(first) - shared, len(second) - shared]
+    kept = max(own)
+    logits = model(**model_inputs(ids, mask), use_cache=False, logits_to_keep=kept + 1).logits[:, :-1]
     logprobs, _ = token_logprobs(logits, ids[:, -kept:])
-    own = torch.tensor([len(s) - n for s, n in zip(sequences, shared, strict=True)], device=ids.device)
-    counted = torch.arange(kept, device=ids.device) >= kept - own.unsqueeze(1)
-    return (logprobs * counted).sum(-1)
+    counted = torch.arange(kept, device=model.device) >= kept - torch.tensor(own, device=model.device).unsqueeze(1)
+    return (logprobs * counted).sum(-1).view(-1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -285,11 +286,7 @@ def test_the_key_is_nowhere(
     [
         ({"template": "{query} {first}"}, "judge.template must have the fields"),
         ({"template": "{query} {first} {second} {third}"}, "judge.template must have the fields"),
-        ({"template": "{query"}, "judge.template is no format string"),
-        ({"concurrency": 0}, "judge.concurrency is 0"),
-        ({"attempts": 0}, "judge.attempts is 0"),
-        ({"timeout": 0.0}, "judge.timeout is 0.0"),
-        ({"retries": -1}, "judge.retries is -1"),
+        ({"template": "{query"}, "judge.template is not a format string"),
         ({"request": {"stream": True}}, "judge.request: stream"),
         ({"prompt_price": 1.0}, "give both"),
     ],
@@ -297,6 +294,24 @@ def test_the_key_is_nowhere(
 def test_settings_out_of_range(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         OpenAIJudge("m", "http://127.0.0.1:9", api_key_variable=None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("OpenAIJudge.concurrency=0", "concurrency.*greater than 0"),
+        ("OpenAIJudge.attempts=0", "attempts.*greater than 0"),
+        ("OpenAIJudge.timeout=0.0", "timeout.*greater than 0"),
+        ("OpenAIJudge.retries=-1", "retries.*(equal to|at least) 0"),
+        ("LocalJudge.batch_size=0", "batch_size.*greater than 0"),
+        ("RewardJudge.batch_size=0", "batch_size.*greater than 0"),
+    ],
+)
+def test_numbers_out_of_range(word: str, sentence: str, tables: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    name, setting = word.split(".", 1)
+    assert re.search(
+        sentence, refusal([*tables(3), f"--judge={name}", "--judge.model=m", f"--judge.{setting}"], capsys)
+    )
 
 
 def test_what_a_request_holds(endpoint: Callable[..., Any], tables: Any, asked: Any) -> None:

@@ -45,6 +45,6 @@ def test_gold_needs_facts() -> None:
 
 def test_settings_are_the_contents_of_the_model(reward_path: str, model_path: str) -> None:
     assert RewardJudge(reward_path, 4).settings() == RewardJudge(reward_path + "/", 8).settings()
-    assert GoldJudge().settings() == {"class": "rlhf.evaluation.judges.gold.GoldJudge"}
+    assert GoldJudge().settings() == {"class": "rlhf.evaluation.judges.scoring.GoldJudge"}
     with pytest.raises(UserError, match="not a reward model"):
         RewardJudge(model_path).prepare(Path("none"))

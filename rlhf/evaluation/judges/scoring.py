@@ -1,0 +1,62 @@
+"""Judges that score each text alone: a reward model, and the gold score of the embedded data."""
+
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import PositiveInt
+from typing_extensions import override
+
+from rlhf.errors import UserError
+from rlhf.evaluation.judges.interface import ScoringJudge
+from rlhf.evaluation.reward_scorer import RewardScorer
+from rlhf.models.loading import model_fingerprint
+from rlhf.synthetic.gold_score import gold_scores
+
+
+class GoldJudge(ScoringJudge):
+    """Prefers the higher gold score: facts of the post covered, minus facts invented, minus excess words.
+
+    Works on embedded data only, since other records have no hidden facts.
+    """
+
+    @override
+    def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
+        bare = sum(not isinstance(record.get("facts"), dict) for record in records)
+        if bare:
+            raise UserError(
+                f"judge: {bare} of {len(records)} records have no hidden facts; GoldJudge works on embedded data only."
+            )
+        return gold_scores(queries, responses, records)
+
+
+class RewardJudge(ScoringJudge):
+    """Prefers the response with the higher reward, read at EOS.
+
+    Args:
+        model: export of a reward model.
+        batch_size: texts that go through the model at a time.
+    """
+
+    def __init__(self, model: str, batch_size: PositiveInt = 64) -> None:
+        self._model, self._batch_size = model, batch_size
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "model": model_fingerprint(self._model, "judge.model")}
+
+    @override
+    def prepare(self, answers: Path) -> None:
+        self._scorer = RewardScorer(self._model, "judge.model", self._batch_size)
+
+    @override
+    def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
+        from rich.progress import track
+
+        scores: list[float] = []
+        for start in track(range(0, len(queries), self._batch_size), f"Scoring with {self._model}", transient=True):
+            part = slice(start, start + self._batch_size)
+            scores += self._scorer(queries[part], responses[part])
+        return scores
