@@ -96,5 +96,5 @@ def calibration_errors(margins: pd.DataFrame) -> pd.DataFrame:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Computes the probability that a margin stands for."""
+    """Computes the probability that belongs to a margin."""
     return 1 / (1 + np.exp(-x))

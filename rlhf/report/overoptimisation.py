@@ -59,7 +59,7 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def validated_course(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Computes proxy score and gold score at each validation of PPO, from its curves.
 
-    All scores of an evaluation function are measures; runs whose PPO has none are left out.
+    All scores of an evaluation function are measures; runs of PPO without them are left out.
 
     Args:
         runs: a row per run: `size`, `parameters`, `seed`.
