@@ -13,16 +13,8 @@ from pydantic import Field, PositiveInt
 from rlhf import files
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
-<<<<<<< HEAD
-from rlhf.studies.pipeline import Job, Runner, Stage, run_jobs
-
-if TYPE_CHECKING:
-    import pandas as pd
-=======
 from rlhf.report.page import markdown
-from rlhf.report.plots import plot_ablations
 from rlhf.studies.runner import Job, Runner, Stage, run_jobs
->>>>>>> w-studies
 
 DEFAULT = "default"
 METRICS = {

@@ -35,7 +35,7 @@ def scaling(
     checkpoints: list[Stage] | None = None,
     shared: list[Stage] | None = None,
     base: list[Stage] | None = None,
-    baselines: list[Baseline] | None = None,
+    baselines: Sequence[Baseline] = (),
     lengths: Unit = "tokens",
     samples: int = 5,
     run_dir: str = "runs/scaling",
@@ -90,18 +90,6 @@ def scaling(
         for stage in [*shared, *filled(base, size=size), *own, *exports]:
             commons.words(stage)  # raises if a config file is missing
     jobs += [member.job() for member in members]
-<<<<<<< HEAD
-    failed = run_jobs(jobs, processes)
-    finished = [member for member in members if member.finished()]
-    if finished:
-        report(str(out), [member.result(policies) for member in finished], baselines or (), lengths, samples)
-        print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(jobs)} parts of the study failed; the same command goes on with them:\n"
-            + "\n".join(failed.values())
-        )
-=======
 
     def write_report() -> None:
         finished = [member for member in members if member.finished()]
@@ -110,7 +98,6 @@ def scaling(
             print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
 
     run_jobs(jobs, processes, write_report)
->>>>>>> w-studies
 
 
 def _check(
