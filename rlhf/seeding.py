@@ -7,6 +7,8 @@ import os
 import numpy as np
 import torch
 
+DEFAULT_SEED = 44413  # the seed of a run if neither its config nor the command line names one
+
 
 def shared_seed() -> int:
     """Returns the seed of the run as set by Lightning's `seed_everything`; 0 if it was never called."""

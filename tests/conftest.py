@@ -28,9 +28,7 @@ from rlhf.models import backbone
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.sampling import sampler
-from rlhf.studies import pipeline
-from rlhf.studies.pipeline import Stage
-from rlhf.studies.processes import Ended
+from rlhf.studies.processes import Ended, stage_processes
 from rlhf.synthetic.domains import NEWS
 from rlhf.synthetic.posts import comparisons, demonstrations
 from rlhf.synthetic.synthesize import SmallModel, create_model, train_tokenizer
@@ -226,11 +224,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs the stages in this process, which saves their start, and keeps their commands."""
     seen: list[list[str]] = []
 
-    def run(stage: Stage, words: list[str], log: Path | None = None) -> Ended:
+    def run(words: list[str], log: Path | None = None) -> Ended:
         seen.append(words)
         start = time.monotonic()
         main(words)
         return Ended(0, time.monotonic() - start, 0.0)
 
-    monkeypatch.setattr(pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     return seen

@@ -15,16 +15,12 @@ import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.studies.pipeline import Job, Runner, Stage
+from rlhf.studies.runner import Job, Runner, Stage, filled, with_takes
 from rlhf.synthetic.posts import comparisons, demonstrations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "tldr"  # tested in tests/test_paper_configs.py
-STAGES = sorted(
-    f
-    for f in CONFIGS.rglob("*.yaml")
-    if f.parent != PAPER and "class_path" in yaml.safe_load(f.read_text()).get("model", {})
-)
+STAGES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent != PAPER and "model:\n  class_path" in f.read_text())
 PIPELINES = sorted(f for f in CONFIGS.rglob("*.yaml") if "stages" in yaml.safe_load(f.read_text()))
 
 
@@ -51,10 +47,19 @@ def test_a_stage_runs_for_a_step(file: Path, tmp_path: Path, model_path: str, wr
     assert (tmp_path / "run" / "export" / "rlhf.json").is_file()
 
 
-def plain(stage: dict[str, Any], size: str) -> Stage:
-    """A stage of a pipeline, or of a study for a size and the export after the first update."""
-    text = json.dumps(stage).replace("{size}", size).replace("{update}", "1")
-    return Stage(**json.loads(text))
+def stages_of(file: Path, part: str) -> list[Stage]:
+    """A part of a pipeline, or of a study for its first size and the export after the first update."""
+    config = yaml.safe_load(file.read_text())
+
+    def read(part: str) -> list[Stage]:
+        given = config.get(part, [])
+        rows = yaml.safe_load((file.parent / given).read_text()) if isinstance(given, str) else given
+        return [Stage(**row) for row in rows]
+
+    stages = read(part)
+    if part == "stages":
+        stages += with_takes(read("evaluation"), config.get("evaluation_takes"))
+    return filled(stages, size=config.get("sizes", [config.get("size", "run")])[0], update=1)
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=name)
@@ -66,7 +71,7 @@ def test_a_pipeline_names_stages_and_settings_that_exist(
     for place, part in (("shared", "shared"), ("base", "base"), ("run", "stages"), ("run", "checkpoints")):
         others = {name: tmp_path / name for name in known if name != place}
         runner = Runner(tmp_path / "run", CONFIGS.parent / config["config_dir"], others=others)
-        for stage in (plain(stage, size) for size in config.get("sizes", [""])[:1] for stage in config.get(part, [])):
+        for stage in stages_of(file, part):
             for folder, taken in re.findall(r"\{(\w+)\}/([^/\"]+)", json.dumps(stage.takes)):
                 if folder == "configs":
                     assert (runner.config_dir / taken).exists(), f"{stage.name} takes {taken}"
@@ -83,7 +88,7 @@ def test_a_pipeline_names_stages_and_settings_that_exist(
 def test_a_study_reads_as_one(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     jobs: list[Job] = []
-    monkeypatch.setattr(rlhf.studies.scaling, "run_jobs", lambda found, processes: jobs.extend(found) or {})
+    monkeypatch.setattr(rlhf.studies.scaling, "run_jobs", lambda found, *rest: jobs.extend(found))
     main(["scaling", f"--config={file}", f"--run_dir={tmp_path}"])
     config = yaml.safe_load(file.read_text())
     assert len(jobs) == 1 + len(config["sizes"]) * (1 + len(config["seeds"]))

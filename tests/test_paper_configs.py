@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,18 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-import rlhf.studies.pipeline
 import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.data.loaders import accumulation
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.report.analysis import Analysis
 from rlhf.report.curve_files import read_curves
 from rlhf.report.report import report
 from rlhf.report.runs import Baseline, Run
-from rlhf.studies.pipeline import Runner, Stage
-from rlhf.studies.processes import Ended
+from rlhf.studies.processes import Ended, stage_processes
 from rlhf.synthetic.posts import comparisons, demonstrations
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
@@ -87,28 +83,34 @@ def test_what_the_sizes_share_stands_once() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(size: str, tmp_path: Path) -> None:
-    config = yaml.safe_load((FOLDER / f"pipeline_{size}.yaml").read_text())
-    runner = Runner(tmp_path, FOLDER, seed=55513)
-    stages = [Stage(**stage) for stage in config["stages"]]
-    commands = ["fit"] * 3 + ["generate"] * 2 + ["judge"] * 2 + ["margins", "report"]
-    assert [stage.command for stage in stages] == commands
-    for stage in stages[:3]:
-        line, _, finished = runner.plan(stage)
-        assert not finished
-        names = ["common.yaml", f"{stage.name}.yaml", f"{stage.name}_{size}.yaml"]
-        assert [Path(word).name for word in line[2:8:2]] == stage.config == names
+def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(words: list[str], log: Path | None) -> Ended:
+        commands.append(words)
+        return Ended(0, 0.0, 0.0)
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(stage_processes, "run", run)
+    monkeypatch.chdir(FOLDER.parent.parent)
+    main(["pipeline", f"--config={FOLDER}/pipeline_{size}.yaml", "--seed=55513", f"--run_dir={tmp_path}"])
+    assert [words[0] for words in commands] == ["fit"] * 3 + ["generate"] * 2 + ["judge"] * 2 + ["margins", "report"]
+    for stage, line in zip(STAGES, commands, strict=False):
+        assert line[2:8:2] == [f"configs/tldr/{name}.yaml" for name in ("common", stage, f"{stage}_{size}")]
+        assert f"--run_dir={tmp_path}/{stage}" in line
         assert "--seed_everything=55513" in line
-    assert f'"size": "{size}", "seed": 55513' in runner.words(stages[-1])[-1]
+    assert f'"size": "{size}", "seed": 55513' in commands[-1][-1]
 
 
 def test_the_study_is_the_pipelines_over_sizes_and_seeds() -> None:
     study = yaml.safe_load((FOLDER / "scaling.yaml").read_text())
     assert (study["sizes"], study["seeds"]) == (SIZES, [44413, 55513, 66613, 77713])
     assert study["baselines"] == [{"name": "OpenAI 1.3B PPO", "parameters": 1_300_000_000, "win_rate": 0.7}]
+    assert study["stages"][-1]["config"].pop() == "ppo_exports.yaml"
     for size in SIZES:
-        text = json.dumps(study["stages"]).replace("{size}", size).replace(', "ppo_exports.yaml"', "")
-        assert json.loads(text) == yaml.safe_load((FOLDER / f"pipeline_{size}.yaml").read_text())["stages"][:-1]
+        pipeline = yaml.safe_load((FOLDER / f"pipeline_{size}.yaml").read_text())
+        assert study["stages"] == yaml.safe_load((FOLDER / pipeline["stages"]).read_text())
+        assert (pipeline["size"], pipeline["evaluation"]) == (size, study["evaluation"])
     exports = yaml.safe_load((FOLDER / "ppo_exports.yaml").read_text())["trainer"]["callbacks+"]
     assert (
         yaml.safe_load((FOLDER / "ppo.yaml").read_text())["trainer"]["max_epochs"]
@@ -125,16 +127,16 @@ def test_the_study_runs_on_small_models_and_data(
 ) -> None:
     """With other models, data, judge, machine and numbers of examples; all else as shipped."""
 
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
+    def run(words: list[str], log: Path) -> Ended:
         main(words)
         return Ended(0, 0.0, 0.0)
 
-    def spied(output: str, runs: list[Run], baselines: list[Baseline], *settings: Any) -> Analysis:
+    def spied(output: str, runs: list[Run], baselines: list[Baseline], *settings: Any) -> Any:
         seen.extend(baselines)
         return report(output, runs, baselines, *settings)
 
     seen: list[Baseline] = []
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     monkeypatch.setattr(rlhf.studies.scaling, "report", spied)
     configs = tmp_path / "tldr"
     shutil.copytree(FOLDER, configs)

@@ -179,5 +179,5 @@ def test_a_stopped_pipeline_saves_what_runs(inputs: dict[str, list[str]], model_
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
     last = tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt"
     assert f"Stopped by SIGTERM after step 2. Resume from {last} with --ckpt_path last." in done.stdout
-    assert done.stdout.endswith("Stopped by SIGTERM; the same command goes on from there.\n")
+    assert done.stdout.endswith("Stopped by SIGTERM; the same command resumes.\n")
     assert read(last)["global_step"] == 2

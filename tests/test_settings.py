@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from rlhf.cli.main import stage_cli
 from rlhf.cli.stage import StageCLI
 from rlhf.data.comparisons import PreferenceDataModule
 from rlhf.data.demonstrations import SFTDataModule
@@ -180,7 +179,7 @@ def test_settings_arrive_from_yaml(module: type, data: type, number: int, folder
         "data": {"class_path": data.__name__, "init_args": as_yaml(data, number)},
     }
     (folder / "stage.yaml").write_text(yaml.safe_dump(config))
-    cli = stage_cli(["fit", "--config=stage.yaml"])
+    cli = StageCLI.run(["fit", "--config=stage.yaml"])
     for name, value in arrived(module, number).items():
         if name == "pad_token":
             assert cli.model.tokenizer.pad_token == (value or "[PAD]")

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 from rlhf import files
 from rlhf.callbacks import unless_given
@@ -30,8 +31,8 @@ from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
+from rlhf.seeding import DEFAULT_SEED
 from rlhf.strategies import check_strategy
-from rlhf.studies.pipeline import DEFAULT_SEED
 
 FOUND_BY_NAME = (SFTDataModule, PreferenceDataModule, RolloutDataModule)  # as the modules are: by their import
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
@@ -44,7 +45,7 @@ ONE_UPDATE: dict[str, Any] = {
     "val_check_interval": 1.0,
     "check_val_every_n_epoch": 10**9,
 }
-FOUND_BY_LIGHTNING = ("best", "hpc")
+FOUND_BY_LIGHTNING = (None, "best", "hpc")  # a checkpoint that is no path
 
 
 class SaveConfig(SaveConfigCallback):
@@ -53,19 +54,19 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
 
+    @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it; a resumed run writes it anew."""
         if stage == "fit":
-            path = Path(trainer.default_root_dir) / files.CONFIG
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+            text = self.parser.dump(self.config, skip_none=False)
+            files.write_text(Path(trainer.default_root_dir) / files.CONFIG, text)
 
 
 class StageCLI(LightningCLI):
-    """`fit`, `check`, `validate`, `test` and `predict` of a stage."""
+    """Runs `fit`, `check`, `validate`, `test` and `predict` of a stage."""
 
     @classmethod
     def run(cls, words: list[str]) -> StageCLI:
-        """Parse the words of a command line and run them."""
+        """Parses a command line and runs it."""
         return cls(
             StageModule,
             StageDataModule,
@@ -81,77 +82,78 @@ class StageCLI(LightningCLI):
         )
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `check`."""
         return {**LightningCLI.subcommands(), "check": {"model", "datamodule"}}
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The folder of the run, which is the Trainer's root."""
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of this run; never overwritten")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, with errors as one sentence."""
         self.config = parse(parser, list(args or sys.argv[1:]))
 
+    @override
     def _parse_ckpt_path(self) -> None:
-        """Nothing in a checkpoint changes the settings: what the user typed wins."""
+        """Does nothing: settings in a checkpoint do not override what the user typed."""
 
-    def before_instantiate_classes(self) -> None:
-        """Claim the run folder before anything expensive."""
+    @override
+    def before_instantiate_classes(self) -> None:  # claims the run folder before anything expensive
         settings = self.config[self.config.subcommand]
         if self.config.subcommand == "check":
             self.save_config_callback = None
             return
-        resuming = settings.get("ckpt_path") is not None
+        resuming = settings.get("ckpt_path") is not None or self.config.subcommand != "fit"
         self._find_checkpoint(settings)
         if files.is_main_process() and not settings.trainer.fast_dev_run:
-            files.claim(settings.run_dir, resuming=resuming or self.config.subcommand != "fit")
+            files.claim(settings.run_dir, resuming)
 
     def _find_checkpoint(self, settings: Any) -> None:
-        """Say which file or folder `last` is, and refuse one that is not there or not whole."""
+        """Replaces `last` by the path of the last checkpoint; refuses one that is missing or incomplete."""
         if settings.get("ckpt_path") == "last":
             folder = Path(settings.run_dir) / files.CHECKPOINTS
             last = find_last(folder)
             if last is None and self.config.subcommand != "fit":
                 raise UserError(f"ckpt_path: there is no checkpoint in {folder}.")
             if last is None:
-                rank_zero_info(f"There is no checkpoint in {folder} yet: the run begins at the beginning.")
+                rank_zero_info(f"There is no checkpoint in {folder} yet: the run starts from the beginning.")
             settings.ckpt_path = last and str(last)
         checkpoint = settings.get("ckpt_path")
-        if checkpoint and checkpoint not in FOUND_BY_LIGHTNING:
+        if checkpoint not in FOUND_BY_LIGHTNING:
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
             check_complete(Path(checkpoint))
 
+    @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
+        fitting = self.subcommand == "fit"
         if self.subcommand == "check":  # nothing is written
-            harmless = {"callbacks": [c for c in given if not isinstance(c, WRITERS)], "logger": DummyLogger()}
-            return self._with_strategy(config | ONE_UPDATE | harmless, callbacks)
-        root = Path(config["default_root_dir"])
-        if self.subcommand != "fit":
-            config["logger"] = config["logger"] or False  # the curves of a run are those of its training
-        elif config["logger"] is None or config["logger"] is True:
-            config["logger"] = TensorBoardLogger(root, name="", version=files.CURVES, default_hp_metric=False)
-        checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if self.subcommand == "fit" and checkpoint and checkpoint not in FOUND_BY_LIGHTNING:
-            given.append(Resume(checkpoint))
-        if config["enable_checkpointing"] is not False:
-            given += unless_given(given, LastCheckpoint())
-            config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in given)
-        if config["enable_progress_bar"] is not False:
-            callbacks += unless_given(given, StageProgress())
-        callbacks += unless_given(given, Export(), PredictionFile())
-        callbacks += [c for c in given if isinstance(c, Invariants)]  # they look at what was exported
-        config["callbacks"] = [c for c in given if not isinstance(c, Invariants)]
-        return self._with_strategy(config, callbacks)
-
-    def _with_strategy(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+            config |= ONE_UPDATE | {"logger": DummyLogger()}
+            given = [c for c in given if not isinstance(c, WRITERS)]
+        else:
+            if not fitting:
+                config["logger"] = config["logger"] or False  # the curves of a run are those of its training
+            elif config["logger"] in (None, True):
+                root = config["default_root_dir"]
+                config["logger"] = TensorBoardLogger(root, name="", version=files.CURVES, default_hp_metric=False)
+            checkpoint = self.config[self.subcommand].get("ckpt_path")
+            if fitting and checkpoint not in FOUND_BY_LIGHTNING:
+                given.append(Resume(checkpoint))
+            if config["enable_checkpointing"] is not False:
+                given += unless_given(given, LastCheckpoint())
+                config["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in given)
+            if config["enable_progress_bar"] is not False:
+                callbacks += unless_given(given, StageProgress())
+            callbacks += unless_given(given, Export(), PredictionFile())
+            callbacks += [c for c in given if isinstance(c, Invariants)]  # they look at what was exported
+            given = [c for c in given if not isinstance(c, Invariants)]
         try:
-            trainer = super()._instantiate_trainer(config, callbacks)
-        except ValueError as error:  # Lightning's word for settings that do not fit together
+            trainer = super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
+        except ValueError as error:  # Lightning raises it for settings that do not fit together
             raise UserError(f"trainer: {error}") from error
         check_strategy(trainer)
         return trainer

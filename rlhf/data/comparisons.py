@@ -1,11 +1,12 @@
 """Comparisons for the reward model."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from pydantic import PositiveInt
 from typing_extensions import override
 
@@ -15,9 +16,6 @@ from rlhf.data.stage_data import NEWS, StageDataModule, TokenBudget
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import lengths, load_comparisons
 from rlhf.ops.sequences import pad_sequences
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _PAIR_COLUMNS = ("batch", "confidence", "chosen_policy", "rejected_policy")
 

@@ -1,6 +1,6 @@
 """Prompts for PPO, and the loader that turns them into experience."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 import json
 import math

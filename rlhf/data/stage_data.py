@@ -1,13 +1,14 @@
 """What the three DataModules share."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from datasets import Dataset
 from lightning.pytorch import LightningDataModule, Trainer
 from pydantic import PositiveInt
 from typing_extensions import override
@@ -21,9 +22,6 @@ from rlhf.errors import UserError
 from rlhf.models.loading import check_context
 from rlhf.protocols import Stage, stage
 from rlhf.sampling.grouping import parts_needed
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 TokenBudget = PositiveInt | Literal["auto"] | None
 NEWS = "_cnndm"  # is added to the name of a split: its CNN/DM pairs (D08)

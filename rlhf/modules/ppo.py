@@ -29,7 +29,7 @@ from rlhf.ops.advantages import gae
 from rlhf.ops.kl_control import AdaptiveKL, kl_control
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import identity, whiten
-from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
+from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
 from rlhf.sampling.cuda_graphs import sample_in_graph
 from rlhf.sampling.grouping import as_many_everywhere, by_length

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from rlhf.ops.rewards import KLEstimator, MissingEOS, ScorePosition
+from rlhf.ops.token_rewards import KLEstimator, MissingEOS, ScorePosition
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

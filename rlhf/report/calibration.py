@@ -2,95 +2,99 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rlhf.evaluation.statistics import proportion
+from rlhf.report.runs import RUN, per_group
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-RUN = ["size", "parameters", "seed"]
 BINS = 10
 LABELS = {"margin": "as given", "clean": "clean (gold score)"}
 
 
 def accuracy_rows(margins: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of every run per split, batch and confidence; on embedded data also on clean labels.
-
-    Args:
-        margins: as of `runs.margin_rows`.
+    """Computes the accuracy of every run per split, batch and confidence; on embedded data also on clean labels.
 
     Returns:
         `size`, `parameters`, `seed`, `labels`, and the columns of `accuracy_table` (Wilson intervals).
     """
-    import pandas as pd
-
     from rlhf.callbacks.accuracy_table import accuracy_table
 
     columns = ["split", "batch", "confidence", "margin"]
     parts = []
     for key, part in margins.groupby(RUN, sort=False):
-        whose = dict(zip(RUN, key, strict=True))
-        table = accuracy_table(part[columns].to_dict("records"))
-        parts.append(table.assign(**whose, labels=LABELS["margin"]))
+        tables = {LABELS["margin"]: part[columns]}
         if "gold_margin" in part and part["gold_margin"].notna().all():
             agreed = part["margin"] * part["gold_margin"]  # above 0 where both prefer the same response
-            clean = part[columns].assign(margin=agreed, batch=None, confidence=None)
-            parts.append(accuracy_table(clean.to_dict("records")).assign(**whose, labels=LABELS["clean"]))
+            tables[LABELS["clean"]] = part[columns].assign(margin=agreed, batch=None, confidence=None)
+        for labels, table in tables.items():
+            found = accuracy_table(table.to_dict("records"))
+            parts.append(found.assign(**dict(zip(RUN, key, strict=True)), labels=labels))
     names = [*RUN, "labels", "split", "group", "value", "pairs", "accuracy", "low", "high"]
     return pd.concat(parts, ignore_index=True)[names]
 
 
+def accuracy_tables(margins: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Splits `accuracy_rows` into that of whole splits and that of batches and confidences, a row per size."""
+    accuracy = accuracy_rows(margins)
+    whole, parts = (accuracy[(accuracy["group"] == "all") == is_whole] for is_whole in (True, False))
+    keys = ["split", "group", "value"]
+    parts = parts.assign(value=[value if isinstance(value, str) else f"{value:g}" for value in parts["value"]])
+    order = parts.groupby(keys, sort=False).ngroup().sort_values(kind="stable").index
+    groups = parts.loc[order].groupby([*keys, "size"], sort=False)
+    if groups.size().max() == 1:
+        by_group = groups[["pairs", "accuracy", "low", "high"]].first()
+    else:
+        numbers = {"accuracy": ("accuracy", "mean"), "lowest": ("accuracy", "min"), "highest": ("accuracy", "max")}
+        by_group = groups.agg(pairs=("pairs", "max"), **numbers)
+    return {
+        "reward_accuracy": accuracy,
+        "reward_accuracy_by_split": whole.drop(columns=["group", "value"]),
+        "reward_accuracy_by_group": by_group.reset_index(),
+    }
+
+
 def calibration_bins(margins: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy against margin, in ten bins of equal width of the confidence, sigmoid(|margin|), from 0.5 to 1.
+    """Computes accuracy against margin, in ten bins of equal width of the confidence, sigmoid(|margin|), from 0.5 to 1.
 
     Returns:
         A row per run, split and bin that has pairs: `from`, `to` (confidence), `pairs`, `margin` and `confidence`
         (means of |margin| and sigmoid(|margin|)), `accuracy` (share with margin > 0), Wilson's `low`, `high`.
     """
-    import pandas as pd
+
+    def compute(part: pd.DataFrame) -> dict[str, Any]:
+        means = {"margin": part["margin"].abs().mean(), "confidence": part["confidence"].mean()}
+        return {"pairs": len(part), **means, **proportion((part["margin"] > 0).mean(), len(part))._asdict()}
 
     edges = np.linspace(0.5, 1, BINS + 1)
-    table = []
-    for key, part in margins.groupby([*RUN, "split"], sort=False):
-        size = part["margin"].abs().to_numpy()
-        confidence = _sigmoid(size)
-        index = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, BINS - 1)
-        for number in range(BINS):
-            own = index == number
-            if own.any():
-                found = proportion(float((part["margin"][own] > 0).mean()), int(own.sum()))
-                means = size[own].mean(), confidence[own].mean()
-                table.append((*key, edges[number], edges[number + 1], int(own.sum()), *means, *found))
-    names = ["from", "to", "pairs", "margin", "confidence", "accuracy", "low", "high"]
-    return pd.DataFrame(table, columns=[*RUN, "split", *names])
+    confidence = sigmoid(margins["margin"].abs().to_numpy())
+    index = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, BINS - 1)
+    binned = margins.assign(**{"confidence": confidence, "from": edges[index], "to": edges[index + 1]})
+    order = np.lexsort((index, binned.groupby([*RUN, "split"], sort=False).ngroup()))
+    keys = [*RUN, "split", "from", "to"]
+    return per_group(binned.iloc[order], keys, compute).rename(columns={"value": "accuracy"})
 
 
 def calibration_errors(margins: pd.DataFrame) -> pd.DataFrame:
-    """Expected calibration error of every run and split, over the bins of `calibration_bins`.
+    """Computes the expected calibration error of every run and split, over the bins of `calibration_bins`.
 
     Σ over bins of (pairs of the bin / pairs) · |accuracy - mean confidence|, by torchmetrics (20 bins from 0 to 1, of
-    which those below 0.5 are empty).
-
-    Returns:
-        `size`, `parameters`, `seed`, `split`, `pairs`, `ece`, `confidence` and `accuracy` (means over all pairs).
+    which those below 0.5 are empty). `confidence` and `accuracy` are means over all pairs.
     """
-    import pandas as pd
     import torch
     from torchmetrics.functional.classification import binary_calibration_error
 
-    table = []
-    for key, part in margins.groupby([*RUN, "split"], sort=False):
-        confidence = torch.tensor(part["margin"].abs().to_numpy(), dtype=torch.float64).sigmoid()
-        right = torch.tensor((part["margin"] > 0).to_numpy()).long()
-        error = float(binary_calibration_error(confidence, right, n_bins=2 * BINS, norm="l1"))
-        table.append((*key, len(part), error, float(confidence.mean()), float(right.double().mean())))
-    return pd.DataFrame(table, columns=[*RUN, "split", "pairs", "ece", "confidence", "accuracy"])
+    def compute(part: pd.DataFrame) -> dict[str, Any]:
+        confidence, right = sigmoid(part["margin"].abs().to_numpy()), (part["margin"] > 0).to_numpy()
+        tensors = torch.tensor(confidence), torch.tensor(right).long()
+        error = float(binary_calibration_error(*tensors, n_bins=2 * BINS, norm="l1"))
+        return {"pairs": len(part), "ece": error, "confidence": confidence.mean(), "accuracy": right.mean()}
+
+    return per_group(margins, [*RUN, "split"], compute)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    from scipy.special import expit
-
-    return expit(x)
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Computes the probability that belongs to a margin."""
+    return 1 / (1 + np.exp(-x))

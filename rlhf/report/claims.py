@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
 
 from rlhf.evaluation.statistics import Estimate, paired_difference, proportion_difference, seed_means
-from rlhf.report.calibration import LABELS, RUN
+from rlhf.report.calibration import LABELS
 from rlhf.report.lengths import ENOUGH
+from rlhf.report.runs import PPO, RUN, SFT
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SFT, PPO = "SFT", "PPO"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 
@@ -25,23 +24,27 @@ class Claim(NamedTuple):
     evidence: str
 
 
-def verdict(differences: Sequence[Estimate]) -> str:
-    """Of a claim that all differences are above 0.
+def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Tests the claims that can be tested by the tables of `analysis.analyse` and by `rouge_rows`."""
+    tests = {
+        "differences": ppo_beats_sft,
+        "length_bin_differences": ahead_at_every_length,
+        "rouge_rows": rouge_rises,
+        "reward_accuracy": accuracy_rises,
+        "seed_agreement": seeds_agree,
+    }
+    return pd.DataFrame([claim for name, test in tests.items() if name in tables for claim in test(tables[name])])
 
-    It holds where every interval lies above 0, does not hold where some interval lies below 0, and is undecided
-    otherwise.
-    """
+
+def verdict(differences: Sequence[Estimate]) -> str:
+    """Judges the claim that all differences are above 0: it fails where some interval lies below 0."""
     if all(found.low > 0 for found in differences):
         return HOLDS
     return FAILS if any(found.high < 0 for found in differences) else OPEN
 
 
 def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
-    """PPO wins more often than SFT: a claim per size.
-
-    Args:
-        differences: as of `statistics.policy_differences`.
-    """
+    """Tests whether PPO wins more often than SFT at each size, by `statistics.policy_differences`."""
     chosen = differences[(differences["policy"] == PPO) & (differences["baseline"] == SFT)]
     claims = []
     for size, part in chosen.groupby("size", sort=False):
@@ -55,13 +58,9 @@ def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
 
 
 def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
-    """PPO is at or above SFT in every bin of length with enough rows: a claim per size.
+    """Tests whether PPO is at or above SFT at every length at each size, by `lengths.bin_differences`.
 
-    It holds where PPO is at or above SFT in each bin, does not hold where the interval of some bin lies below 0, and is
-    undecided where PPO is below in some bin and its interval reaches 0.
-
-    Args:
-        differences: as of `lengths.bin_differences`.
+    It does not hold where the interval of some bin lies below 0, and is undecided where only the difference does.
     """
     claims = []
     for size, part in differences.groupby("size", sort=False):
@@ -69,21 +68,15 @@ def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
         found = HOLDS if below.empty else FAILS if (part["high"] < 0).any() else OPEN
         text = f"{len(part) - len(below)} of {len(part)} bins with {ENOUGH} queries or more of both"
         if len(below):
-            bins = [
-                f"{row.bin:+.2f} ({row.difference:+.3f}, {row.low:+.3f} to {row.high:+.3f})"
-                for row in below.itertuples()
-            ]
-            text += f"; below at log(length / reference length) {', '.join(bins)}"
+            bins = below[["bin", "difference", "low", "high"]].itertuples(index=False)
+            listed = ", ".join("{:+.2f} ({:+.3f}, {:+.3f} to {:+.3f})".format(*row) for row in bins)
+            text += f"; below at log(length / reference length) {listed}"
         claims.append(Claim(f"PPO is at or above SFT at every length at size {size}", found, text))
     return claims
 
 
 def rouge_rises(scores: pd.DataFrame) -> list[Claim]:
-    """ROUGE-L of SFT and of PPO rises from each size to the next, by the paired bootstrap over queries.
-
-    Args:
-        scores: as of `overlap.rouge_rows`.
-    """
+    """Tests whether ROUGE-L of SFT and of PPO rises with size, by the paired bootstrap of `rouge.rouge_rows`."""
     claims = []
     for policy in (SFT, PPO):
         own = scores[scores["policy"] == policy]
@@ -94,28 +87,21 @@ def rouge_rises(scores: pd.DataFrame) -> list[Claim]:
 
 
 def accuracy_rises(accuracies: pd.DataFrame) -> list[Claim]:
-    """Accuracy of the reward model rises from each size to the next, on each split, on the cleanest labels there are.
+    """Tests whether the reward model's accuracy rises with size on each split, by `calibration.accuracy_rows`.
 
-    Each size's accuracy is the mean over seeds. All seeds see the same pairs, so that Newcombe's interval of a
-    difference takes the number of pairs of one seed: it is too wide rather than too narrow.
-
-    Args:
-        accuracies: as of `calibration.accuracy_rows`.
+    Labels are the cleanest that all runs have. Each size's accuracy is the mean over seeds. All seeds see the same
+    pairs, so that Newcombe's interval of a difference takes the number of pairs of one seed: it is too wide rather than
+    too narrow.
     """
-    claims = []
     whole = accuracies[accuracies["group"] == "all"]
-    clean = whole[whole["labels"] == LABELS["clean"]]
-    whole = (
-        clean
-        if len(clean[RUN].drop_duplicates()) == len(whole[RUN].drop_duplicates())
-        else whole[whole["labels"] == LABELS["margin"]]
-    )
-    for split, part in whole.groupby("split", sort=False):
+    given, clean = (whole[whole["labels"] == labels] for labels in (LABELS["margin"], LABELS["clean"]))
+    all_clean = len(clean[RUN].drop_duplicates()) == len(given[RUN].drop_duplicates())
+    claims = []
+    for split, part in (clean if all_clean else given).groupby("split", sort=False):
         table = part.groupby("size", sort=False).agg(accuracy=("accuracy", "mean"), pairs=("pairs", "min"))
-        rows = list(table.itertuples())
         steps = [
             (x.Index, y.Index, proportion_difference(y.accuracy, y.pairs, x.accuracy, x.pairs))
-            for x, y in pairwise(rows)
+            for x, y in pairwise(table.itertuples())
         ]
         title = f"Reward-model accuracy on {split} rises with size (labels {part['labels'].iloc[0]})"
         claims += _rise(title, table["accuracy"].to_dict(), steps)
@@ -123,36 +109,23 @@ def accuracy_rises(accuracies: pd.DataFrame) -> list[Claim]:
 
 
 def seeds_agree(agreement: pd.DataFrame) -> list[Claim]:
-    """Seeds of a size win on the same queries more often than chance: a claim per size and policy.
-
-    Args:
-        agreement: as of `agreement.seed_agreement`.
-    """
+    """Tests whether the seeds of each size and policy win on the same queries, by `agreement.seed_agreement`."""
     claims = []
     for row in agreement.itertuples(index=False):
         found = Estimate(row.fleiss, row.low, row.high)
-        text = (
-            f"Fleiss' kappa {shown(found)}, {row.unanimous:.1%} of {row.queries} queries unanimous, {row.seeds} seeds"
-        )
+        unanimous = f"{row.unanimous:.1%} of {row.queries} queries unanimous"
+        text = f"Fleiss' kappa {shown(found)}, {unanimous}, {row.seeds} seeds"
         title = f"Seeds of {row.policy} at size {row.size} agree on what wins beyond chance"
         claims.append(Claim(title, verdict([found]), text))
     return claims
 
 
-def claims_table(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row per claim: `claim`, `verdict`, `evidence`."""
-    import pandas as pd
-
-    return pd.DataFrame(claims, columns=list(Claim._fields))
-
-
 def shown(found: Estimate, sign: str = "") -> str:
-    """An estimate as text, with its interval, where there are any."""
-    if found.value != found.value:
+    """Formats an estimate with its interval."""
+    if pd.isna(found.value):
         return "unknown"
-    if found.low != found.low:
-        return f"{found.value:{sign}.3f} (no interval)"
-    return f"{found.value:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+    interval = "no interval" if pd.isna(found.low) else f"{found.low:{sign}.3f} to {found.high:{sign}.3f}"
+    return f"{found.value:{sign}.3f} ({interval})"
 
 
 def _rise(title: str, means: dict[str, float], steps: Sequence[tuple[str, str, Estimate]]) -> list[Claim]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.report.runs import Run
 
-if TYPE_CHECKING:
-    import pandas as pd
+COLUMNS = ["size", "seed", "stage", "curve", "step", "value"]
 
 
 def read_curves(run: str | Path) -> dict[str, pd.Series]:
-    """Every scalar of a run: name -> values, indexed by step (episodes in PPO).
+    """Reads every scalar of a run: name -> values, indexed by step (episodes in PPO).
 
     A step that was logged twice, because the run was stopped and resumed, keeps its last value.
     """
-    import pandas as pd
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = Path(run) / files.CURVES
@@ -34,30 +34,13 @@ def read_curves(run: str | Path) -> dict[str, pd.Series]:
     return {name: curve[~curve.index.duplicated(keep="last")].sort_index() for name, curve in curves.items()}
 
 
-def curve_rows(folders: dict[tuple[str, int, str], str], names: Sequence[str]) -> pd.DataFrame:
-    """Puts the curves of several runs below each other.
-
-    Args:
-        folders: (size, seed, stage) -> run folder.
-        names: of the curves, or patterns such as `validation/*`; those that a run does not have are left out.
-
-    Returns:
-        `size`, `seed`, `stage`, `curve`, `step`, `value`.
-    """
-    import pandas as pd
-
+def curve_rows(runs: Iterable[Run], names: Sequence[str]) -> pd.DataFrame:
+    """Reads the curves with one of these names, or patterns such as `validation/*`, of all stages into a table."""
     parts = []
-    for (size, seed, stage), folder in folders.items():
-        for name, curve in sorted(read_curves(folder).items()):
-            if any(fnmatchcase(name, pattern) for pattern in names):
-                points = curve.rename_axis("step").rename("value").reset_index()
-                parts.append(points.assign(size=size, seed=seed, stage=stage, curve=name))
-    columns = ["size", "seed", "stage", "curve", "step", "value"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-
-
-def last_quarter(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean of every curve over the last quarter of its steps: `size`, `seed`, `stage`, `curve`, `value`."""
-    keys = ["size", "seed", "stage", "curve"]
-    last = rows[rows["step"] > 0.75 * rows.groupby(keys)["step"].transform("max")]
-    return last.groupby(keys, sort=False)["value"].mean().reset_index()
+    for run in runs:
+        for stage, folder in run.stages.items():
+            for name, curve in sorted(read_curves(folder).items()):
+                if any(fnmatchcase(name, pattern) for pattern in names):
+                    points = curve.rename_axis("step").rename("value").reset_index()
+                    parts.append(points.assign(size=run.size, seed=run.seed, stage=stage, curve=name))
+    return pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)

@@ -1,292 +1,217 @@
-"""Figures of a report. Each takes the numbers as a table, writes a PNG, and says whether there was anything to draw."""
+"""Figures of reports, as PNG. This module imports seaborn, so it is imported only when figures are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from rlhf.report.calibration import sigmoid
 from rlhf.report.lengths import WIDTH, Unit, fitted_curve
 from rlhf.report.overoptimisation import measures
 from rlhf.report.runs import Baseline
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 # The colours of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 GREY = "0.45"
-APART = 1.03
-STYLE: Any = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10,
-    "axes.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False, "savefig.dpi": 130, "lines.linewidth": 1.6,
-}  # fmt: skip
+DASHED: Any = {"color": GREY, "linestyle": "--", "linewidth": 1}
+DOTTED: Any = {"color": GREY, "linestyle": ":", "linewidth": 1.3}
+RUNS: Any = {"units": "seed", "estimator": None, "hue": "size"}  # a line per run, in the colour of its size
+WIN_RATE = "win rate against the reference"
 
 
 @contextmanager
-def canvas(file: Path, rows: int, columns: int, width: float, height: float, **settings: Any) -> Iterator[Any]:
-    """Panels `(rows, columns)` to draw in, of `width` by `height` inches each, written to a file at the end."""
-    import matplotlib
+def canvas(
+    file: Path, count: int, columns: int = 3, height: float = 3.4, legend: bool = True, **settings: Any
+) -> Iterator[list[Axes]]:
+    """Yields panels to draw in, at most `columns` in a row, and writes them to a file at the end.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    The legend is that of the first panel, to the right of all; without `legend` each panel has its own.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    with sns.axes_style("whitegrid", {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure((5.6 if count == 1 else 4.0 * columns, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **settings)
+        for axis in axes.flat[count:]:
+            axis.set_axis_off()
+        yield list(axes.flat[:count])
+        for axis in axes.flat[:count]:
+            axis.legend().set_visible(not legend)
+        if legend:
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.savefig(file, dpi=120)
 
-    with plt.rc_context(STYLE):
-        size = (width * columns, height * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **settings)
-        try:
-            yield axes
-            figure.savefig(file)
-        finally:
-            plt.close(figure)
+
+def palette(names: pd.Series) -> dict[Any, str]:
+    """Returns a colour per name."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names.unique())}
 
 
-def size_colours(sizes: Sequence[str]) -> dict[str, Any]:
-    """A colour per size, from dark to light as sizes grow."""
-    import matplotlib
+def size_palette(sizes: pd.Series) -> dict[Any, Any]:
+    """Returns a colour per size, from dark to light as sizes grow."""
+    return dict(zip(sizes.unique(), sns.color_palette("viridis", sizes.nunique()), strict=True))
 
-    return dict(zip(sizes, matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(sizes))), strict=True))
+
+def side_by_side(names: pd.Series) -> pd.Series:
+    """Returns a number per row, evenly spaced around 0 and equal for equal names."""
+    return names.map({name: index for index, name in enumerate(names.unique())}) - (names.nunique() - 1) / 2
 
 
 def plot_against_size(
     table: pd.DataFrame,
-    panels: dict[str, str],
-    series: str,
-    y_label: str,
+    panels: Mapping[str, str],
     file: Path,
+    series: str = "policy",
     baselines: Sequence[Baseline] = (),
     level: float | None = None,
-) -> bool:
-    """Draw numbers against model size: a dot per seed, a line through the means per series.
+) -> None:
+    """Draws numbers against model size: a dot per seed, a line through the means per series.
 
-    With one seed per size the dots have error bars, where the table has `low` and `high`.
+    With one seed per size the dots have error bars, where the table has `low` and `high`. Baselines are stars.
 
     Args:
-        table: rows of `size`, `parameters`, `seed`, the series and the numbers.
         panels: column -> title of its panel.
-        series: the column whose values get a line each.
-        y_label: of the y-axis.
-        file: the PNG to write.
-        baselines: stars.
-        level: a dashed line at this height.
+        series: column that has a name for each line.
+        level: height of a dashed line.
     """
-    if table.empty:
-        return False
-    single, count = not table.duplicated(["size", series]).any(), table[series].nunique()
-    with canvas(file, 1, len(panels), 5.6 if len(panels) == 1 else 3.8, 4.0 if len(panels) == 1 else 3.4) as axes:
-        for axis, (column, title) in zip(axes.flat, panels.items(), strict=True):
-            if level is not None:
-                axis.axhline(level, color=GREY, linestyle="--", linewidth=1)
-            for index, (name, part) in enumerate(table.groupby(series, sort=False)):
-                look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-                x = part["parameters"] * APART ** (index - (count - 1) / 2)  # side by side
-                means = part.groupby(x)[column].mean()
-                axis.plot(means.index, means.values, color=look["color"], label=str(name), marker=look["marker"], ms=6)
-                axis.scatter(x, part[column], alpha=0.4, s=30, linewidths=0, zorder=3, **look)
-                if single and {"low", "high"} <= set(part.columns):
-                    axis.vlines(x, part["low"], part["high"], color=look["color"], alpha=0.6)
-            for index, star in enumerate(baselines):
-                label = f"{star.name} ({star.win_rate:.2f})"
-                axis.scatter(star.parameters, star.win_rate, marker="*", s=190, zorder=4, edgecolors="black",
-                             linewidths=0.8, color=COLOURS[-1 - index % 3], label=label)  # fmt: skip
-            axis.set_title(title)
-            _size_axis(axis, table, baselines)
-        axes[0][0].set_ylabel(y_label)
-        _legend(axes)
-    return True
-
-
-def _legend(axes: Any) -> None:
-    """To the right of the panels, where it hides nothing."""
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _size_axis(axis: Any, table: pd.DataFrame, baselines: Sequence[Baseline] = ()) -> None:
-    from matplotlib.ticker import NullFormatter, NullLocator
-
-    sizes = table.drop_duplicates("size").sort_values("parameters")
-    axis.set_xscale("log")
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticks(sizes["parameters"], sizes["size"])
+    colours, sizes = palette(table[series]), table.drop_duplicates("size")
+    table = table.assign(x=table["parameters"] * 1.03 ** side_by_side(table[series]))
+    look: Any = {"x": "x", "hue": series, "style": series, "palette": colours, "markers": True}
+    single = not table.duplicated(["size", series]).any()
     known = [*sizes["parameters"], *(star.parameters for star in baselines)]
-    axis.set_xlim(min(known) / 1.4, max(known) * 1.4)
-    axis.set_xlabel("model size (parameters, log scale)")
+    with canvas(file, len(panels)) as axes:
+        for axis, (column, title) in zip(axes, panels.items(), strict=True):
+            sns.lineplot(table, y=column, errorbar=None, dashes=False, markersize=8, ax=axis, **look)
+            sns.scatterplot(table, y=column, alpha=0.4, legend=False, ax=axis, **look)
+            if single and {"low", "high"} <= set(table):
+                axis.vlines(table["x"], table["low"], table["high"], colors=table[series].map(colours), alpha=0.6)
+            if level is not None:
+                axis.axhline(level, **DASHED)
+            for index, star in enumerate(baselines):
+                shape: Any = {"marker": "*", "s": 190, "edgecolors": "black", "color": COLOURS[-1 - index % 3]}
+                label = f"{star.name} ({star.win_rate:.2f})"
+                axis.scatter(star.parameters, star.win_rate, zorder=4, label=label, **shape)
+            axis.set(title=title, xlabel="model size (parameters, log scale)", ylabel="")
+            axis.set(xscale="log", xlim=(min(known) / 1.4, max(known) * 1.4))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xticks(sizes["parameters"], sizes["size"])
 
 
-def plot_mean_lengths(table: pd.DataFrame, unit: Unit, file: Path) -> bool:
-    """Draw win rate against mean length: a dot per run, a colour per policy, a marker per size.
-
-    Args:
-        table: as of `lengths.mean_lengths`.
-        unit: of the lengths.
-        file: the PNG to write.
-    """
-    sizes, policies = list(table["size"].unique()), list(table["policy"].unique())
-    with canvas(file, 1, 1, 5.6, 4.0) as axes:
-        axis = axes[0][0]
-        axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
-        axis.axvline(table["reference_length"].mean(), color=GREY, linestyle=":", linewidth=1.4, label="reference")
-        for index, policy in enumerate(policies):
-            axis.plot([], [], color=COLOURS[index % len(COLOURS)], marker="o", linestyle="", label=policy)
-        for index, size in enumerate(sizes):
-            marker = MARKERS[index % len(MARKERS)]
-            if len(sizes) > 1:
-                axis.plot([], [], color=GREY, marker=marker, linestyle="", label=str(size))
-            for number, policy in enumerate(policies):
-                own = table[(table["size"] == size) & (table["policy"] == policy)]
-                colour = COLOURS[number % len(COLOURS)]
-                axis.scatter(own["length"], own["win_rate"], color=colour, marker=marker, s=46, alpha=0.8, linewidths=0)
-        axis.set_xlabel(f"mean length of the responses ({unit})")
-        axis.set_ylabel("win rate against the reference")
-        _legend(axes)
-    return True
+def plot_mean_lengths(table: pd.DataFrame, unit: Unit, file: Path) -> None:
+    """Draws win rate against mean length, as returned by `lengths.mean_lengths`: a dot per run and policy."""
+    style = "size" if table["size"].nunique() > 1 else None
+    look: Any = {"hue": "policy", "style": style, "palette": palette(table["policy"]), "s": 60, "alpha": 0.8}
+    with canvas(file, 1) as [axis]:
+        axis.axhline(0.5, **DASHED)
+        axis.axvline(table["reference_length"].mean(), label="reference", **DOTTED)
+        sns.scatterplot(table, x="length", y="win_rate", ax=axis, **look)
+        axis.set(xlabel=f"mean length of the responses ({unit})", ylabel=WIN_RATE)
 
 
-def plot_length_controlled(bins: pd.DataFrame, fits: pd.DataFrame, file: Path) -> bool:
-    """Draw win rate against log(length / reference length), a panel per size, all policies in each.
+def plot_length_controlled(bins: pd.DataFrame, fits: pd.DataFrame, file: Path) -> None:
+    """Draws `lengths.length_bins` and `lengths.length_fits`, a panel per size, all policies in each.
 
     Dots are bins with their intervals, as large as they have rows; lines are the logistic fits, over the bins that have
     rows; the ring on the dotted line is the length-adjusted win rate.
-
-    Args:
-        bins: as of `lengths.length_bins`.
-        fits: as of `lengths.length_fits`.
-        file: the PNG to write.
     """
-    sizes = list(bins["size"].unique())
-    columns = min(3, len(sizes))
-    count = -(-len(sizes) // columns)
-    width = 6.0 if len(sizes) == 1 else 4.2
-    with canvas(file, count, columns, width, 3.9, sharex=True, sharey=True) as axes:
-        for axis in axes.flat[len(sizes) :]:
-            axis.set_axis_off()
-        for axis, size in zip(axes.flat, sizes, strict=False):
-            axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
-            axis.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
-            own, own_fits = bins[bins["size"] == size], fits[fits["size"] == size]
-            policies = list(own["policy"].unique())
-            for index, policy in enumerate(policies):
-                shift = (index - (len(policies) - 1) / 2) * WIDTH * 0.16
-                colour = COLOURS[index % len(COLOURS)]
-                _draw_bins(axis, own[own["policy"] == policy], shift, colour, policy)
-                _draw_fit(axis, own[own["policy"] == policy], own_fits[own_fits["policy"] == policy].iloc[-1], colour)
-            axis.set_title(str(size) if len(sizes) > 1 else "")
-            axis.set_ylim(-0.02, 1.02)
-            axis.set_xlabel("log(length / reference length)")
-        for row in axes:
-            row[0].set_ylabel("win rate against the reference")
-        _legend(axes)
-    return True
+    colours = palette(bins["policy"])
+    bins = bins.assign(x=bins["bin"] + side_by_side(bins["policy"]) * WIDTH * 0.16)
+    look: Any = {"hue": "policy", "palette": colours, "size": "rows", "sizes": (15, 100), "alpha": 0.75}
+    fits = fits.drop_duplicates(["size", "policy"], keep="last")  # over all seeds
+    with canvas(file, bins["size"].nunique(), sharex=True, sharey=True) as axes:
+        for axis, (size, own) in zip(axes, bins.groupby("size", sort=False), strict=True):
+            axis.axhline(0.5, **DASHED)
+            axis.axvline(0, **DOTTED)
+            axis.vlines(own["x"], own["low"], own["high"], colors=own["policy"].map(colours), alpha=0.5)
+            sns.scatterplot(own, x="x", y="win_rate", ax=axis, **look)
+            for _, fitted in fits[fits["size"] == size].iterrows():
+                centres, colour = own["bin"][own["policy"] == fitted["policy"]], colours[fitted["policy"]]
+                x = np.linspace(centres.min() - WIDTH / 2, centres.max() + WIDTH / 2, 100)
+                axis.plot(x, fitted_curve(fitted, x), color=colour)
+                axis.plot(0, fitted["adjusted"], marker="o", markersize=9, color=colour, markerfacecolor="white")
+            axis.set(title=size, ylim=(-0.02, 1.02), xlabel="log(length / reference length)", ylabel=WIN_RATE)
+            axis.label_outer()
 
 
-def _draw_bins(axis: Any, bins: pd.DataFrame, shift: float, colour: str, label: str) -> None:
-    x = bins["bin"] + shift
-    axis.vlines(x, bins["low"], bins["high"], color=colour, alpha=0.5, linewidth=1.2)
-    area = 12 + 90 * bins["rows"] / bins["rows"].max()
-    axis.scatter(x, bins["win_rate"], s=area, color=colour, alpha=0.75, linewidths=0)
-    axis.plot([], [], color=colour, marker="o", label=label)
+def plot_calibration(bins: pd.DataFrame, file: Path) -> None:
+    """Draws accuracy against margin, as returned by `calibration.calibration_bins`, and sigmoid(margin).
 
-
-def _draw_fit(axis: Any, bins: pd.DataFrame, fitted: pd.Series, colour: str) -> None:
-    if fitted["adjusted"] != fitted["adjusted"]:
-        return
-    x = np.linspace(bins["bin"].min() - WIDTH / 2, bins["bin"].max() + WIDTH / 2, 100)
-    axis.plot(x, fitted_curve(fitted, x), color=colour)
-    axis.plot([0], [fitted["adjusted"]], marker="o", ms=9, color=colour, mfc="white", mew=1.8, zorder=5)
-
-
-def plot_calibration(bins: pd.DataFrame, file: Path) -> bool:
-    """Draw accuracy against margin, a panel per split, and sigmoid(margin).
-
-    A dot is a bin of a run, in the colour of its size; a line goes through the bins of all seeds of a size together.
-
-    Args:
-        bins: as of `calibration.calibration_bins`.
-        file: the PNG to write.
+    Each split has a panel. A dot is a bin of a run, in the colour of its size; a line goes through the bins of all
+    seeds of a size together.
     """
-    splits, colours = list(bins["split"].unique()), size_colours(list(bins["size"].unique()))
+    numbers, colours = ["margin", "accuracy"], size_palette(bins["size"])
+    sums = bins.assign(**bins[numbers].mul(bins["pairs"], axis=0)).groupby(["split", "size", "from"], sort=False)
+    sums = sums[[*numbers, "pairs"]].sum().reset_index()
+    lines = sums.assign(**sums[numbers].div(sums["pairs"], axis=0))
     single = len(bins[["size", "seed"]].drop_duplicates()) == 1
-    curve = np.linspace(0, max(1.0, bins["margin"].max() * 1.05), 200)
-    with canvas(file, 1, len(splits), 5.6 if len(splits) == 1 else 4.4, 3.8, sharey=True) as axes:
-        for axis, split in zip(axes.flat, splits, strict=True):
-            axis.plot(
-                curve, 1 / (1 + np.exp(-curve)), color="black", linestyle="--", linewidth=1.2, label="sigmoid(margin)"
-            )
-            for size, part in bins[bins["split"] == split].groupby("size", sort=False):
-                weighted = part[["margin", "accuracy"]].mul(part["pairs"], axis=0).groupby(part["from"]).sum()
-                line = weighted.div(part.groupby("from")["pairs"].sum(), axis=0)
-                axis.plot(line["margin"], line["accuracy"], color=colours[size], label=str(size))
-                axis.scatter(part["margin"], part["accuracy"], color=[colours[size]], s=20, alpha=0.55, linewidths=0)
-                if single:
-                    axis.vlines(part["margin"], part["low"], part["high"], color=colours[size], alpha=0.5)
-            axis.set_title(split)
-            axis.set_xlabel("|margin| (mean of the bin)")
-        axes[0][0].set_ylabel("accuracy")
-        _legend(axes)
-    return True
+    look: Any = {"x": "margin", "y": "accuracy", "hue": "size", "palette": colours}
+    x = np.linspace(0, max(1.0, bins["margin"].max() * 1.05), 200)
+    with canvas(file, bins["split"].nunique(), sharey=True) as axes:
+        for axis, (split, own) in zip(axes, bins.groupby("split", sort=False), strict=True):
+            axis.plot(x, sigmoid(x), color="black", linestyle="--", label="sigmoid(margin)")
+            sns.lineplot(lines[lines["split"] == split], ax=axis, **look)
+            sns.scatterplot(own, alpha=0.55, legend=False, ax=axis, **look)
+            if single:
+                axis.vlines(own["margin"], own["low"], own["high"], colors=own["size"].map(colours), alpha=0.5)
+            axis.set(title=split, xlabel="|margin| (mean of the bin)")
 
 
-def plot_course(table: pd.DataFrame, over: dict[str, str], file: Path) -> bool:
-    """Draws proxy score, gold score and win rate over the course of PPO: a line per run, a colour per size.
-
-    Args:
-        table: as of `overoptimisation.course` or `validated_course`; each of its measures gets a panel.
-        over: column on the x-axis -> its label; each gets a row of panels.
-        file: the PNG to write.
-    """
-    titles = {"score": "score of the reward model", "gold": "gold score", "win_rate": "win rate against the reference"}
-    shown = list(product(over.items(), measures(table)))
-    colours = size_colours(list(table["size"].unique()))
-    with canvas(file, len(over), len(shown) // len(over), 4.0, 3.5) as axes:
-        for axis, ((x, x_label), name) in zip(axes.flat, shown, strict=True):
-            seen: set[str] = set()
-            for (size, _), part in table.sort_values("update").groupby(["size", "seed"], sort=False):
-                known = part[part[name].notna()]
-                label = None if size in seen else size
-                seen.add(size)
-                axis.plot(known[x], known[name], marker="o", ms=4, color=colours[size], alpha=0.85, label=label)
+def plot_course(table: pd.DataFrame, over: Mapping[str, str], file: Path) -> None:
+    """Draws each measure over the course of PPO, a line per run; `over` has the columns of x-axes and their labels."""
+    titles = {"score": "score of the reward model", "gold": "gold score", "win_rate": WIN_RATE}
+    names = measures(table)
+    look: Any = {**RUNS, "palette": size_palette(table["size"]), "marker": "o", "sort": False}
+    with canvas(file, len(over) * len(names), len(names)) as axes:
+        for axis, ((x, x_label), name) in zip(axes, product(over.items(), names), strict=True):
+            sns.lineplot(table.sort_values("update"), x=x, y=name, ax=axis, **look)
+            axis.set(title=titles.get(name, name.replace("_", " ")), xlabel=x_label, ylabel="")
             if name == "win_rate":
-                axis.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
-            axis.set_title(titles.get(name, name.replace("_", " ")))
-            axis.set_xlabel(x_label)
-        if len(colours) > 1:
-            _legend(axes)
-    return True
+                axis.axhline(0.5, **DASHED)
 
 
-def plot_stage(curves: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]], x_label: str, file: Path) -> bool:
-    """Draw the curves of a stage of several runs: a panel per curve, a line per run in the colour of its size.
+def plot_curves(curves: pd.DataFrame, panels: Mapping[str, Sequence[str]], x_label: str, file: Path) -> None:
+    """Draws the curves of a stage: those of one run together in their panel; of several runs, each in a panel.
 
     Args:
-        curves: as of `curves.curve_rows`.
-        panels: title and names of curves; each name that some run has gets a panel.
-        x_label: of the x-axis.
-        file: the PNG to write.
+        curves: as returned by `curve_files.curve_rows`.
+        panels: title -> names of curves; at least one of them is there.
     """
-    known = set(curves["curve"])
-    shown = [(title, name) for title, names in panels for name in names if name in known]
-    if not shown:
-        return False
-    sizes = size_colours(list(curves["size"].unique()))
-    columns = min(3, len(shown))
-    count = -(-len(shown) // columns)
-    with canvas(file, count, columns, 4.0, 3.0) as axes:
-        for axis in axes.flat[len(shown) :]:
-            axis.set_axis_off()
-        for axis, (title, name) in zip(axes.flat, shown, strict=False):
-            seen: set[str] = set()
-            for (size, _), part in curves[curves["curve"] == name].groupby(["size", "seed"], sort=False):
-                label = None if size in seen else size
-                seen.add(size)
-                axis.plot(part["step"], part["value"], color=sizes[size], alpha=0.8, linewidth=1.2, label=label)
-            axis.set_title(f"{title}\n{name}", fontsize=9)
-            axis.set_xlabel(x_label)
-        if len(sizes) > 1:
-            _legend(axes)
-    return True
+    several = len(curves[["size", "seed"]].drop_duplicates()) > 1
+    if several:
+        panels = {f"{title}\n{name}": [name] for title, names in panels.items() for name in names}
+    parts = {title: curves[curves["curve"].isin(names)] for title, names in panels.items()}
+    parts = {title: part for title, part in parts.items() if len(part)}
+    look: Any = {**RUNS, "palette": size_palette(curves["size"])} if several else {"hue": "curve"}
+    with canvas(file, len(parts), legend=several) as axes:
+        for axis, (title, part) in zip(axes, parts.items(), strict=True):
+            few = part.groupby(["size", "seed", "curve"]).size().max() < 10
+            sns.lineplot(part, x="step", y="value", marker="o" if few else None, ax=axis, **look)
+            axis.set(title=title, xlabel=x_label, ylabel="")
+
+
+def plot_ablations(points: pd.DataFrame, default: str, metrics: Sequence[str], file: Path) -> None:
+    """Draws each ablation in colour over the default in grey: a row per ablation, a column per metric.
+
+    A line is the mean over seeds, a band reaches from the lowest to the highest seed. Points are rows of `ablation`
+    (`default` is one), `seed`, `metric`, `episodes` and `value`; metrics without points are left out.
+    """
+    names = [name for name in points["ablation"].unique() if name != default] or [default]
+    shown = [metric for metric in metrics if (points["metric"] == metric).any()]
+    look: Any = {"errorbar": ("pi", 100), "palette": {"default": GREY, "ablation": "tab:red"}}
+    with canvas(file, len(names) * len(shown), len(shown), 1.9, sharex=True, sharey="col") as axes:
+        for axis, (name, metric) in zip(axes, product(names, shown), strict=True):
+            own = points[points["ablation"].isin([default, name]) & (points["metric"] == metric)]
+            kind = own["ablation"].map({default: "default"}).fillna("ablation")
+            sns.lineplot(own, x="episodes", y="value", hue=kind, ax=axis, **look)
+            axis.set(title=metric if name == names[0] else "", xlabel="episodes" if name == names[-1] else "")
+            axis.set_ylabel(name.replace("_", "\n") if metric == shown[0] else "")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, NOTHING, Estimate, proportion, proportion_difference
-
-if TYPE_CHECKING:
-    import pandas as pd
+from rlhf.report.runs import per_group
 
 Unit = Literal["tokens", "characters"]
 WIDTH = 0.25
@@ -20,98 +18,73 @@ GROUP = ["size", "parameters", "policy"]
 
 
 def with_lengths(rows: pd.DataFrame, unit: Unit) -> pd.DataFrame:
-    """Judged rows with `length`, `reference_length` and `log_ratio` = log(length / reference length).
+    """Adds `length`, `reference_length` and `log_ratio` = log(length / reference length) to judged rows.
 
     `log_ratio` is NaN where a text is empty. Characters are counted without blanks at the ends.
     """
-    if unit == "tokens":
-        lengths = {"length": rows["a_tokens"], "reference_length": rows["b_tokens"]}
-    else:
-        lengths = {"length": rows["a"].str.strip().str.len(), "reference_length": rows["b"].str.strip().str.len()}
-    table = rows.assign(**lengths).astype(dict.fromkeys(lengths, float))
-    ratio = (table["length"] / table["reference_length"]).where((table["length"] > 0) & (table["reference_length"] > 0))
-    return table.assign(log_ratio=np.log(ratio))
+    length, reference = (
+        (rows[f"{side}_tokens"] if unit == "tokens" else rows[side].str.strip().str.len()).astype(float)
+        for side in "ab"
+    )
+    ratio = (length / reference).where((length > 0) & (reference > 0))
+    return rows.assign(length=length, reference_length=reference, log_ratio=np.log(ratio))
 
 
 def mean_lengths(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean length of policy and reference beside the win rate, over the valid rows: a row per size, seed and policy.
-
-    Args:
-        rows: as of `with_lengths`.
-    """
-    valid = rows[rows["outcome"].notna()]
-    names = {"length": "length", "reference_length": "reference_length", "win_rate": "outcome"}
-    groups = valid.groupby(KEYS, sort=False)
-    return groups.agg(**{name: (column, "mean") for name, column in names.items()}).reset_index()
+    """Averages `length`, `reference_length` and `win_rate` over the valid rows of each size, seed and policy."""
+    valid = rows.dropna(subset=["outcome"]).rename(columns={"outcome": "win_rate"})
+    return valid.groupby(KEYS, sort=False)[["length", "reference_length", "win_rate"]].mean().reset_index()
 
 
 def length_bins(rows: pd.DataFrame) -> pd.DataFrame:
-    """Win rate per bin of `log_ratio`, over the seeds together.
+    """Computes the win rate per bin of `log_ratio`, over the seeds together.
 
     Bins are 0.25 wide and centred on multiples of 0.25, so that the one at 0 holds responses about as long as their
-    reference. The seeds of a size answer the same queries, so intervals are Wilson's with the number of different
-    queries in the place of rows: never too narrow.
-
-    Args:
-        rows: as of `with_lengths`; invalid rows and those without `log_ratio` are left out.
+    reference. Invalid rows and those without `log_ratio` are left out. The seeds of a size answer the same queries, so
+    Wilson's intervals count different queries instead of rows: never too narrow.
 
     Returns:
         A row per size, policy and bin that has rows: `bin` (its centre), `rows`, `queries`, `win_rate`, `low`, `high`.
     """
-    import pandas as pd
+
+    def compute(part: pd.DataFrame) -> dict[str, Any]:
+        queries = part["query"].nunique()
+        return {"rows": len(part), "queries": queries, **proportion(part["outcome"].mean(), queries)._asdict()}
 
     known = rows.dropna(subset=["log_ratio", "outcome"])
     known = known.assign(bin=np.floor(known["log_ratio"] / WIDTH + 0.5) * WIDTH)
-    table = []
-    for key, part in known.sort_values("bin", kind="stable").groupby([*GROUP, "bin"], sort=False):
-        queries = part["query"].nunique()
-        table.append((*key, len(part), queries, *proportion(part["outcome"].mean(), queries)))
-    bins = pd.DataFrame(table, columns=[*GROUP, "bin", "rows", "queries", "win_rate", "low", "high"])
-    order = known[GROUP].drop_duplicates()
-    return order.merge(bins, on=GROUP, how="left")
+    order = np.lexsort((known["bin"], known.groupby(GROUP, sort=False).ngroup()))
+    return per_group(known.iloc[order], [*GROUP, "bin"], compute).rename(columns={"value": "win_rate"})
 
 
 def bin_differences(bins: pd.DataFrame, policy: str, baseline: str) -> pd.DataFrame:
-    """Win rate of a policy minus that of a baseline in every bin in which both have at least 20 queries.
+    """Subtracts the win rate of a baseline from that of a policy in every bin in which both have at least 20 queries.
 
-    The two hold different queries of a bin, so the interval is Newcombe's of independent proportions.
-
-    Returns:
-        `size`, `parameters`, `bin`, `difference`, `low`, `high`.
+    The two have different queries of a bin, so the interval `low`, `high` is Newcombe's of independent proportions.
     """
-    import pandas as pd
-
-    chosen = bins[bins["queries"] >= ENOUGH]
-    both = chosen[chosen["policy"] == policy].merge(
-        chosen[chosen["policy"] == baseline], on=["size", "parameters", "bin"], suffixes=("", "_baseline")
-    )
-    table = [
-        (row.size, row.parameters, row.bin,
-         *proportion_difference(row.win_rate, row.queries, row.win_rate_baseline, row.queries_baseline))
-        for row in both.itertuples(index=False)
-    ]  # fmt: skip
-    return pd.DataFrame(table, columns=["size", "parameters", "bin", "difference", "low", "high"])
+    keys = ["size", "parameters", "bin"]
+    if bins.empty:
+        return pd.DataFrame(columns=[*keys, "difference", "low", "high"])
+    own, other = (bins[(bins["queries"] >= ENOUGH) & (bins["policy"] == name)] for name in (policy, baseline))
+    both = own.merge(other, on=keys, suffixes=("", "_other"))
+    pairs = both[["win_rate", "queries", "win_rate_other", "queries_other"]].itertuples(index=False)
+    found = pd.DataFrame([proportion_difference(*pair) for pair in pairs], columns=["difference", "low", "high"])
+    return pd.concat([both[keys], found], axis=1)
 
 
 def length_fits(rows: pd.DataFrame) -> pd.DataFrame:
-    """Logistic fit of the outcome on `log_ratio` per size and policy, for every seed and for all together ("all").
-
-    Args:
-        rows: as of `with_lengths`.
+    """Fits the outcome on `log_ratio` per size and policy, for every seed and for all together ("all").
 
     Returns:
         `size`, `parameters`, `seed`, `policy`, `rows`, `raw` (the win rate of these rows), `adjusted` (that of the fit
         at ratio 1), its `low` and `high`, `slope` (log-odds per unit of `log_ratio`), `slope_low`, `slope_high`. NaN
         where no fit exists, see `fit`.
     """
-    import pandas as pd
-
     known = rows.dropna(subset=["log_ratio", "outcome"])
     table = []
     for (size, parameters, policy), part in known.groupby(GROUP, sort=False):
-        seeds: list[Hashable] = list(part["seed"].unique())
-        for seed in [*seeds, "all"] if len(seeds) > 1 else seeds:
-            own = part if seed == "all" else part[part["seed"] == seed]
+        seeds = dict(list(part.groupby("seed", sort=False)))
+        for seed, own in {**seeds, "all": part}.items() if len(seeds) > 1 else seeds.items():
             adjusted, slope = fit(own)
             table.append((size, parameters, seed, policy, len(own), own["outcome"].mean(), *adjusted, *slope))
     names = ["rows", "raw", "adjusted", "low", "high", "slope", "slope_low", "slope_high"]
@@ -119,13 +92,11 @@ def length_fits(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def fit(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:
-    """Win rate at ratio 1, and slope, of P(win) = sigmoid(intercept + slope · log_ratio).
+    """Fits P(win) = sigmoid(intercept + slope · log_ratio); returns the win rate at ratio 1, and the slope.
 
     Quasi-maximum likelihood for fractional outcomes (Papke and Wooldridge 1996), with a covariance that is robust to
-    rows of the same query. The interval of the win rate is the sigmoid of that of the intercept.
-
-    Returns:
-        Both NaN where no fit exists: one length ratio only, or outcomes that a ratio separates without an exception.
+    rows of the same query. The interval of the win rate is the sigmoid of that of the intercept. Both are NaN where no
+    fit exists: one length ratio only, or outcomes that a ratio separates without an exception.
     """
     import statsmodels.api as sm
     from statsmodels.tools.sm_exceptions import ConvergenceWarning, PerfectSeparationError, PerfectSeparationWarning
@@ -149,12 +120,7 @@ def fit(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:
 
 
 def fitted_curve(fitted: pd.Series, log_ratio: np.ndarray) -> np.ndarray:
-    """The fit's win rate at each `log_ratio`.
-
-    Args:
-        fitted: a row of `length_fits`.
-        log_ratio: where.
-    """
+    """Computes the win rate at each `log_ratio` by a fit, a row of `length_fits`."""
     from scipy.special import expit, logit
 
     return expit(logit(fitted["adjusted"]) + fitted["slope"] * log_ratio)

@@ -1,25 +1,29 @@
-"""What a report is made from: runs over sizes and seeds, and their tables in one."""
+"""The runs of a report over sizes and seeds, and their tables below each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
+from typing import Annotated, Any, Literal, get_args
 
-from rlhf import files
+import numpy as np
+import pandas as pd
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
 from rlhf.errors import UserError
+from rlhf.evaluation.tables import read_table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-STAGES = ("sft", "reward", "ppo")
+SFT, PPO = "SFT", "PPO"  # labels of the policies that the paper compares
+StageName = Literal["sft", "reward", "ppo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+RUN = ["size", "parameters", "seed"]
 NEEDED = ("query", "a", "b", "a_first", "b_first", "outcome")
 NUMBERS = ("a_tokens", "b_tokens", "a_score", "b_score", "a_gold", "b_gold", "a_has_eos")
 MARGINS = ("split", "batch", "confidence", "margin")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="runs"))
 class Run:
     """One pipeline: a model size and a seed.
 
@@ -29,168 +33,100 @@ class Run:
         seed: of the pipeline.
         policies: label such as `SFT` or `PPO` -> judged table, in which A is the policy and B the reference.
         margins: table of the reward model's margins.
-        stages: any of `sft`, `reward`, `ppo` -> run folder, whose curves are shown.
+        stages: any of `sft`, `reward`, `ppo` -> run folder, for its curves.
         checkpoints: number of a PPO update -> judged table of the policy as it was after that update.
     """
 
     size: str
-    parameters: int | None
+    parameters: PositiveInt | None
     seed: int
-    policies: dict[str, str]
+    policies: Annotated[dict[str, str], Field(min_length=1)]
     margins: str | None = None
-    stages: dict[str, str] = field(default_factory=dict)
-    checkpoints: dict[int, str] = field(default_factory=dict)
+    stages: dict[StageName, str] = field(default_factory=dict)
+    checkpoints: dict[PositiveInt, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its size and seed, for messages."""
+        return f"size {self.size}, seed {self.seed}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(title="baselines"))
 class Baseline:
-    """A star in the figure of win rate against size.
-
-    Attributes:
-        name: as it is shown.
-        parameters: of the model.
-        win_rate: against the reference, 0 to 1.
-    """
+    """A star in the figure of win rate (against the reference, 0 to 1) against size."""
 
     name: str
-    parameters: int
-    win_rate: float
+    parameters: PositiveInt
+    win_rate: Annotated[float, Field(ge=0, le=1)]
 
 
 def ordered(runs: Sequence[Run]) -> list[Run]:
-    """From the smallest size to the largest, then by seed.
-
-    Raises:
-        UserError: there is no run, a run stands twice, has no policy or an unknown stage, or sizes can't be ordered.
-    """
+    """Sorts runs from the smallest size to the largest, then by seed, and refuses those that cannot be sorted."""
     if not runs:
         raise UserError("runs: give at least one run.")
     parameters = {run.size: run.parameters for run in runs}
-    seen = set()
-    for run in runs:
-        name = f"size {run.size!r}, seed {run.seed}"
-        if (run.size, run.seed) in seen:
-            raise UserError(f"runs: {name} stands there twice.")
-        seen.add((run.size, run.seed))
-        if not run.policies:
-            raise UserError(f"runs: {name} has no policies; give a judged table for each, such as SFT and PPO.")
+    for index, run in enumerate(runs):
+        if run.name in [other.name for other in runs[:index]]:
+            raise UserError(f"runs: {run.name} is given twice.")
         if parameters[run.size] != run.parameters:
-            raise UserError(f"runs: size {run.size!r} has {run.parameters} and {parameters[run.size]} parameters.")
-        if unknown := set(run.stages) - set(STAGES):
-            raise UserError(f"runs: {name} has a stage {min(unknown)!r}; stages are {', '.join(STAGES)}.")
-        if len(parameters) > 1 and (run.parameters is None or run.parameters < 1):
-            raise UserError(f"runs: size {run.size!r} has no parameters; with several sizes each needs their number.")
+            raise UserError(f"runs: size {run.size} has {run.parameters} and {parameters[run.size]} parameters.")
+        if len(parameters) > 1 and run.parameters is None:
+            raise UserError(f"runs: size {run.size} has no parameters; with several sizes, give them for each.")
     if len(set(parameters.values())) < len(parameters):
         raise UserError("runs: two sizes have the same number of parameters.")
     return sorted(runs, key=lambda run: (run.parameters or 0, run.seed))
 
 
-def judged_rows(runs: Sequence[Run]) -> pd.DataFrame:
-    """All judged tables below each other: those of NEEDED and NUMBERS (NaN where a table lacks one) and whose they are.
+def judged_rows(runs: Iterable[Run], key: Literal["policy", "update"] = "policy") -> pd.DataFrame:
+    """Reads the judged tables of policies, or of checkpoints, into one.
 
     Returns:
-        `size`, `parameters`, `seed`, `policy` (its label) and the columns of judged tables.
-
-    Raises:
-        UserError: a file or column is missing, or the tables share no query.
+        `size`, `parameters` (1 where unknown), `seed`, the key, and the columns of judged tables, among them all of
+        NUMBERS (NaN where a table has none).
     """
-    return _joined([
-        (run, {"policy": label}, judged_table(path, f"runs: {label} of size {run.size}, seed {run.seed}"))
-        for run in ordered(runs)
-        for label, path in run.policies.items()
-    ])  # fmt: skip
+    parts = []
+    for run in runs:
+        for label, path in (run.policies if key == "policy" else run.checkpoints).items():
+            setting = f"runs: {key} {label} of {run.name}"
+            table = read_table(path, setting, NEEDED)
+            if not table["outcome"].dropna().between(0, 1).all():
+                raise UserError(f"{setting}: {path} has an outcome that is not between 0 and 1.")
+            table = table.assign(**{name: np.nan for name in NUMBERS if name not in table})
+            parts.append(_labelled(table.astype(dict.fromkeys(NUMBERS, float)), run, **{key: label}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def checkpoint_rows(runs: Sequence[Run]) -> pd.DataFrame:
-    """All judged tables of checkpoints below each other: as `judged_rows`, with `update` in place of `policy`.
-
-    Raises:
-        UserError: a file or column is missing, or the tables share no query.
-    """
-    return _joined([
-        (run, {"update": update}, judged_table(path, f"runs: checkpoint {update} of size {run.size}, seed {run.seed}"))
-        for run in ordered(runs)
-        for update, path in sorted(run.checkpoints.items())
-    ])  # fmt: skip
-
-
-def margin_rows(runs: Sequence[Run]) -> pd.DataFrame:
-    """All tables of margins below each other, with `size`, `parameters` and `seed`.
-
-    Raises:
-        UserError: a file or column is missing, a table is empty, or a margin is not a number.
-    """
-    from rlhf.evaluation.tables import read_table
-
-    parts: list[tuple[Run, dict[str, object], pd.DataFrame]] = []
-    for run in ordered(runs):
+def margin_rows(runs: Iterable[Run]) -> pd.DataFrame:
+    """Reads the margins of runs into one table, with `size`, `parameters` and `seed`."""
+    parts = []
+    for run in runs:
         if run.margins is not None:
-            table = read_table(run.margins, f"runs: margins of size {run.size}, seed {run.seed}", MARGINS)
+            table = read_table(run.margins, f"runs: margins of {run.name}", MARGINS)
             if table["margin"].isna().any():
                 raise UserError(f"runs: {run.margins} has a margin that is not a number.")
-            parts.append((run, {}, table))
-    return _joined(parts)
+            parts.append(_labelled(table, run))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def judged_table(path: str, setting: str) -> pd.DataFrame:
-    """A judged table, with all columns of NUMBERS (NaN where the file lacks one).
-
-    Args:
-        path: of the table.
-        setting: whose it is, for messages.
-
-    Raises:
-        UserError: a file or column is missing, there are no rows, or an outcome is not between 0 and 1.
-    """
-    from rlhf.evaluation.tables import read_table
-
-    table = read_table(path, setting, NEEDED)
-    if not table["outcome"].dropna().between(0, 1).all():
-        raise UserError(f"{setting}: {path} has an outcome that is not between 0 and 1.")
-    missing = {name: float("nan") for name in NUMBERS if name not in table}
-    return table.assign(**missing).astype(dict.fromkeys(NUMBERS, float))
+def _labelled(table: pd.DataFrame, run: Run, **more: object) -> pd.DataFrame:
+    labels = {"size": run.size, "parameters": run.parameters or 1, "seed": run.seed, **more}
+    return pd.concat([pd.DataFrame(labels, index=table.index), table.drop(columns=[*labels], errors="ignore")], axis=1)
 
 
 def check_shared_queries(rows: pd.DataFrame) -> None:
-    """Refuse judged tables of which some share no query: what is paired by query can't be computed.
-
-    Args:
-        rows: as of `judged_rows`.
-    """
-    tables = list(rows.groupby(["size", "seed", "policy"], sort=False))
-    first, shared = tables[0][0], set(tables[0][1]["query"])
-    for name, table in tables[1:]:
-        shared &= set(table["query"])
-        if not shared:
+    """Refuses judged tables that share no query, since differences are paired by query."""
+    queries = rows.groupby(["policy", "size", "seed"], sort=False)["query"].agg(set)
+    names = ["{} of size {}, seed {}".format(*key) for key in queries.index]
+    for count, name in enumerate(names, 1):
+        if not set.intersection(*queries[:count]):
             raise UserError(
-                f"runs: the table of {_title(*name)} shares no query with that of {_title(*first)} and the others; "
-                "judge all on the same queries."
+                f"runs: the table of {name} shares no query with that of {names[0]} and the others; judge all policies "
+                "on the same queries."
             )
 
 
-def check_folders(runs: Sequence[Run]) -> None:
-    """Refuse stages without curves, and checkpoints without the curve of KL."""
-    for run in runs:
-        for stage, folder in run.stages.items():
-            if not (Path(folder) / files.CURVES).is_dir():
-                raise UserError(
-                    f"runs: the stage {stage} of size {run.size}, seed {run.seed} has no folder "
-                    f"{Path(folder) / files.CURVES}."
-                )
-
-
-def _title(size: str, seed: int, policy: str) -> str:
-    return f"{policy} of size {size}, seed {seed}"
-
-
-def _joined(parts: Sequence[tuple[Run, dict[str, object], pd.DataFrame]]) -> pd.DataFrame:
-    import pandas as pd
-
-    def named() -> Iterator[pd.DataFrame]:
-        for run, keys, table in parts:
-            whose = {"size": run.size, "parameters": run.parameters or 1, "seed": run.seed, **keys}
-            yield pd.concat(
-                [pd.DataFrame(whose, index=table.index), table.drop(columns=[*whose], errors="ignore")], axis=1
-            )
-
-    return pd.concat(named(), ignore_index=True) if parts else pd.DataFrame()
+def per_group(rows: pd.DataFrame, keys: list[str], compute: Callable[[pd.DataFrame], dict[str, Any]]) -> pd.DataFrame:
+    """Makes a table with a row per group of rows: its keys, and what `compute` returns, if it returns anything."""
+    groups = ((key, compute(part)) for key, part in rows.groupby(keys, sort=False))
+    table = [{**dict(zip(keys, key, strict=True)), **found} for key, found in groups if found]
+    return pd.DataFrame(table, columns=None if table else keys)

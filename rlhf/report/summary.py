@@ -1,74 +1,87 @@
-"""The summary of runs: a row per policy and one for the reference, and what PPO gained."""
+"""The summary of runs: a row per policy and one for the reference, what PPO gained, and the seeds side by side."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import pandas as pd
 
-from rlhf.evaluation.statistics import NOTHING, win_rates
+from rlhf.evaluation.statistics import KEYS, win_rates
+from rlhf.report.runs import PPO, SFT, per_group
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-RUN = ["size", "parameters", "seed"]
 REFERENCE = "reference"
+FINAL_MEANS = {"objective/kl": "KL", "rollout/response_length": "length", "rollout/eos_share": "EOS share"}
 
 
 def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """A row for each policy of each run, and one for its reference.
-
-    Args:
-        rows: judged rows.
-        scores: their ROUGE, as of `overlap.rouge_rows`.
+    """Makes a row for each policy of each run, and one for its reference, of judged rows and their `rouge.rouge_rows`.
 
     Returns:
         `size`, `parameters`, `seed`, `policy`, `score` and `score_std` (of the reward model), `gold`, `win_rate`,
         `low`, `high`, `rougeL`, `eos` (share), `length` (tokens). A column that no table has is left out.
     """
-    import pandas as pd
-
-    table: list[dict[str, Any]] = []
-    for key, run in rows.groupby(RUN, sort=False):
-        whose = dict(zip(RUN, key, strict=True))
-        for policy, part in run.groupby("policy", sort=False):
-            rate = win_rates(part).iloc[0]
-            table.append({
-                **whose, "policy": policy, **_scores(part, "a"), **rate[["win_rate", "low", "high"]],
-                "rougeL": scores.loc[part.index, "rougeL"].mean(),
-                "eos": part["a_has_eos"].mean(), "length": part["a_tokens"].mean(),
-            })  # fmt: skip
-        first = run[run["policy"] == run["policy"].iloc[0]]
-        nothing = dict(zip(["win_rate", "low", "high"], NOTHING, strict=True))
-        table.append(
-            {**whose, "policy": REFERENCE, **_scores(first, "b"), **nothing, "length": first["b_tokens"].mean()}
-        )
-    return pd.DataFrame(table).dropna(axis=1, how="all")
+    policies = _means(rows.assign(rougeL=scores["rougeL"]), "a", rougeL=("rougeL", "mean"), eos=("a_has_eos", "mean"))
+    first = rows[rows["policy"] == rows.groupby(["size", "seed"])["policy"].transform("first")]
+    table = policies.merge(win_rates(rows)[[*KEYS, "win_rate", "low", "high"]], on=KEYS)
+    table = pd.concat([table, _means(first.assign(policy=REFERENCE), "b")])
+    table = table.sort_values(["parameters", "seed"], kind="stable", ignore_index=True)
+    columns = ["score", "score_std", "gold", "win_rate", "low", "high", "rougeL", "eos", "length"]
+    return table[[*KEYS, *columns]].dropna(axis=1, how="all")
 
 
-def _scores(part: pd.DataFrame, side: str) -> dict[str, float]:
-    score = part[f"{side}_score"]
-    return {"score": score.mean(), "score_std": score.std(), "gold": part[f"{side}_gold"].mean()}
+def _means(rows: pd.DataFrame, side: str, **more: tuple[str, str]) -> pd.DataFrame:
+    means = {"score": (f"{side}_score", "mean"), "gold": (f"{side}_gold", "mean"), "length": (f"{side}_tokens", "mean")}
+    return rows.groupby(KEYS, sort=False).agg(**means, **more, score_std=(f"{side}_score", "std")).reset_index()
 
 
-def progress(rows: pd.DataFrame, start: str = "SFT", end: str = "PPO") -> list[str]:
-    """What PPO gained, in standard deviations of the scores of SFT: a sentence per run that has both with scores."""
+def ppo_gains(rows: pd.DataFrame) -> list[str]:
+    """Says how far PPO moved the mean score, in standard deviations of the SFT scores: a sentence per run."""
     said = []
     runs = rows.groupby(["size", "seed"], sort=False)
     for (size, seed), run in runs:
-        before, after = run[run["policy"] == start], run[run["policy"] == end]
+        before, after = run[run["policy"] == SFT], run[run["policy"] == PPO]
         gain = (after["a_score"].mean() - before["a_score"].mean()) / before["a_score"].std()
-        if gain != gain:
-            continue
-        text = f"{end} moved the mean score by {gain:+.2f} standard deviations of the {start} scores"
         gold = after["a_gold"].mean() - before["a_gold"].mean()
-        if gold == gold:
-            text += f", and the gold score by {gold:+.2f}"
-        whose = f"Size {size}, seed {seed}: " if len(runs) > 1 else ""
-        said.append(f"{whose}{text}, on {len(after)} queries.")
+        if pd.notna(gain):
+            name = f"Size {size}, seed {seed}: " if len(runs) > 1 else ""
+            text = f"{name}PPO moved the mean score by {gain:+.2f} standard deviations of the SFT scores"
+            gold_gain = f", and the gold score by {gold:+.2f}" if pd.notna(gold) else ""
+            said.append(f"{text}{gold_gain}, on {len(after)} queries.")
     return said
 
 
-def samples(rows: pd.DataFrame, count: int) -> str:
-    """The first queries with what the policies of each size answered, of the smallest seed of a size, as Markdown."""
+def side_by_side(rates: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Puts win rates beside the means of PPO's KL, response length and EOS share over its last quarter.
+
+    Args:
+        rates: as returned by `statistics.win_rates`.
+        curves: as returned by `curve_files.curve_rows`; means are NaN where there is no such curve.
+    """
+    own = curves[curves["stage"] == "ppo"]
+    last = own[own["step"] > 0.75 * own.groupby(["size", "seed", "curve"])["step"].transform("max")]
+    finals = last.pivot_table("value", ["size", "seed"], "curve").reindex(columns=list(FINAL_MEANS))
+    finals = finals.rename(columns=FINAL_MEANS).reset_index().assign(policy=PPO)
+    return rates[[*KEYS, "win_rate", "low", "high"]].merge(finals, "left", ["size", "seed", "policy"])
+
+
+def invariants(curves: pd.DataFrame) -> pd.DataFrame:
+    """Lists what must hold in PPO and what PPO costs, a row per run, from the curves that there are."""
+
+    def compute(part: pd.DataFrame) -> dict[str, float]:
+        points = {name: own["value"] for name, own in part.groupby("curve")}
+        row = {}
+        if "val/ratio_max_deviation" in points:
+            row["largest |ratio - 1| before the first step"] = points["val/ratio_max_deviation"].max()
+        if "objective/kl" in points:
+            kl = points["objective/kl"]
+            row |= {"first KL": kl.iloc[0], "last KL": kl.iloc[-1], "highest KL": kl.max()}
+        if "rollout/eos_share" in points:
+            row["EOS share in the last update"] = points["rollout/eos_share"].iloc[-1]
+        return row
+
+    return per_group(curves[curves["stage"] == "ppo"], ["size", "seed"], compute)
+
+
+def sample_responses(rows: pd.DataFrame, count: int) -> str:
+    """Formats the first queries with the responses of each size's policies, from its smallest seed, as Markdown."""
     shown = rows[rows["seed"] == rows.groupby("size")["seed"].transform("min")]
     several = shown["size"].nunique() > 1
     blocks = []
@@ -76,7 +89,7 @@ def samples(rows: pd.DataFrame, count: int) -> str:
         lines = []
         for row in part.itertuples():
             name = f"{row.policy} {row.size}" if several else row.policy
-            score = "" if row.a_score != row.a_score else f" ({row.a_score:.2f})"
+            score = "" if pd.isna(row.a_score) else f" ({row.a_score:.2f})"
             lines.append(f"- **{name}**{score}: {_item(row.a)}")
         quoted = "> " + "\n> ".join(query.strip().splitlines())
         blocks.append("\n".join([quoted, "", *lines, f"- **{REFERENCE}**: {_item(part['b'].iloc[0])}"]))
@@ -84,5 +97,4 @@ def samples(rows: pd.DataFrame, count: int) -> str:
 
 
 def _item(text: str) -> str:
-    """With the lines after the first one indented, so that they stay in the item of a list."""
-    return "\n  ".join(text.strip().splitlines())
+    return "\n  ".join(text.strip().splitlines())  # indented lines stay in the item of a list

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.ops.rewards import ScorePosition
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
+from rlhf.ops.token_rewards import ScorePosition
 from rlhf.sampling.grouping import by_length
 from rlhf.sampling.rollout import Rollout, response_masks
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from rlhf.ops.rewards import ScorePosition
 from rlhf.ops.sequences import length_mask
+from rlhf.ops.token_rewards import ScorePosition
 from rlhf.sampling.grouping import split
 from rlhf.seeding import permutation
 

@@ -1,21 +1,20 @@
-"""Ablations: PPO with small changes, over seeds, each against the default."""
+"""Runs ablations: PPO with small changes, over seeds, each compared with the default."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
+
+import pandas as pd
+from pydantic import Field, PositiveInt
 
 from rlhf import files
-from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
-from rlhf.report.plots import plot_ablations
-from rlhf.studies.pipeline import Job, Runner, Stage, run_jobs
-
-if TYPE_CHECKING:
-    import pandas as pd
+from rlhf.report.page import markdown
+from rlhf.studies.runner import Job, Runner, Stage, run_jobs
 
 DEFAULT = "default"
 METRICS = {
@@ -35,124 +34,119 @@ the responses sampled in training."""
 def ablate(
     stage: Stage,
     ablations: list[str],
-    seeds: list[int],
+    seeds: Annotated[list[int], Field(min_length=1)],
     base: str = "runs/quickstart",
     run_dir: str = "runs/ablations",
     config_dir: str = "configs/ablations",
-    processes: int = 1,
+    processes: PositiveInt = 1,
 ) -> None:
-    """Run PPO for the default and for each ablation, over seeds, and plot each ablation against the default.
+    """Runs PPO for the default and for each ablation, over seeds, and plots each ablation against the default.
 
-    Every run has its own process, its own folder and its own log. Finished runs are skipped; a stopped one goes on from
-    its last checkpoint. What is finished ends up in ablations.md, ablations.png and ablations.csv in the run folder.
+    Every run has its own process, its own folder and its own log. Finished runs are skipped; a stopped one is resumed
+    from its last checkpoint. The results of finished runs are in ablations.md, ablations.png and ablations.csv in the
+    run folder.
 
     Args:
-        stage: of PPO, as in a pipeline; `{base}` in what it takes stands for the folder of the finished pipeline.
+        stage: the stage of PPO, as in a pipeline; `{base}` in what it takes is replaced by the folder `base`.
         ablations: names of YAML files in `config_dir` (without `.yaml`), each with what differs from the default.
-        seeds: each ablation and the default run once with each.
-        base: folder of a finished pipeline, whose models and data the stage takes.
+        seeds: seeds with which the default and each ablation run once.
+        base: folder of a finished pipeline that has the models and data which the stage takes.
         run_dir: folder of all runs and of the result.
         config_dir: folder of the YAML files of the ablations.
-        processes: how many runs at a time, which share the cores.
+        processes: how many runs to have at a time; they share the cores.
     """
-    at_least("processes", processes, 1)
-    at_least("the number of seeds", len(seeds), 1)
-    names = list(dict.fromkeys([DEFAULT, *ablations]))
-    stages = {
-        (name, seed): _run_of(stage, name, seed, Path(config_dir)) for name in names for seed in dict.fromkeys(seeds)
-    }
-    out = files.claim(run_dir, resuming=True)
+    names = dict.fromkeys([DEFAULT, *ablations])
+    runs = {(name, seed): _run_of(stage, name, seed, Path(config_dir)) for name in names for seed in seeds}
+    out = Path(run_dir)
     runner = Runner(out, others={"base": Path(base)}, logged=True)
-    for run in stages.values():
-        runner.plan(run)  # raises before anything has run
-    titles = [f"[{number}/{len(stages)}]" for number in range(1, len(stages) + 1)]
-    work = zip(stages.values(), titles, strict=True)
-    failed = run_jobs([Job(run.name, partial(runner.run_stage, run, title)) for run, title in work], processes)
-    done = {key: out / run.name for key, run in stages.items() if files.is_complete(out / run.name / "export")}
-    if any(name == DEFAULT for name, _ in done):
-        points = read_points(done)
-        write_result(points, out)
-        print(f"Result:  {out / 'ablations.md'}\nPlot:    {out / 'ablations.png'}")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(stages)} runs failed:\n" + "\n".join(failed.values()))
+    for run in runs.values():
+        runner.check(run)
+    jobs = [
+        Job(run.name, partial(runner.run_stage, run, f"[{number}/{len(runs)}]"))
+        for number, run in enumerate(runs.values(), 1)
+    ]
+
+    def write_finished() -> None:
+        done = {key: out / run.name for key, run in runs.items() if files.is_complete(out / run.name / files.EXPORT)}
+        if any(name == DEFAULT for name, _ in done):
+            write_result(read_points(done), out)
+            print(f"Result:  {out / 'ablations.md'}\nPlot:    {out / 'ablations.png'}")
+
+    run_jobs(jobs, processes, write_finished)
 
 
 def _run_of(stage: Stage, name: str, seed: int, config_dir: Path) -> Stage:
-    configs = [stage.config] if isinstance(stage.config, str) else list(stage.config or [])
+    configs = list(stage.configs)
     if name != DEFAULT:
         file = config_dir / f"{name}.yaml"
         if not file.is_file():
             raise UserError(f"ablations: there is no file {file}.")
         configs.append(str(file))
-    takes = stage.takes | {"seed_everything": seed}
-    return replace(stage, name=f"{name}/seed-{seed}", config=configs, takes=takes)
+    return replace(stage, name=f"{name}/seed-{seed}", config=configs, takes=stage.takes | {"seed_everything": seed})
 
 
 def read_points(runs: dict[tuple[str, int], Path]) -> pd.DataFrame:
-    """The curves of runs, a row per point: `ablation`, `seed`, `metric`, `episodes`, `value`.
+    """Reads the curves of runs: a row per point with `ablation`, `seed`, `metric`, `episodes`, `value`.
 
     Args:
         runs: (ablation, seed) -> folder of the run. Curves that a run does not have are left out.
     """
-    import pandas as pd
-
-    parts = []
+    points: dict[tuple[str, int, str], pd.Series] = {}
     for (name, seed), folder in runs.items():
         curves = read_curves(folder)
-        for metric, curve in METRICS.items():
-            if curve in curves:
-                points = curves[curve].rename_axis("episodes").rename("value").reset_index()
-                parts.append(points.assign(ablation=name, seed=seed, metric=metric))
-    if not parts:
+        points |= {(name, seed, metric): curves[curve] for metric, curve in METRICS.items() if curve in curves}
+    if not points:
         raise UserError(f"the runs have none of the curves of PPO that are compared: {', '.join(METRICS.values())}.")
-    return pd.concat(parts, ignore_index=True)[["ablation", "seed", "metric", "episodes", "value"]]
+    return pd.concat(points, names=["ablation", "seed", "metric", "episodes"]).rename("value").reset_index()
 
 
 def final_values(points: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the last quarter of each run: a row per `ablation` and `seed`, a column per metric."""
+    """Averages the last quarter of each run: a row per `ablation` and `seed`, a column per metric."""
     last = points[points["episodes"] > 0.75 * points.groupby(["ablation", "seed"])["episodes"].transform("max")]
     table = last.pivot_table(index=["ablation", "seed"], columns="metric", values="value", sort=False)
     return table[[metric for metric in METRICS if metric in table]]
 
 
 def markdown_table(finals: pd.DataFrame) -> str:
-    """A row per ablation: each metric's mean and range over seeds, and the mean difference to the default's same seeds.
+    """Formats a row per ablation: mean and range of each metric, and the mean difference to the default by seed.
 
     Args:
-        finals: as of `final_values`.
+        finals: as returned by `final_values`.
     """
-    default = finals.loc[DEFAULT]
-    heads = [head for metric in finals for head in ((metric, "Δ") if metric in PANELS else (metric,))]
-    rows = [["ablation", "seeds", *heads], ["---"] * (2 + len(heads))]
-    for name in finals.index.unique("ablation"):
-        own = finals.loc[name]
-        cells = [name, str(len(own))]
-        for metric in finals:
-            values = own[metric]
-            spread = f" ({values.min():.2f} to {values.max():.2f})" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.2f}{spread}")
-            if metric in PANELS:
-                difference = (values - default[metric]).mean()  # by seed; NaN where the default lacks it
-                cells.append("" if name == DEFAULT or difference != difference else f"{difference:+.2f}")
-        rows.append(cells)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    groups = finals.groupby("ablation", sort=False)
+    differences = finals.sub(finals.loc[DEFAULT], level="seed").groupby("ablation").mean()  # of seeds that both have
+    table = groups.size().to_frame("seeds")
+    for metric in finals:
+        table[metric] = groups[metric].agg(_mean_and_range)
+        if metric in PANELS:
+            texts = differences[metric].map("{:+.2f}".format).replace("+nan", "")
+            texts[DEFAULT] = ""
+            table.insert(table.shape[1], "Δ", texts, allow_duplicates=True)
+    return markdown(table.reset_index())
+
+
+def _mean_and_range(values: pd.Series) -> str:
+    spread = f" ({values.min():.2f} to {values.max():.2f})" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{spread}"
 
 
 def write_result(points: pd.DataFrame, out: Path) -> None:
-    """Write ablations.csv, ablations.png and ablations.md.
+    """Writes ablations.csv, ablations.png and ablations.md.
 
     Args:
-        points: as of `read_points`, the default among them.
+        points: as returned by `read_points`, with the default among them.
         out: the folder to write to.
     """
+    from rlhf.report.figures import plot_ablations
+
     finals = final_values(points)
-    points.to_csv(out / "ablations.csv", index=False)
+    with files.replacing(out / "ablations.csv") as partial_csv:
+        points.to_csv(partial_csv, index=False)
     plot_ablations(points, DEFAULT, PANELS, out / "ablations.png")
-    seeds = finals.groupby("ablation").size()
     sections = ["# Ablations", markdown_table(finals), NOTE.replace("\n", " ")]
-    single = seeds[seeds == 1].index
-    if len(single):
-        which = "Every run has" if len(single) == len(seeds) else f"{', '.join(single)}:"
+    seeds = finals.groupby("ablation").size()
+    if (single := seeds == 1).any():
+        which = "Every run has" if single.all() else f"{', '.join(seeds.index[single])}:"
         sections.append(f"{which} one seed only; a difference may be nothing but chance.")
     sections.append("![ablations](ablations.png)")
-    (out / "ablations.md").write_text("\n\n".join(sections) + "\n")
+    files.write_text(out / "ablations.md", "\n\n".join(sections) + "\n")

@@ -1,112 +1,115 @@
-"""The scaling study: SFT, reward model, PPO and evaluation for several model sizes and seeds, and one report."""
+"""Runs a scaling study: SFT, reward model, PPO and evaluation for several model sizes and seeds, and one report."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
 
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
+from safetensors import safe_open
 
 from rlhf import files
-from rlhf.checks import at_least
 from rlhf.errors import UserError
 from rlhf.report.lengths import Unit
 from rlhf.report.report import report
 from rlhf.report.runs import STAGES, Baseline, Run
-from rlhf.studies.pipeline import Job, Runner, Stage, run_jobs
+from rlhf.studies.runner import Job, Runner, Stage, filled, run_jobs, with_takes
 
-SHARED = "shared"
-BASE = "base"
+SHARED, BASE = "shared", "base"
 EXPORTS = re.compile(r"\{run\}/([^/]+)/export-\{update\}")
 
 
 def scaling(
-    sizes: list[str],
-    seeds: list[int],
+    sizes: Annotated[list[str], Field(min_length=1)],
+    seeds: Annotated[list[int], Field(min_length=1)],
     stages: list[Stage],
-    policies: dict[str, str],
+    policies: Annotated[dict[str, str], Field(min_length=1)],
+    evaluation: list[Stage] | None = None,
+    evaluation_takes: dict[str, dict[str, Any]] | None = None,
     checkpoints: list[Stage] | None = None,
     shared: list[Stage] | None = None,
     base: list[Stage] | None = None,
-    baselines: list[Baseline] | None = None,
+    baselines: Sequence[Baseline] = (),
     lengths: Unit = "tokens",
     samples: int = 5,
     run_dir: str = "runs/scaling",
     config_dir: str = ".",
     arguments: list[str] | None = None,
-    processes: int = 1,
+    processes: PositiveInt = 1,
 ) -> None:
-    """Run SFT, reward model, PPO and their evaluation for every model size and seed, and write one report.
+    """Runs SFT, reward model, PPO and their evaluation for every model size and seed, and writes one report.
 
-    In the names of config files and in what stages take, `{size}` stands for the size, `{run}` for the folder of this
-    size and seed (`<run_dir>/<size>/seed-<seed>`), `{base}` for that of the size (`<run_dir>/<size>/base`) and
-    `{shared}` for the one that all sizes share (`<run_dir>/shared`).
+    In stages, `{size}` is replaced by the size, `{run}` by the folder of this size and seed
+    (`<run_dir>/<size>/seed-<seed>`), `{base}` by that of the size (`<run_dir>/<size>/base`) and `{shared}` by the one
+    that all sizes share (`<run_dir>/shared`).
 
-    Every stage has its own process and its own log. Finished stages are skipped; a stopped one goes on from its last
-    checkpoint; a run that fails does not stop the others. The report is made of the runs that are finished.
+    Every stage has its own process and its own log. Finished stages are skipped; a stopped one is resumed from its last
+    checkpoint; a run that fails does not stop the others. The report covers the runs that are finished.
 
     Args:
         sizes: names of the model sizes.
-        seeds: of the training stages; each size runs once with each.
+        seeds: seeds of the training stages; each size runs once with each.
         stages: what to run for every size and seed, in order, as in a pipeline.
         policies: label of a policy -> the stage that judges it against the reference.
-        checkpoints: what to run for every export that PPO has made on its way, after `stages`: `{update}` stands for
-            the number of updates, and the last of them judges. They take `{run}/ppo/export-{update}`.
+        evaluation: what to run after that, such as configs/evaluation/stages.yaml, except for its report.
+        evaluation_takes: command -> settings that its stages in `evaluation` take besides their own.
+        checkpoints: what to run after that for every export that PPO made during training, with `{update}` for its
+            number of updates; one stage takes `{run}/ppo/export-{update}`, and the last one judges.
         shared: what to run once for all sizes.
         base: what to run once for each size.
         baselines: results of others, for the report.
         lengths: what the report measures lengths in.
         samples: how many sample summaries the report shows.
         run_dir: folder of all runs and of the report.
-        config_dir: folder in which the configs of the stages lie.
-        arguments: further words for the command line of every training stage.
-        processes: how many stages run at a time; they share the cores.
+        config_dir: folder of the configs of the stages.
+        arguments: further arguments for the command line of every training stage.
+        processes: how many stages to run at a time; they share the cores.
     """
-    _check(sizes, seeds, stages, policies, checkpoints or [])
-    at_least("processes", processes, 1)
-    out = files.claim(run_dir, resuming=True)
-    new = partial(Runner, config_dir=Path(config_dir), arguments=arguments, logged=True)
-    commons = new(_claim(out, SHARED))
-    jobs = [_job(SHARED, commons, shared or [])]
-    members = []
+    stages, checkpoints = [*stages, *with_takes(evaluation, evaluation_takes)], checkpoints or []
+    stages = [stage for stage in stages if stage.command != "report"]
+    shared, base = shared or [], base or []
+    _check(sizes, seeds, stages, policies, checkpoints)
+    out = Path(run_dir)
+    new = partial(Runner, config_dir=Path(config_dir), arguments=arguments or [], logged=True)
+    commons = new(out / SHARED)
+    jobs, members = [commons.job(SHARED, shared)], []
     for size in sizes:
-        others = {SHARED: commons.run}
-        common = new(_claim(out, size, BASE), others=others)
-        jobs.append(_job(f"{size}/{BASE}", common, [_with(stage, size=size) for stage in base or []], SHARED))
+        bases = new(out / size / BASE, others={SHARED: commons.run})
+        jobs.append(bases.job(f"{size}/{BASE}", filled(base, size=size), after=SHARED))
+        others = {SHARED: commons.run, BASE: bases.run}
+        own, exports = filled(stages, size=size), filled(checkpoints, size=size)
         for seed in seeds:
-            runner = new(_claim(out, size, f"seed-{seed}"), seed=seed, others={**others, BASE: common.run})
-            own = [[_with(stage, size=size) for stage in part] for part in (stages, checkpoints or [])]
-            members.append(_Member(size, seed, runner, *own))
+            runner = new(out / size / f"seed-{seed}", seed=seed, others=others)
+            members.append(_Member(size, seed, runner, own, exports))
+        for stage in [*shared, *filled(base, size=size), *own, *exports]:
+            commons.words(stage)  # raises if a config file is missing
     jobs += [member.job() for member in members]
-    failed = run_jobs(jobs, processes)
-    finished = [member for member in members if member.finished()]
-    if finished:
-        report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
-        print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(jobs)} parts of the study failed; the same command goes on with them:\n"
-            + "\n".join(failed.values())
-        )
+
+    def write_report() -> None:
+        finished = [member for member in members if member.finished()]
+        if finished:
+            report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
+            print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
+
+    run_jobs(jobs, processes, write_report)
 
 
 def _check(
     sizes: list[str], seeds: list[int], stages: list[Stage], policies: dict[str, str], checkpoints: list[Stage]
 ) -> None:
-    """Refuse what can't be run, before anything does."""
-    for setting, values in (("sizes", sizes), ("seeds", seeds)):
-        at_least(f"the number of {setting}", len(values), 1)
-        double = [value for value, count in Counter[object](values).items() if count > 1]
-        if double:
-            raise UserError(f"{setting}: {double[0]} stands there more than once.")
+    settings: dict[str, list[Any]] = {"sizes": sizes, "seeds": seeds}
+    for setting, values in settings.items():
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{setting}: {twice[0]} is there more than once.")
     for size in sizes:
         if not re.fullmatch(r"\w[\w.-]*", size):
-            raise UserError(f"sizes: {size!r} is no name for a folder; use letters, digits, '.', '-' and '_'.")
-    at_least("the number of policies", len(policies), 1)
+            raise UserError(f"sizes: {size!r} cannot be the name of a folder; use letters, digits, '.', '-' and '_'.")
     judges = [stage.name for stage in stages if stage.command == "judge"]
     for label, name in policies.items():
         if name not in judges:
@@ -119,50 +122,15 @@ def _check(
         raise UserError("checkpoints: one stage must take '{run}/ppo/export-{update}', and the last one must judge.")
 
 
-def _exporting(checkpoints: Sequence[Stage]) -> str | None:
-    """The stage whose exports are evaluated."""
+def _exporting(checkpoints: list[Stage]) -> str | None:
+    """Returns the name of the stage that makes the exports to evaluate."""
     found = EXPORTS.search(json.dumps([stage.takes for stage in checkpoints]))
     return found and found[1]
 
 
-def _with(stage: Stage, **values: object) -> Stage:
-    """A stage with values in the place of `{name}`, wherever it stands."""
-    text = json.dumps(asdict(stage))
-    for name, value in values.items():
-        text = text.replace(f"{{{name}}}", str(value))
-    return Stage(**json.loads(text))
-
-
-def _claim(out: Path, *names: str) -> Path:
-    return files.claim(str(out.joinpath(*names)), resuming=True)
-
-
-def _job(name: str, runner: Runner, stages: list[Stage], after: str | None = None) -> Job:
-    """Stages one after another.
-
-    Raises:
-        UserError: one of their config files is missing.
-    """
-    for stage in stages:
-        runner.words(stage)
-
-    def run() -> None:
-        for stage in stages:
-            runner.run_stage(stage, f"{name}:")
-
-    return Job(name, run, after)
-
-
 @dataclass(frozen=True)
 class _Member:
-    """One size and seed of a study.
-
-    Attributes:
-        size, seed: which.
-        runner: of its folder.
-        stages: its own.
-        checkpoints: what runs for every export that PPO has made on its way, with `{update}`.
-    """
+    """One size and seed of a study."""
 
     size: str
     seed: int
@@ -171,43 +139,38 @@ class _Member:
     checkpoints: list[Stage]
 
     def job(self) -> Job:
-        """Its stages, then those of the checkpoints."""
-        name = f"{self.size}/seed-{self.seed}"
-        trained = _job(name, self.runner, self.stages, f"{self.size}/{BASE}")
-        _job(name, self.runner, self.checkpoints)
+        """Returns the job of its stages, then those of the checkpoints."""
+        return self.runner.job(f"{self.size}/seed-{self.seed}", self._every_stage(), f"{self.size}/{BASE}")
 
-        def run() -> None:
-            trained.run()
-            if self.checkpoints and not self.updates():
-                raise UserError(
-                    f"checkpoints: {self.runner.run / str(_exporting(self.checkpoints))} has no export-<n>; give the "
-                    "callback rlhf.callbacks.export.Export an every_n_epochs."
-                )
-            for update in self.updates():
-                _job(name, self.runner, [_with(stage, update=update) for stage in self.checkpoints]).run()
-
-        return Job(name, run, trained.after)
+    def _every_stage(self) -> Iterator[Stage]:
+        yield from self.stages
+        updates = self.updates()  # known only now
+        if self.checkpoints and not updates:
+            raise UserError(
+                f"checkpoints: {self.runner.run / str(_exporting(self.checkpoints))} has no export-<n>; give the "
+                "callback rlhf.callbacks.export.Export an every_n_epochs."
+            )
+        for update in updates:
+            yield from filled(self.checkpoints, update=update)
 
     def updates(self) -> list[int]:
-        """The numbers of updates after which PPO was exported."""
-        if not self.checkpoints:
-            return []
-        folder = self.runner.run / str(_exporting(self.checkpoints))
-        return sorted(int(path.name.partition("-")[2]) for path in folder.glob("export-*") if files.is_complete(path))
+        """Returns the numbers of updates after which PPO was exported."""
+        exports = (self.runner.run / str(_exporting(self.checkpoints))).glob("export-*")
+        return sorted(int(path.name.partition("-")[2]) for path in exports if files.is_complete(path))
 
     def finished(self) -> bool:
-        """Whether all stages are, those of checkpoints aside."""
+        """Tells whether all stages are finished, except those of checkpoints."""
         return all(self.runner.finished(stage) for stage in self.stages)
 
     def result(self, policies: dict[str, str]) -> Run:
-        """What it hands to the report, when it is finished."""
+        """Returns its part of the report."""
         stages = {stage.name: stage for stage in self.stages}
         trained = next(stage.name for stage in self.stages if stage.command == "fit")
-        judged = {update: _with(self.checkpoints[-1], update=update) for update in self.updates()}
+        judged = {update: filled(self.checkpoints, update=update)[-1] for update in self.updates()}
         margins = [str(self.runner.product(stage)) for stage in self.stages if stage.command == "margins"]
         return Run(
             size=self.size,
-            parameters=count_parameters(self.runner.run / trained / "export"),
+            parameters=count_parameters(self.runner.run / trained / files.EXPORT),
             seed=self.seed,
             policies={label: str(self.runner.product(stages[name])) for label, name in policies.items()},
             margins=margins[0] if margins else None,
@@ -217,9 +180,7 @@ class _Member:
 
 
 def count_parameters(export: Path) -> int:
-    """Number of weights in the safetensors files of an export; their headers are read and nothing else."""
-    from safetensors import safe_open
-
+    """Counts the weights in the safetensors files of an export; reads only their headers."""
     total = 0
     for file in export.glob("*.safetensors"):
         with safe_open(file, framework="numpy") as tensors:

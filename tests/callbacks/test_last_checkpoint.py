@@ -249,11 +249,11 @@ def test_a_disk_that_is_full_for_the_curves_too_ends_the_run_with_a_sentence(
     def full(words: list[str]) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlhf.cli.main.stage_cli", full)
+    monkeypatch.setattr("rlhf.cli.stage.StageCLI.run", full)
     with pytest.raises(SystemExit) as stop:
         main(["fit"])
     assert stop.value.code == 2
-    assert "No space left on device. Make room; a training run goes on from its last" in capsys.readouterr().err
+    assert "No space left on device. Free some space; --ckpt_path last resumes" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

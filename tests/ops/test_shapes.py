@@ -11,8 +11,8 @@ from jaxtyping import TypeCheckError
 
 from rlhf.ops.advantages import gae
 from rlhf.ops.losses import masked_total, pairwise_losses
-from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, token_rewards
 from rlhf.ops.sequences import position_ids, token_logprobs
+from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, token_rewards
 
 MATRIX, ROW, COLUMNS = torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, dtype=torch.long)
 REAL = torch.ones(2, 3, dtype=torch.bool)

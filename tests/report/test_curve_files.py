@@ -7,7 +7,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf import files
 from rlhf.errors import UserError
-from rlhf.report.curve_files import curve_rows, last_quarter, read_curves
+from rlhf.report.curve_files import curve_rows, read_curves
+from rlhf.report.runs import Run
 
 
 def test_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
@@ -25,18 +26,17 @@ def test_no_run(tmp_path: Path) -> None:
         read_curves(tmp_path)
 
 
-def test_curves_of_several_runs_and_their_last_quarter(tmp_path: Path) -> None:
+def test_curves_of_several_runs(tmp_path: Path) -> None:
     for name, value in (("one", 1.0), ("two", 2.0)):
         logger = TensorBoardLogger(tmp_path / name, name="", version=files.CURVES)
         for step in range(1, 9):
             logger.log_metrics({"kl": value * step, "other": 0.0}, 10 * step)
         logger.finalize("success")
-    rows = curve_rows(
-        {("1b", 1, "ppo"): str(tmp_path / "one"), ("1b", 2, "ppo"): str(tmp_path / "two")}, ["kl", "none"]
-    )
+    runs = [
+        Run("1b", None, seed, {"PPO": "x"}, stages={"ppo": str(tmp_path / name)})
+        for seed, name in ((1, "one"), (2, "two"))
+    ]
+    rows = curve_rows(runs, ["kl", "none"])
     assert len(rows) == 16
     assert rows[rows["seed"] == 2]["value"].tolist() == [2.0 * step for step in range(1, 9)]
-    assert last_quarter(rows)["value"].tolist() == [7.5, 15.0]  # points 7 and 8 of 8
-    nothing = curve_rows({}, ["kl"])
-    assert list(nothing) == list(rows)
-    assert last_quarter(nothing).empty
+    assert list(curve_rows([], ["kl"])) == list(rows) == ["size", "seed", "stage", "curve", "step", "value"]

@@ -53,5 +53,5 @@ def test_an_estimate_below_0_has_no_root() -> None:
 
 
 def test_no_curve() -> None:
-    with pytest.raises(UserError, match=r"no curve objective/kl; give its run folder of PPO as stages.ppo"):
+    with pytest.raises(UserError, match=r"no curve objective/kl; give its run folder as stages.ppo"):
         course(checkpoints({1: (0.0, 0.0, 0.5)}), curve(KL, "val/ratio"))

@@ -21,43 +21,52 @@ def test_a_table_in_markdown() -> None:
 
 
 def test_a_page_is_written_with_its_numbers(tmp_path: Path) -> None:
-    page = Page(tmp_path)
-    page.add("# Title", "")
     table = pd.DataFrame({"x": [1 / 3], "parameters": [7]})
-    page.table("numbers", table)
-    page.figure("nothing", lambda file: False)
-    page.figure("something", lambda file: True)
-    assert page.write() == tmp_path / "report.md"
+    page = Page(tmp_path, {"numbers": table, "nothing": table[:0]})
+    page.add("# Title", "")
+    page.table("numbers", "Above")
+    page.table("nothing", "Above nothing")
+    page.table("unknown")
+    page.figure("something", lambda file: file.write_text("x"))
+    page.write()
     assert (tmp_path / "report.md").read_text() == (
-        "# Title\n\n| x |\n| --- |\n| 0.333 |\n\nNumbers: [numbers.csv](report/numbers.csv)\n\n"
+        "# Title\n\nAbove\n\n| x |\n| --- |\n| 0.333 |\n\nNumbers: [numbers.csv](report/numbers.csv)\n\n"
         "![something](report/something.png)\n"
     )
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "report" / "numbers.csv"), table)
 
 
-def test_a_page_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
-    table = pd.DataFrame({"x": [1]})
-    mine = tmp_path / "report" / "mine.csv"
-    first = Page(tmp_path)
-    first.table("kept", table)
-    first.numbers("gone", table, "Everything, of every run")
-    first.figure("drawn", lambda file: bool(file.write_text("x")))
-    mine.write_text("x")
-    first.add("> Numbers: [mine.csv](report/mine.csv)")  # in a sample
+TABLES = dict.fromkeys(["kept", "gone", "new"], pd.DataFrame({"x": [1]}))
+
+
+def test_a_page_replaces_an_earlier_one(tmp_path: Path) -> None:
+    first = Page(tmp_path, TABLES)
+    first.table("kept")
+    first.numbers("gone", "Everything, of every run")
+    first.figure("drawn", lambda file: file.write_text("x"))
     first.write()
-    assert len(list(mine.parent.iterdir())) == 4
-    second = Page(tmp_path)
-    second.table("kept", table)
+    names = {file.name for file in (tmp_path / "report").iterdir()}
+    assert names == {"kept.csv", "gone.csv", "drawn.png", "files.json"}
+    for _ in range(2):
+        page = Page(tmp_path, TABLES)
+        page.table("kept")
+        page.write()
+        assert {file.name for file in (tmp_path / "report").iterdir()} == {"kept.csv", "files.json"}
+
+
+def test_only_what_a_report_wrote_is_ever_deleted(tmp_path: Path) -> None:
+    """What the user put beside the page and linked by hand stays."""
+    first = Page(tmp_path, TABLES)
+    first.table("gone")
+    first.write()
+    page, folder = tmp_path / "report.md", tmp_path / "report"
+    mine = [tmp_path / "mine.png", folder / "mine.png", folder / "mine.csv"]
+    for file in mine:
+        file.write_text("x")
+    links = "![mine](mine.png)\n\n![mine](report/mine.png)\n\nNumbers: [mine.csv](report/mine.csv)\n"
+    page.write_text(f"{page.read_text()}\n{links}")
+    second = Page(tmp_path, TABLES)
+    second.table("new")
     second.write()
-    assert sorted(file.name for file in mine.parent.iterdir()) == ["kept.csv", "mine.csv"]
-
-
-def test_a_page_takes_the_place_of_one_whose_files_lie_beside_it(tmp_path: Path) -> None:
-    for name in ("kept.csv", "gone.png", "mine.csv"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / "report.md").write_text("# Title\n\nNumbers: [kept.csv](kept.csv)\n\n![gone](gone.png)\n")
-    page = Page(tmp_path)
-    page.table("kept", pd.DataFrame({"x": [1]}))
-    page.write()
-    assert {file.name for file in tmp_path.iterdir()} == {"mine.csv", "report.md", "report"}
-    assert [file.name for file in (tmp_path / "report").iterdir()] == ["kept.csv"]
+    assert all(file.is_file() for file in mine)
+    assert not (folder / "gone.csv").exists()

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from rlhf.errors import UserError
 from rlhf.evaluation.tables import write_table
 from rlhf.report.runs import (
+    Baseline,
     Run,
-    check_folders,
     check_shared_queries,
-    checkpoint_rows,
     judged_rows,
     margin_rows,
     ordered,
@@ -39,15 +39,15 @@ def table_of(tmp_path: Path, name: str, table: pd.DataFrame) -> str:
 def test_rows_know_whose_they_are(run: Run, tmp_path: Path) -> None:
     scored = table_of(tmp_path, "sft.parquet", JUDGED.assign(a_score=[1, 2], a_has_eos=[True, False]))
     small = Run("100m", 1, 2, {"SFT": scored, "PPO": run.policies["PPO"]}, checkpoints={3: scored})
-    rows = judged_rows([run, small])
+    rows = judged_rows(ordered([run, small]))
     assert list(zip(rows["size"], rows["parameters"], rows["seed"], rows["policy"], strict=True)) == [
         *[("100m", 1, 2, "SFT")] * 2, *[("100m", 1, 2, "PPO")] * 2, *[("1b", 10, 1, "PPO")] * 2,
     ]  # fmt: skip
     assert rows["a_score"].notna().sum() == 2
     assert rows["a_has_eos"].iloc[0] == 1.0
     assert rows["outcome"].notna().tolist() == [True, False] * 3
-    assert checkpoint_rows([run, small])["update"].tolist() == [3, 3]
-    assert checkpoint_rows([run]).empty
+    assert judged_rows([run, small], "update")["update"].tolist() == [3, 3]
+    assert judged_rows([run], "update").empty
     assert margin_rows([run]).empty
 
 
@@ -58,17 +58,35 @@ def test_one_size_needs_no_parameters(run: Run) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({}, "size '1b', seed 1 stands there twice"),
-        ({"seed": 2, "parameters": 20}, "size '1b' has 20 and 10 parameters|size '1b' has 10 and 20 parameters"),
-        ({"size": "2b", "parameters": None}, "size '2b' has no parameters"),
+        ({}, "size 1b, seed 1 is given twice"),
+        ({"seed": 2, "parameters": 20}, "size 1b has 20 and 10 parameters|size 1b has 10 and 20 parameters"),
+        ({"size": "2b", "parameters": None}, "size 2b has no parameters"),
         ({"size": "2b"}, "two sizes have the same number of parameters"),
-        ({"seed": 2, "policies": {}}, "size '1b', seed 2 has no policies"),
-        ({"seed": 2, "stages": {"rl": "x"}}, "has a stage 'rl'; stages are sft, reward, ppo"),
     ],
 )
 def test_runs_that_can_not_be_ordered(run: Run, changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         ordered([run, replace(run, **changes)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"policies": {}}, "policies"),
+        ({"stages": {"rl": "x"}}, "stages"),
+        ({"parameters": 0}, "parameters"),
+        ({"checkpoints": {0: "x"}}, "checkpoints"),
+    ],
+)
+def test_settings_that_no_run_can_have(run: Run, changes: dict[str, object], setting: str) -> None:
+    with pytest.raises(ValidationError, match=f"runs\n{setting}"):
+        replace(run, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"win_rate": 60}, {"win_rate": -0.1}, {"parameters": 0}])
+def test_a_baseline_has_a_win_rate_and_parameters(changes: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="baselines"):
+        replace(Baseline("x", 5, 0.6), **changes)
 
 
 def test_no_run() -> None:
@@ -108,8 +126,3 @@ def test_tables_must_share_queries(run: Run, tmp_path: Path) -> None:
     rows = judged_rows([run, replace(run, seed=2, policies={"SFT": nothing})])
     with pytest.raises(UserError, match="SFT of size 1b, seed 2 shares no query with that of PPO of size 1b, seed 1"):
         check_shared_queries(rows)
-
-
-def test_a_stage_has_curves(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the stage ppo of size 1b, seed 1 has no folder"):
-        check_folders([replace(run, stages={"ppo": str(tmp_path)})])

@@ -12,13 +12,12 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 
-import rlhf.studies.pipeline
 from rlhf import files
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.studies.ablation import METRICS, final_values, markdown_table, read_points, write_result
-from rlhf.studies.pipeline import Runner, Stage
-from rlhf.studies.processes import Ended
+from rlhf.studies.processes import Ended, stage_processes
+from rlhf.studies.runner import Runner, Stage
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = ROOT / "configs" / "ablations" / "study.yaml"
@@ -80,12 +79,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Stages write curves instead of training; keeps their commands."""
     seen: list[list[str]] = []
 
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
+    def run(words: list[str], log: Path) -> Ended:
         seen.append(words)
         write_run(Path(next(word for word in words if word.startswith("--run_dir")).partition("=")[2]), 1.0)
         return Ended(0, 0.0, 0.0)
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     return seen
 
 
@@ -150,21 +149,21 @@ def test_a_failed_run_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    inner = rlhf.studies.pipeline._run
+    inner = stage_processes.run
 
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
-        if stage.name == "no_kl/seed-2":
+    def run(words: list[str], log: Path) -> Ended:
+        if f"--run_dir={tmp_path}/out/no_kl/seed-2" in words:
             raise UserError("no_kl/seed-2 broke")
-        return inner(stage, words, log)
+        return inner(words, log)
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     with pytest.raises(SystemExit):
         main(study)
-    assert "1 of 6 runs failed:\nno_kl/seed-2 broke" in capsys.readouterr().err
+    assert "1 of 6 jobs failed; the same command resumes them:\nno_kl/seed-2 broke" in capsys.readouterr().err
     report = (tmp_path / "out" / "ablations.md").read_text()
     assert "| no_kl | 1 | 1.00 | +0.00 |" in report
     assert "no_kl: one seed only;" in report
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", inner)
+    monkeypatch.setattr(stage_processes, "run", inner)
     commands.clear()
     main(study)
     assert len(commands) == 1
@@ -180,8 +179,8 @@ def test_what_can_not_run_is_refused_before_anything_runs(
 
     assert "train.py pipeline --config configs/quickstart/pipeline.yaml" in refused(f"--base={tmp_path}/nowhere")
     assert "ablations: there is no file" in refused("--ablations=[unknown]")
-    assert "processes is 0" in refused("--processes=0")
-    assert "the number of seeds is 0" in refused("--seeds=[]")
+    assert "processes is 0: it should be greater than 0." in refused("--processes=0")
+    assert "seeds is []: it should have at least 1 item" in refused("--seeds=[]")
     assert commands == []
     main([*study, "--ablations=[k3]", "--seeds=[1]"])
     commands.clear()
@@ -242,12 +241,12 @@ def test_ppo_with_and_without_a_kl_penalty(
     demonstration_file: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
+    def run(words: list[str], log: Path) -> Ended:
         start = time.monotonic()
         main(words)
         return Ended(0, time.monotonic() - start, 0.0)
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     takes = {
         "model.model_path": model_path, "model.reward_path": reward_path, "data.train.path": demonstration_file,
         "data.validation.path": demonstration_file, "data.validation.split": "train", "data.batch_size": 8,

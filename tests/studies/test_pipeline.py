@@ -11,12 +11,12 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import rlhf.studies.pipeline
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
-from rlhf.studies.pipeline import Job, Runner, Stage, pipeline, run_jobs
-from rlhf.studies.processes import Ended
+from rlhf.studies.pipeline import pipeline
+from rlhf.studies.processes import Ended, stage_processes
+from rlhf.studies.runner import Job, Runner, Stage, run_jobs
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,13 @@ def quickstart(tmp_path: Path) -> dict[str, Any]:
     shutil.copytree(ROOT / "configs" / "quickstart", configs)
     data = yaml.safe_load((configs / "data.yaml").read_text())
     (configs / "data.yaml").write_text(yaml.safe_dump(data | SMALL))
-    stages = yaml.safe_load((configs / "pipeline.yaml").read_text())["stages"]
+    config = yaml.safe_load((configs / "pipeline.yaml").read_text())
+    evaluation = yaml.safe_load((ROOT / "configs" / "evaluation" / "stages.yaml").read_text())
     return {
-        "stages": [Stage(**stage) for stage in stages],
+        "stages": [Stage(**stage) for stage in config["stages"]],
+        "evaluation": [Stage(**stage) for stage in evaluation],
+        "evaluation_takes": config["evaluation_takes"],
+        "size": config["size"],
         "run_dir": str(tmp_path / "run"),
         "config_dir": str(configs),
         "arguments": [*QUICK, "--trainer.accelerator=cpu"],
@@ -89,19 +93,19 @@ def test_from_nothing_to_a_report(
 def test_a_stopped_pipeline_goes_on(
     quickstart: dict[str, Any], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = quickstart | {"stages": quickstart["stages"][:2]}
-    inner = rlhf.studies.pipeline._run
+    few = quickstart | {"stages": quickstart["stages"][:2], "evaluation": None, "evaluation_takes": None}
+    inner = stage_processes.run
 
-    def stop_at_fit(stage: Stage, words: list[str], log: Path | None) -> Ended:
-        if stage.command == "fit":
+    def stop_at_fit(words: list[str], log: Path | None) -> Ended:
+        if words[0] == "fit":
             main([*words, "--trainer.max_epochs=1"])
             raise KeyboardInterrupt
-        return inner(stage, words, log)
+        return inner(words, log)
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", stop_at_fit)
+    monkeypatch.setattr(stage_processes, "run", stop_at_fit)
     with pytest.raises(KeyboardInterrupt):
         pipeline(**few)
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", inner)
+    monkeypatch.setattr(stage_processes, "run", inner)
     commands.clear()
     pipeline(**few)
     assert len(commands) == 1
@@ -111,12 +115,33 @@ def test_a_stopped_pipeline_goes_on(
 
 
 def test_other_settings_never_overwrite(quickstart: dict[str, Any], commands: list[list[str]]) -> None:
-    few = quickstart | {"stages": quickstart["stages"][:2]}
+    few = quickstart | {"stages": quickstart["stages"][:2], "evaluation": None, "evaluation_takes": None}
     pipeline(**few)
     with pytest.raises(UserError, match="sft' with other settings"):
         pipeline(**(few | {"arguments": [*quickstart["arguments"], "--trainer.max_epochs=3"]}))
     with pytest.raises(UserError, match="with other settings"):
         pipeline(**(few | {"seed": 5}))
+
+
+def test_a_run_goes_on_where_it_was_moved_to(
+    quickstart: dict[str, Any], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fingerprints know what a config says and which stages are taken, not where they are."""
+    few = quickstart | {"stages": quickstart["stages"][:2], "evaluation": None, "evaluation_takes": None}
+    pipeline(**few)
+    assert [words[0] for words in commands] == ["synthesize", "fit"]
+    commands.clear()
+    monkeypatch.chdir(tmp_path)
+    pipeline(**few | {"run_dir": "run", "config_dir": "configs"})
+    moved = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "run", moved / "run")
+    shutil.move(tmp_path / "configs", moved / "configs")
+    pipeline(**few | {"run_dir": str(moved / "run"), "config_dir": str(moved / "configs")})
+    assert commands == []
+    config = moved / "configs" / "sft.yaml"
+    config.write_text(config.read_text() + "# changed\n")
+    with pytest.raises(UserError, match="sft' with other settings"):
+        pipeline(**few | {"run_dir": str(moved / "run"), "config_dir": str(moved / "configs")})
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
@@ -238,9 +263,10 @@ def test_jobs_run_side_by_side_and_after_each_other() -> None:
 
         return Job(name, run, after)
 
-    assert run_jobs([job("c", "b"), job("b", "a"), job("a", meets=True), job("x", meets=True)], processes=2) == {}
-    assert sorted(ended) == ["a", "b", "c", "x"]
-    assert [name for name in ended if name != "x"] == ["a", "b", "c"]
+    jobs = [job("a", meets=True), job("b", "a"), job("c", "b"), job("x", meets=True)]
+    run_jobs(jobs, 2, lambda: ended.append("result"))
+    assert sorted(ended[:-1]) == ["a", "b", "c", "x"]
+    assert [name for name in ended if name != "x"] == ["a", "b", "c", "result"]
 
 
 def test_a_failed_job_stops_what_comes_after_it_and_nothing_else() -> None:
@@ -252,9 +278,12 @@ def test_a_failed_job_stops_what_comes_after_it_and_nothing_else() -> None:
     def job(name: str, after: str | None = None) -> Job:
         return Job(name, lambda: ended.append(name), after)
 
-    failed = run_jobs([Job("a", fail), job("b", "a"), job("c", "b"), job("d")], processes=1)
-    assert failed == {"a": "broke", "b": "b: not run, for a failed", "c": "c: not run, for b failed"}
-    assert ended == ["d"]
+    with pytest.raises(UserError) as refused:
+        run_jobs([Job("a", fail), job("b", "a"), job("c", "b"), job("d")], 1, lambda: ended.append("result"))
+    first, *listed = str(refused.value).splitlines()
+    assert first == "3 of 4 jobs failed; the same command resumes them:"
+    assert listed == ["broke", "b: not run, because a failed", "c: not run, because b failed"]
+    assert ended == ["d", "result"]
 
 
 def test_an_error_that_is_no_users_ends_all() -> None:
@@ -264,5 +293,5 @@ def test_an_error_that_is_no_users_ends_all() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_jobs([Job("a", fail), Job("b", lambda: ended.append("b"), "a")], processes=1)
+        run_jobs([Job("a", fail), Job("b", lambda: ended.append("b"), "a")], 1, lambda: ended.append("result"))
     assert ended == []

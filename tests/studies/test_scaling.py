@@ -11,13 +11,11 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-import rlhf.studies.pipeline
 import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.report.runs import Run
-from rlhf.studies.pipeline import Stage
-from rlhf.studies.processes import Ended
+from rlhf.studies.processes import Ended, stage_processes
 from rlhf.studies.scaling import count_parameters
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
@@ -51,7 +49,7 @@ def study(tmp_path: Path) -> list[str]:
     ppo = configs / "scaling" / "ppo.yaml"
     ppo.write_text(ppo.read_text().replace("every_n_epochs: 8", "every_n_epochs: 1"))
     return [
-        "scaling", f"--config={STUDY}", f"--run_dir={tmp_path}/out", f"--config_dir={configs}",
+        "scaling", f"--config={STUDY}", f"--run_dir={tmp_path}/out", f"--config_dir={configs}/quickstart",
         f"--sizes=[{', '.join(SHAPES)}]", f"--arguments={json.dumps(QUICK)}", "--processes=1",
     ]  # fmt: skip
 
@@ -68,13 +66,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch, model_path: str) -> tuple[list[li
     seen: list[list[str]] = []
     runs: list[Run] = []
 
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
+    def run(words: list[str], log: Path) -> Ended:
         seen.append(words)
         file = product(words)
         file.parent.mkdir(parents=True, exist_ok=True)
         if words[0] == "fit":
             shutil.copytree(model_path, file.parent, dirs_exist_ok=True)
-            for update in (8, 16) if stage.name == "ppo" else ():
+            for update in (8, 16) if file.parts[-3] == "ppo" else ():
                 export = file.parent.with_name(f"export-{update}")
                 export.mkdir()
                 (export / "rlhf.json").write_text("{}")
@@ -85,7 +83,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, model_path: str) -> tuple[list[li
         runs[:] = found
         (Path(output) / "report.md").write_text("# Report\n")
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     monkeypatch.setattr(rlhf.studies.scaling, "report", report)
     return seen, runs
 
@@ -133,15 +131,16 @@ def test_the_order_the_seeds_and_the_folders(
     seen, runs = pretended
     main(["scaling", f"--config={STUDY}", f"--run_dir={tmp_path}/out", "--processes=2"])
     config = yaml.safe_load(STUDY.read_text())
+    evaluation = yaml.safe_load((STUDY.parent / config["evaluation"]).read_text())[:-1]  # without its report
     names = [place(words, tmp_path / "out") for words in seen]
     assert names[0] == "shared/data"
-    assert len(names) == len(set(names)) == 1 + 3 * 2 + 3 * 2 * (len(config["stages"]) + 2 * 2)
+    assert len(names) == len(set(names)) == 1 + 3 * 2 + 3 * 2 * (len(config["stages"]) + len(evaluation) + 2 * 2)
     for size in config["sizes"]:
         assert names.index(f"{size}/base/model") < names.index(f"{size}/base/pretrain")
         for seed in config["seeds"]:
             own = [name.rpartition("/")[2] for name in names if name.startswith(f"{size}/seed-{seed}/")]
             judged = ["generate_8", "judge_8", "generate_16", "judge_16"]
-            assert own == [stage["name"] for stage in config["stages"]] + judged
+            assert own == [stage["name"] for stage in [*config["stages"], *evaluation]] + judged
             assert names.index(f"{size}/base/pretrain") < names.index(f"{size}/seed-{seed}/sft")
     for name, words in zip(names, seen, strict=True):
         seeds = [word for word in words if word.startswith("--seed")]
@@ -168,13 +167,13 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen, runs = pretended
-    inner = rlhf.studies.pipeline._run
+    inner = stage_processes.run
 
     def broken(*names: str) -> Callable[..., Ended]:
-        def run(stage: Stage, words: list[str], log: Path) -> Ended:
+        def run(words: list[str], log: Path) -> Ended:
             if place(words, tmp_path / "out") in names:
-                raise UserError(f"{stage.name} broke")
-            return inner(stage, words, log)
+                raise UserError(f"{place(words, tmp_path)} broke")
+            return inner(words, log)
 
         return run
 
@@ -183,11 +182,11 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
             main(study)
         return capsys.readouterr().err
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", broken("tiny/base/pretrain", "small/seed-2/reward"))
+    monkeypatch.setattr(stage_processes, "run", broken("tiny/base/pretrain", "small/seed-2/reward"))
     error = stopped()
-    assert "4 of 7 parts of the study failed; the same command goes on with them:" in error
+    assert "4 of 7 jobs failed; the same command resumes them:" in error
     assert "pretrain broke" in error
-    assert "tiny/seed-2: not run, for tiny/base failed" in error
+    assert "tiny/seed-2: not run, because tiny/base failed" in error
     assert [(run.size, run.seed) for run in runs] == [("small", 1)]
     names = [place(words, tmp_path / "out") for words in seen]
     assert not any(name.startswith("tiny/seed") for name in names)
@@ -195,7 +194,7 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
     assert "small/seed-2/ppo" not in names
 
     seen.clear()
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", broken("small/seed-2/judge_16"))
+    monkeypatch.setattr(stage_processes, "run", broken("small/seed-2/judge_16"))
     assert "judge_16 broke" in stopped()
     again = [place(words, tmp_path / "out") for words in seen]
     assert not set(again) & set(names)
@@ -203,7 +202,7 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
     assert [sorted(run.checkpoints) for run in runs] == [[8, 16], [8, 16], [8, 16], [8]]
 
     seen.clear()
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", inner)
+    monkeypatch.setattr(stage_processes, "run", inner)
     main(study)
     assert [place(words, tmp_path / "out") for words in seen] == ["small/seed-2/judge_16"]
     main([*study, "--seeds=[1, 2, 3]"])
@@ -214,13 +213,13 @@ def test_a_failed_stage_stops_its_own_run_only_and_the_rest_is_reported(
 def test_nothing_is_reported_where_nothing_is_finished(
     study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def run(stage: Stage, words: list[str], log: Path) -> Ended:
+    def run(words: list[str], log: Path) -> Ended:
         raise UserError("no disk")
 
-    monkeypatch.setattr(rlhf.studies.pipeline, "_run", run)
+    monkeypatch.setattr(stage_processes, "run", run)
     with pytest.raises(SystemExit):
         main(study)
-    assert "7 of 7 parts of the study failed" in capsys.readouterr().err
+    assert "7 of 7 jobs failed" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.md").exists()
 
 
@@ -256,13 +255,13 @@ def test_a_study_without_exports_on_the_way_says_so(
     ("words", "error"),
     [
         (["--sizes=[unknown]"], "stages.model.config: there is no file"),
-        (["--sizes=[tiny, small, tiny]"], "sizes: tiny stands there more than once."),
-        (["--sizes=[]"], "the number of sizes is 0"),
-        (["--sizes=[../tiny]"], "sizes: '../tiny' is no name for a folder"),
-        (["--seeds=[]"], "the number of seeds is 0"),
-        (["--seeds=[1, 1]"], "seeds: 1 stands there more than once."),
-        (["--processes=0"], "processes is 0"),
-        (["--policies={}"], "the number of policies is 0"),
+        (["--sizes=[tiny, small, tiny]"], "sizes: tiny is there more than once."),
+        (["--sizes=[]"], "sizes is []: it should have at least 1 item"),
+        (["--sizes=[../tiny]"], "sizes: '../tiny' cannot be the name of a folder"),
+        (["--seeds=[]"], "seeds is []: it should have at least 1 item"),
+        (["--seeds=[1, 1]"], "seeds: 1 is there more than once."),
+        (["--processes=0"], "processes is 0: it should be greater than 0."),
+        (["--policies={}"], "policies is {}: it should have at least 1 item"),
         (["--policies={SFT: sft}"], "policies.SFT: there is no stage 'sft' that judges"),
         (['--checkpoints=[{"name": "generate_{update}", "command": "generate"}]'], "checkpoints: one stage must take"),
     ],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.ops.rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.ops.sequences import response_lengths
+from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.sampling.rollout import response_masks
 
 EOS = 9

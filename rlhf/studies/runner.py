@@ -1,0 +1,286 @@
+"""Runs the stages of a pipeline, each in its own process, and jobs of several stages side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rlhf import files
+from rlhf.errors import UserError
+from rlhf.seeding import DEFAULT_SEED
+from rlhf.studies.processes import stage_processes
+
+STATE = "pipeline.json"
+PRODUCT = {"fit": f"{files.EXPORT}/{files.MANIFEST}", "synthesize": "synthesize.json", "report": "report.md"}
+TABLES = ("generate", "judge", "margins")  # the product of such a stage is one file
+TABLE_SUFFIX = ".parquet"
+SEED = {"fit": "seed_everything", "synthesize": "seed"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a pipeline.
+
+    Attributes:
+        name: name of its folder in the run folder; a stage that writes a table writes `<name>.parquet`.
+        command: command of train.py to run.
+        config: YAML file in `config_dir`, or several, of which later ones win.
+        takes: settings to override. In a value, `{run}` is replaced by the run folder, so that
+            `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`; `{configs}` is replaced by the
+            folder of the configs, and `{seed}` by the pipeline's seed.
+    """
+
+    name: str
+    command: Literal["fit", "synthesize", "generate", "judge", "margins", "report"] = "fit"
+    config: str | list[str] | None = None
+    takes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def configs(self) -> list[str]:
+        """All of its YAML files."""
+        return [self.config] if isinstance(self.config, str) else self.config or []
+
+
+def with_takes(stages: list[Stage] | None, takes: dict[str, dict[str, Any]] | None) -> list[Stage]:
+    """Adds settings to what the stages of a command take; their own ones win."""
+    for command in (takes or {}).keys() - {stage.command for stage in stages or []}:
+        raise UserError(f"evaluation_takes: no stage of the evaluation has the command {command!r}.")
+    return [replace(stage, takes=(takes or {}).get(stage.command, {}) | stage.takes) for stage in stages or []]
+
+
+def filled(stages: Iterable[Stage], **values: object) -> list[Stage]:
+    """Replaces `{name}` by a value, everywhere in stages."""
+    text = json.dumps([asdict(stage) for stage in stages])
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return [Stage(**stage) for stage in json.loads(text)]
+
+
+@dataclass
+class Runner:
+    """Runs stages in one run folder, each in its own process; one at a time, or several from threads."""
+
+    run: Path  # its file `pipeline.json` records what was run
+    config_dir: Path = Path()
+    seed: int | None = None  # of the data and of every training stage, instead of the one in the config
+    arguments: Sequence[str] = ()  # for the command line of every training stage
+    others: dict[str, Path] = field(
+        default_factory=dict
+    )  # folders of other pipelines, for `{name}` in what stages take
+    logged: bool = False  # whether a stage writes what it prints to `<name>.log` in the run folder
+
+    def __post_init__(self) -> None:
+        files.claim(str(self.run), resuming=True)
+        self._lock = threading.Lock()
+        self._recorded = read_state(self.run)
+
+    def run_stage(self, stage: Stage, title: str = "") -> None:
+        """Runs or resumes a stage, and skips a finished one.
+
+        Raises:
+            UserError: it failed, it was run with other settings, or something that it takes is missing.
+        """
+        title = f"{title} {stage.name}".strip()
+        words, made_from = self.words(stage), self._made_from(stage)
+        if self.check(stage):
+            print(f"{title}: finished before, skipped", flush=True)
+            return
+        if self._outdated(stage, made_from):
+            _delete_table(self.product(stage))
+        resuming = stage.command == "fit" and (self.place(stage) / files.CONFIG).exists()
+        if resuming:
+            words += ["--ckpt_path", "last"]
+        print(f"{title}: {'resuming' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
+        entry = {**made_from, "finished": False, "identity": uuid.uuid4().hex}
+        self._record(stage, entry)
+        log = self.run / f"{stage.name}.log" if self.logged else None
+        ended = stage_processes.run(words, log)
+        stage_processes.check()
+        if ended.status:
+            where = f", see {log}" if log else ""
+            raise UserError(f"the stage {stage.name} ended with status {ended.status}{where}; run it again to resume.")
+        measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
+        self._record(stage, entry | {"finished": True, **measured})
+        print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)
+
+    def job(self, name: str, stages: Iterable[Stage], after: str | None = None) -> Job:
+        """Returns a job that runs stages one after another."""
+
+        def run() -> None:
+            for stage in stages:
+                self.run_stage(stage, f"{name}:")
+
+        return Job(name, run, after)
+
+    def check(self, stage: Stage) -> bool:
+        """Tells whether a stage is finished, with these settings and from these exports.
+
+        Raises:
+            UserError: it cannot run: something that it takes is missing, or there is a run with other settings.
+        """
+        made_from, place, known = self._made_from(stage), self.place(stage), self._recorded.get(stage.name)
+        if known is None and stage.command == "fit" and (place / files.CONFIG).exists():
+            raise UserError(f"{place} holds a run that this pipeline did not start; choose another --run_dir.")
+        if known is None or not place.exists():
+            return False
+        if all(known.get(key) == value for key, value in made_from.items()):
+            return self.finished(stage)
+        if stage.command == "report" or self._outdated(stage, made_from):
+            return False
+        raise UserError(
+            f"{place} holds a run of the stage {stage.name!r} with other settings or from other exports; choose "
+            "another --run_dir, or delete it to run the stage again."
+        )
+
+    def finished(self, stage: Stage) -> bool:
+        """Tells whether a stage was run to its end, with whatever settings."""
+        return self._recorded.get(stage.name, {}).get("finished", False) and self.product(stage).is_file()
+
+    def place(self, stage: Stage) -> Path:
+        """Returns the folder or the table that a stage writes."""
+        if stage.command in TABLES:
+            return Path(self._filled(stage.takes.get("output", f"{{run}}/{stage.name}{TABLE_SUFFIX}")))
+        return self.run if stage.command == "report" else self.run / stage.name
+
+    def product(self, stage: Stage) -> Path:
+        """Returns the file that a stage writes last."""
+        return self.place(stage) / PRODUCT.get(stage.command, "")
+
+    def words(self, stage: Stage) -> list[str]:
+        """Returns the command line of a stage."""
+        words: list[str] = [stage.command]
+        for config in self._configs(stage):
+            words += ["--config", str(config)]
+        output = "run_dir" if stage.command == "fit" else "output"
+        for key, value in ({output: str(self.place(stage))} | stage.takes).items():
+            words.append(f"--{key}={self._filled(value if isinstance(value, str) else json.dumps(value))}")
+        if stage.command == "fit":
+            words += self.arguments
+        if self.seed is not None and stage.command in SEED:
+            words.append(f"--{SEED[stage.command]}={self.seed}")
+        return words
+
+    def _configs(self, stage: Stage) -> list[Path]:
+        paths = [self.config_dir / name for name in stage.configs]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"stages.{stage.name}.config: there is no file {path}.")
+        return paths
+
+    def _filled(self, text: str) -> str:
+        seed = str(DEFAULT_SEED if self.seed is None else self.seed)
+        text = text.replace('"{seed}"', seed).replace("{seed}", seed)  # a number in JSON, too
+        for name, folder in {"run": self.run, "configs": self.config_dir, **self.others}.items():
+            text = text.replace(f"{{{name}}}", str(folder))
+        return text
+
+    def _made_from(self, stage: Stage) -> dict[str, Any]:
+        """Returns a fingerprint of a stage's settings, without paths, and identities of the stages it takes from."""
+        takes = json.dumps(stage.takes, sort_keys=True)
+        settings = [stage.command, takes, *(config.read_text() for config in self._configs(stage))]
+        if stage.command == "fit":
+            settings += self.arguments
+        if stage.command in SEED or "{seed}" in takes:
+            settings.append(str(self.seed))
+        taken = {name: self._recorded[name]["identity"] for name in self._recorded.keys() & _names("run", takes)}
+        taken.pop(stage.name, None)
+        for other, folder in self.others.items():
+            theirs = read_state(folder)
+            for name in _names(other, takes):
+                if not (theirs.get(name, {}).get("finished") and (folder / name).is_dir()):
+                    raise UserError(
+                        f"{other}: {folder} has no finished stage {name!r}; run its pipeline first, for the quickstart "
+                        "with `python train.py pipeline --config configs/quickstart/pipeline.yaml`."
+                    )
+                taken[f"{other}/{name}"] = theirs[name]["identity"]
+        return {"settings": files.fingerprint(settings), "taken": taken}
+
+    def _outdated(self, stage: Stage, made_from: dict[str, Any]) -> bool:
+        """Tells whether a table, or its parts, was made with these settings from stages that were run again since."""
+        known = self._recorded.get(stage.name, {})
+        same_settings = known.get("settings") == made_from["settings"]
+        return stage.command in TABLES and same_settings and known["taken"] != made_from["taken"]
+
+    def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
+        with self._lock:
+            self._recorded = {**self._recorded, stage.name: entry}
+            files.write_text(self.run / STATE, json.dumps(self._recorded, indent=2) + "\n")
+
+
+def read_state(run: Path) -> dict[str, dict[str, Any]]:
+    """Returns what was recorded of the stages that ran in a run folder, by name."""
+    file = run / STATE
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _names(placeholder: str, takes: str) -> set[str]:
+    """Returns the names of the stages that a stage takes from a folder."""
+    return {name.removesuffix(TABLE_SUFFIX) for name in re.findall(rf"\{{{placeholder}\}}/([^/\"]+)", takes)}
+
+
+def _delete_table(table: Path) -> None:
+    for suffix in ("", files.NOTES, files.PARTS):  # the answers of a judge stay
+        files.remove(table.with_name(table.name + suffix))
+
+
+# ----------------------------------------------------------------------------------------------- jobs side by side
+
+
+class Job(NamedTuple):
+    """Work that can run beside other jobs, once the job named `after` has succeeded."""
+
+    name: str
+    run: Callable[[], None]
+    after: str | None = None
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], None]) -> None:
+    """Runs jobs, `processes` at a time, and writes the result of those that are finished.
+
+    A job that fails stops only the jobs that come after it.
+
+    Args:
+        jobs: what to run; a job is listed behind the one it waits for.
+        processes: how many to run at a time; they share the cores.
+        write_result: called at the end, even if some jobs failed.
+
+    Raises:
+        UserError: some jobs failed; it lists them.
+    """
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    running, failed = dict[Future[None], Job](), dict[str | None, str]()
+    with stage_processes.forwarded_signals(), ThreadPoolExecutor(processes) as pool:
+
+        def start(after: str | None) -> None:
+            running.update({pool.submit(job.run): job for job in jobs if job.after == after})
+
+        try:
+            start(None)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    try:
+                        future.result()
+                        start(job.name)
+                    except UserError as error:
+                        print(f"failed: {error}", flush=True)
+                        failed[job.name] = str(error)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for job in jobs:
+        if job.after in failed:
+            failed[job.name] = f"{job.name}: not run, because {job.after} failed"
+    write_result()
+    if failed:
+        listed = "\n".join(failed.values())
+        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed; the same command resumes them:\n{listed}")
