@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,7 +74,7 @@ class Plans(DistributedSampler[Plan], SequentialSampler):
     """
 
     count: int
-    make: Callable[[], list[Plan]]
+    make: Callable[[], Iterable[Plan]]
 
     @override
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Plans(DistributedSampler[Plan], SequentialSampler):
 
 def train_plans(
     weights: list[int], lengths: list[int], batch_size: int, accumulate: int, rank: int, world_size: int, epoch: int
-) -> list[Plan]:
+) -> Iterator[Plan]:
     """Plans the micro-batches of an epoch; every example exactly once over all ranks (D13).
 
     All ranks shuffle alike, cut into global batches, and take long and short rows of each. A global batch always
@@ -98,13 +98,11 @@ def train_plans(
         weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
         lengths: per row the number of tokens that go through the model.
     """
-    plans = []
     for rows in global_batches(len(weights), batch_size, epoch):
         share = sum(weights[r] for r in rows) / (accumulate * world_size)
         mine = rank_rows(rows, lengths, rank, world_size)
         for group in split([lengths[r] for r in mine], accumulate):
-            plans.append(Plan([mine[n] for n in group] or rows[:1], bool(group), share))
-    return plans
+            yield Plan([mine[n] for n in group] or rows[:1], bool(group), share)
 
 
 @dataclass

@@ -5,6 +5,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -173,8 +174,8 @@ class StageDataModule(LightningDataModule):
         weights, tokens = self.train_sizes()
         sizes = (self.batch_size, trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
 
-        def plans_left() -> list[Plan]:
-            return train_plans(weights, tokens, *sizes, trainer.current_epoch)[progress.current.ready :]
+        def plans_left() -> Iterator[Plan]:
+            return islice(train_plans(weights, tokens, *sizes, trainer.current_epoch), progress.current.ready, None)
 
         count = math.ceil(len(weights) / self.batch_size) * trainer.accumulate_grad_batches
         return loader(self.splits["train"], Plans(count, plans_left), self.collate("train"), trainer)
