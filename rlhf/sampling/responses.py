@@ -44,7 +44,7 @@ def respond(
         responses[rows, : part.shape[1]] = part
         width = max(width, part.shape[1])
     responses = truncate_after_eos(responses[:, :width], eos_id, pad_id)
-    # One more column than the longest response needs, if there may be: the score can land on it (D29).
+    # One more column than the longest response needs, unless it has all: the score can land on it.
     width = min(int(response_lengths(responses, eos_id)[0].max()) + 1, longest)
     responses = F.pad(responses, (0, max(0, width - responses.shape[1])), value=pad_id)
     lengths, has_eos = response_lengths(responses, eos_id)

@@ -35,7 +35,7 @@ class Rollout:
     lengths: Int[Tensor, " N"]  # real response tokens, EOS included
     has_eos: Bool[Tensor, " N"]
     mask: Bool[Tensor, "N R"]  # the tokens that the policy is trained on: those within `lengths`
-    value_mask: Bool[Tensor, "N R"]  # one wider: also the column after the last token (D29)
+    value_mask: Bool[Tensor, "N R"]  # one wider: also the column after the last token
     logprobs: Float32[Tensor, "N R"]  # of the policy, at the sampling temperature
     ref_logprobs: Float32[Tensor, "N R"]  # of the reference
     values: Float32[Tensor, "N R"]  # 0 outside `value_mask`
