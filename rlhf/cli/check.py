@@ -64,16 +64,16 @@ class StageTrainer(Trainer):
                 raise
             failure = str(known)
         rows = [
-            *token_rows(model, datamodule),
-            *data_rows(datamodule),
-            *batch_rows(self, model, datamodule),
-            *finding_rows(invariants),
-            *rollout_rows(datamodule),
-            *cost_rows(self, model, datamodule, one_update),
+            *_token_rows(model, datamodule),
+            *_data_rows(datamodule),
+            *_batch_rows(self, model, datamodule),
+            *_finding_rows(invariants),
+            *_rollout_rows(datamodule),
+            *_cost_rows(self, model, datamodule, one_update),
             Row("run", "one update", failure or "done", "wrong" if failure else "ok"),
         ]
         if self.is_global_zero:
-            show(rows, [str(f) for f in invariants.findings.values() if not f.holds] + [failure])
+            _show(rows, [str(f) for f in invariants.findings.values() if not f.holds] + [failure])
         if any(row.verdict == "wrong" for row in rows):
             raise SystemExit(1)
 
@@ -93,16 +93,11 @@ class CollectedInvariants(Invariants):
 
 
 class OneUpdate(Callback):
-    """Stops after one update of PPO, or after two steps, and times the last one.
-
-    Attributes:
-        seconds: time of that update or step; 0 if it was not reached.
-        total: updates or steps of the whole run.
-    """
+    """Stops after one update of PPO, or after two steps, and times the last one."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.total = 0
+        self.seconds = 0.0  # of that update or step; 0 if it was not reached
+        self.total = 0  # updates or steps of the whole run
         self._start = 0.0
 
     @override
@@ -132,8 +127,7 @@ def _now(module: LightningModule) -> float:
     return time.perf_counter()
 
 
-def token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
-    """Yields EOS, PAD, the size of the embedding, and the end of queries."""
+def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     tokenizer = module.tokenizer
     yield Row("tokens", "EOS", f"{tokenizer.eos_token!r}, id {tokenizer.eos_token_id}")
     yield Row("tokens", "PAD", f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}")
@@ -145,8 +139,7 @@ def token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
         yield Row("tokens", "end of a query", text, "look" if spaces else "ok")
 
 
-def data_rows(data: StageDataModule) -> Iterator[Row]:
-    """Yields the number of rows and the lengths of every split, and how many of its responses are cut off."""
+def _data_rows(data: StageDataModule) -> Iterator[Row]:
     for name, split in data.splits.items():
         if not len(split):
             continue
@@ -160,8 +153,8 @@ def data_rows(data: StageDataModule) -> Iterator[Row]:
         yield Row("data", f"{name}: responses cut off", text, "look" if many else "ok")
 
 
-def batch_rows(trainer: Trainer, module: StageModule, data: StageDataModule) -> Iterator[Row]:
-    """Yields how the batch divides, unless it does not, which is an error of its own."""
+def _batch_rows(trainer: Trainer, module: StageModule, data: StageDataModule) -> Iterator[Row]:
+    # if the batch does not divide, that is an error of its own
     accumulate, parts = trainer.accumulate_grad_batches, getattr(getattr(module, "ppo", None), "minibatches", 1)
     text = f"{data.batch_size} = {trainer.world_size} processes x {accumulate} micro-batches"
     if data.tokens is not None:
@@ -173,16 +166,14 @@ def batch_rows(trainer: Trainer, module: StageModule, data: StageDataModule) -> 
     yield Row("batch", "strategy", f"{strategy}, {trainer.precision}, {trainer.strategy.root_device}")
 
 
-def finding_rows(invariants: Invariants) -> Iterator[Row]:
-    """Yields the invariants that could be measured."""
+def _finding_rows(invariants: Invariants) -> Iterator[Row]:
     for name, known in INVARIANTS.items():
         if finding := invariants.findings.get(name):
             text = f"{finding.value:.3g} (at most {finding.limit:.3g})"
             yield Row("invariants", f"{name} ({known.detail})", text, "ok" if finding.holds else "wrong")
 
 
-def rollout_rows(data: StageDataModule) -> Iterator[Row]:
-    """Yields what the policy answers now, if a rollout was finished."""
+def _rollout_rows(data: StageDataModule) -> Iterator[Row]:
     rollout = getattr(data, "last_rollout", None)
     if rollout is None or not hasattr(rollout, "returns"):
         return
@@ -192,8 +183,7 @@ def rollout_rows(data: StageDataModule) -> Iterator[Row]:
     yield Row("rollout", "score", f"{rollout.scores.mean().item():.3f}, std {rollout.scores.std().item():.3f}")
 
 
-def cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one_update: OneUpdate) -> Iterator[Row]:
-    """Yields memory per process, and time."""
+def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one_update: OneUpdate) -> Iterator[Row]:
     if data.splits:
         wanted = estimate(module.model_config, workload(trainer, module, data))
         device = trainer.strategy.root_device
@@ -216,8 +206,7 @@ def cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one_
     yield Row("cost", "the whole run", f"{whole} for {one_update.total} {unit}s, without validation")
 
 
-def show(rows: list[Row], sentences: list[str]) -> None:
-    """Prints the table, and below it what is wrong in whole sentences."""
+def _show(rows: list[Row], sentences: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+import rlhf
 from rlhf import files
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.checkpoint_io import check_complete, find_last
@@ -25,16 +26,12 @@ from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
 from rlhf.cli.parsing import parse
-from rlhf.data.comparisons import PreferenceDataModule
-from rlhf.data.demonstrations import SFTDataModule
-from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
-from rlhf.strategies import check_strategy
 
-FOUND_BY_NAME = (SFTDataModule, PreferenceDataModule, RolloutDataModule)  # as the modules are: by their import
+FOUND_BY_NAME = [getattr(rlhf, name) for name in rlhf.__all__]  # jsonargparse finds classes that are imported
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
 ONE_UPDATE: dict[str, Any] = {
     "enable_checkpointing": False,
@@ -152,8 +149,6 @@ class StageCLI(LightningCLI):
             callbacks += [c for c in given if isinstance(c, Invariants)]  # they look at what was exported
             given = [c for c in given if not isinstance(c, Invariants)]
         try:
-            trainer = super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
+            return super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
         except ValueError as error:  # Lightning raises it for settings that do not fit together
             raise UserError(f"trainer: {error}") from error
-        check_strategy(trainer)
-        return trainer

@@ -72,9 +72,7 @@ class Runner:
     config_dir: Path = Path()
     seed: int | None = None  # of the data and of every training stage, instead of the one in the config
     arguments: Sequence[str] = ()  # for the command line of every training stage
-    others: dict[str, Path] = field(
-        default_factory=dict
-    )  # folders of other pipelines, for `{name}` in what stages take
+    others: dict[str, Path] = field(default_factory=dict)  # folders of other pipelines, for `{name}` in `takes`
     logged: bool = False  # whether a stage writes what it prints to `<name>.log` in the run folder
 
     def __post_init__(self) -> None:
@@ -89,13 +87,14 @@ class Runner:
             UserError: it failed, it was run with other settings, or something that it takes is missing.
         """
         title = f"{title} {stage.name}".strip()
-        words, made_from = self.words(stage), self._made_from(stage)
+        words, made_from, place = self.words(stage), self._made_from(stage), self.place(stage)
         if self.check(stage):
             print(f"{title}: finished before, skipped", flush=True)
             return
         if self._outdated(stage, made_from):
-            _delete_table(self.product(stage))
-        resuming = stage.command == "fit" and (self.place(stage) / files.CONFIG).exists()
+            for suffix in ("", files.NOTES, files.PARTS):  # the answers of a judge stay
+                files.remove(place.with_name(place.name + suffix))
+        resuming = stage.command == "fit" and (place / files.CONFIG).exists()
         if resuming:
             words += ["--ckpt_path", "last"]
         print(f"{title}: {'resuming' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
@@ -106,7 +105,9 @@ class Runner:
         stage_processes.check()
         if ended.status:
             where = f", see {log}" if log else ""
-            raise UserError(f"the stage {stage.name} ended with status {ended.status}{where}; run it again to resume.")
+            raise UserError(
+                f"the stage {stage.name} ended with status {ended.status}{where}; the same command resumes it."
+            )
         measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
         self._record(stage, entry | {"finished": True, **measured})
         print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)
@@ -226,11 +227,6 @@ def _names(placeholder: str, takes: str) -> set[str]:
     return {name.removesuffix(TABLE_SUFFIX) for name in re.findall(rf"\{{{placeholder}\}}/([^/\"]+)", takes)}
 
 
-def _delete_table(table: Path) -> None:
-    for suffix in ("", files.NOTES, files.PARTS):  # the answers of a judge stay
-        files.remove(table.with_name(table.name + suffix))
-
-
 # ----------------------------------------------------------------------------------------------- jobs side by side
 
 
@@ -245,15 +241,10 @@ class Job(NamedTuple):
 def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], None]) -> None:
     """Runs jobs, `processes` at a time, and writes the result of those that are finished.
 
-    A job that fails stops only the jobs that come after it.
-
-    Args:
-        jobs: what to run; a job is listed behind the one it waits for.
-        processes: how many to run at a time; they share the cores.
-        write_result: called at the end, even if some jobs failed.
+    A job that fails stops only the jobs that come after it, which are listed behind it.
 
     Raises:
-        UserError: some jobs failed; it lists them.
+        UserError: some jobs failed.
     """
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

@@ -19,7 +19,7 @@ from rlhf.errors import UserError
 from rlhf.report.lengths import Unit
 from rlhf.report.report import report
 from rlhf.report.runs import STAGES, Baseline, Run
-from rlhf.studies.runner import Job, Runner, Stage, filled, run_jobs, with_takes
+from rlhf.studies.runner import Runner, Stage, filled, run_jobs, with_takes
 
 SHARED, BASE = "shared", "base"
 EXPORTS = re.compile(r"\{run\}/([^/]+)/export-\{update\}")
@@ -87,12 +87,12 @@ def scaling(
         for seed in seeds:
             runner = new(out / size / f"seed-{seed}", seed=seed, others=others)
             members.append(_Member(size, seed, runner, own, exports))
+            jobs.append(runner.job(f"{size}/seed-{seed}", members[-1].every_stage(), after=f"{size}/{BASE}"))
         for stage in [*shared, *filled(base, size=size), *own, *exports]:
             commons.words(stage)  # raises if a config file is missing
-    jobs += [member.job() for member in members]
 
     def write_report() -> None:
-        finished = [member for member in members if member.finished()]
+        finished = [member for member in members if all(map(member.runner.finished, member.stages))]
         if finished:
             report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
             print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
@@ -103,8 +103,7 @@ def scaling(
 def _check(
     sizes: list[str], seeds: list[int], stages: list[Stage], policies: dict[str, str], checkpoints: list[Stage]
 ) -> None:
-    settings: dict[str, list[Any]] = {"sizes": sizes, "seeds": seeds}
-    for setting, values in settings.items():
+    for setting, values in (("sizes", sizes), ("seeds", [str(seed) for seed in seeds])):
         if twice := [value for value in values if values.count(value) > 1]:
             raise UserError(f"{setting}: {twice[0]} is there more than once.")
     for size in sizes:
@@ -113,9 +112,7 @@ def _check(
     judges = [stage.name for stage in stages if stage.command == "judge"]
     for label, name in policies.items():
         if name not in judges:
-            raise UserError(
-                f"policies.{label}: there is no stage {name!r} that judges; there are: {', '.join(judges)}."
-            )
+            raise UserError(f"policies.{label}: no stage {name!r} judges; those that do are: {', '.join(judges)}.")
     if not any(stage.command == "fit" for stage in stages):
         raise UserError("stages: none of them trains a model.")
     if checkpoints and not (_exporting(checkpoints) and checkpoints[-1].command == "judge"):
@@ -138,29 +135,21 @@ class _Member:
     stages: list[Stage]
     checkpoints: list[Stage]
 
-    def job(self) -> Job:
-        """Returns the job of its stages, then those of the checkpoints."""
-        return self.runner.job(f"{self.size}/seed-{self.seed}", self._every_stage(), f"{self.size}/{BASE}")
-
-    def _every_stage(self) -> Iterator[Stage]:
+    def every_stage(self) -> Iterator[Stage]:
+        """Yields its stages, then those of the checkpoints, which are known once PPO has run."""
         yield from self.stages
-        updates = self.updates()  # known only now
-        if self.checkpoints and not updates:
+        for update in self.updates():
+            yield from filled(self.checkpoints, update=update)
+        if self.checkpoints and not self.updates():
             raise UserError(
                 f"checkpoints: {self.runner.run / str(_exporting(self.checkpoints))} has no export-<n>; give the "
                 "callback rlhf.callbacks.export.Export an every_n_epochs."
             )
-        for update in updates:
-            yield from filled(self.checkpoints, update=update)
 
     def updates(self) -> list[int]:
         """Returns the numbers of updates after which PPO was exported."""
         exports = (self.runner.run / str(_exporting(self.checkpoints))).glob("export-*")
         return sorted(int(path.name.partition("-")[2]) for path in exports if files.is_complete(path))
-
-    def finished(self) -> bool:
-        """Tells whether all stages are finished, except those of checkpoints."""
-        return all(self.runner.finished(stage) for stage in self.stages)
 
     def result(self, policies: dict[str, str]) -> Run:
         """Returns its part of the report."""

@@ -144,6 +144,11 @@ def test_a_run_goes_on_where_it_was_moved_to(
         pipeline(**few | {"run_dir": str(moved / "run"), "config_dir": str(moved / "configs")})
 
 
+def test_takes_of_a_command_that_is_not_there_are_refused(quickstart: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no stage of the evaluation has the command 'generat'"):
+        pipeline(**quickstart | {"evaluation_takes": {"generat": {"data.limit": 3}}})
+
+
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stages.sft.config"):
         pipeline([Stage("sft", config="nowhere.yaml")], run_dir=str(tmp_path / "run"))

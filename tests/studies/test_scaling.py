@@ -262,7 +262,7 @@ def test_a_study_without_exports_on_the_way_says_so(
         (["--seeds=[1, 1]"], "seeds: 1 is there more than once."),
         (["--processes=0"], "processes is 0: it should be greater than 0."),
         (["--policies={}"], "policies is {}: it should have at least 1 item"),
-        (["--policies={SFT: sft}"], "policies.SFT: there is no stage 'sft' that judges"),
+        (["--policies={SFT: sft}"], "policies.SFT: no stage 'sft' judges"),
         (['--checkpoints=[{"name": "generate_{update}", "command": "generate"}]'], "checkpoints: one stage must take"),
     ],
 )
