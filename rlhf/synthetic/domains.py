@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
+
+import yaml
 
 Facts = dict[str, str]
 
@@ -21,11 +24,11 @@ class Domain:
         summarise: functions that write a one-sentence summary, one per style.
     """
 
-    slots: dict[str, tuple[str, ...]]
-    required: frozenset[str]
-    title: tuple[str, ...]
-    tell: dict[str, tuple[str, ...]]
-    distractors: tuple[str, ...]
+    slots: dict[str, list[str]]
+    required: list[str]
+    title: list[str]
+    tell: dict[str, list[str]]
+    distractors: list[str]
     summarise: tuple[Callable[[Facts], str], ...]
 
 
@@ -59,87 +62,11 @@ def _news_plain(f: Facts) -> str:
     )  # fmt: skip
 
 
-REDDIT = Domain(
-    slots={
-        "relation": (
-            "sister", "brother", "boss", "roommate", "neighbor", "cousin", "uncle", "aunt", "girlfriend", "boyfriend",
-            "teacher", "landlord", "coworker", "mother", "father", "friend",
-        ),
-        "name": (
-            "Alex", "Avery", "Casey", "Drew", "Jamie", "Jordan", "Jules", "Kim", "Lee", "Morgan", "Pat", "Quinn", "Riley",
-            "Robin", "Sam", "Taylor",
-        ),
-        "event": (
-            "sold my bike", "broke my laptop", "lost my keys", "borrowed my car", "forgot my birthday", "read my diary",
-            "ate my lunch", "lied to me", "yelled at me", "moved my stuff", "burned my dinner", "took my phone",
-            "hit my fence", "ruined my shirt", "scared my dog", "missed my wedding",
-        ),
-        "place": (
-            "in Boston", "in Texas", "in Paris", "in London", "at school", "at work", "at home", "at the gym",
-            "at the beach", "at the airport", "at the mall", "at a party", "at a bar", "at the park", "at church",
-            "at the hotel",
-        ),
-        "time": (
-            "yesterday", "last night", "last week", "last month", "on Monday", "on Tuesday", "on Friday", "on Sunday",
-            "this morning", "in March", "in June", "in August",
-        ),
-        "amount": (
-            "20", "30", "40", "50", "60", "70", "80", "90", "100", "200", "300", "400", "500", "600", "700", "800",
-        ),
-        "ask": (
-            "how to stay calm", "how to say no", "how to move on", "how to forgive", "how to get even",
-            "how to fix this", "what to say", "what to do next", "who is right", "if I should leave",
-            "if I should sue", "if I should pay", "if this is normal", "if I am wrong", "when to talk", "why it hurts",
-        ),
-    },
-    required=frozenset({"relation", "event", "ask"}),
-    title=("My {relation} {event}", "Trouble with my {relation}", "I am upset with my {relation}"),
-    tell={
-        "who": (
-            "My {relation} {name} {event}.", "So my {relation} {name} {event}.",
-            "I have a {relation} called {name} and this person {event}.",
-        ),
-        "where": ("It was {place}.", "It all happened {place}.", "We were {place}."),
-        "when": ("That was {time}.", "It started {time}."),
-        "amount": ("I lost {amount} dollars.", "It cost me {amount} dollars.", "I had to pay {amount} dollars."),
-        "ask": ("Please tell me {ask}.", "I want to know {ask}.", "Can you tell me {ask}?"),
-    },
-    distractors=(
-        "I did not sleep well.", "We used to get along.", "My cat is fine.", "The weather was bad.",
-        "Nobody else saw it.", "I like to cook.", "This is my first post.", "Sorry for the bad English.",
-        "I was very tired.", "We have a long history.", "It is a small town.", "I work a lot.",
-    ),
-    summarise=(_reddit_plain, _reddit_time_first),
-)  # fmt: skip
+def _load(name: str, *summarise: Callable[[Facts], str]) -> Domain:
+    texts = yaml.safe_load(files(__package__).joinpath("domains.yaml").read_text())[name]
+    return Domain(**texts, summarise=summarise)
 
-NEWS = Domain(
-    slots={
-        "body": ("city council", "school board", "mayor", "state senate", "hospital", "university", "police", "museum"),
-        "action": (
-            "approved a bridge", "closed a library", "opened a clinic", "sued a bank", "bought a farm",
-            "planned a stadium", "fixed a dam", "hired a builder",
-        ),
-        "city": ("Denver", "Seattle", "Chicago", "Miami", "Dallas", "Phoenix", "Atlanta", "Detroit"),
-        "day": ("on Monday", "on Tuesday", "on Friday", "on Sunday"),
-        "cost": ("2", "3", "5", "7", "9", "12", "15", "18"),
-        "reason": (
-            "to save money", "to create jobs", "to please voters", "to help children", "to cut traffic", "to end a strike",
-        ),
-    },
-    required=frozenset({"body", "action"}),
-    title=(),
-    tell={
-        "what": ("The {body} {action}.", "It is official: the {body} {action}."),
-        "where": ("The news came from {city}.", "Reporters gathered in {city}."),
-        "when": ("The vote took place {day}.", "It was announced {day}."),
-        "cost": ("The price is {cost} million dollars.", "It will cost {cost} million dollars."),
-        "why": ("Officials said they want {reason}.", "The goal is {reason}."),
-    },
-    distractors=(
-        "Critics were not convinced.", "Many people watched.", "A spokesman did not comment.", "It rained all day.",
-        "More details are expected.", "The hall was full.",
-    ),
-    summarise=(_news_plain,),
-)  # fmt: skip
 
+REDDIT = _load("reddit", _reddit_plain, _reddit_time_first)
+NEWS = _load("news", _news_plain)
 ALL_SLOTS = REDDIT.slots | NEWS.slots  # the domains share no fact
