@@ -1,7 +1,5 @@
 """The error that a user is meant to read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 

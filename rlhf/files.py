@@ -1,7 +1,5 @@
 """The files of a run: where they lie, and how they are written so that neither a kill nor a full disk loses one."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Seeds: shared by all ranks, or one per rank and update for numbers that must differ (D12)."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

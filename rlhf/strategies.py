@@ -1,7 +1,5 @@
 """DeepSpeed ZeRO stage 2 with the same numbers as a single process."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

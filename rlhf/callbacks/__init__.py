@@ -1,7 +1,4 @@
-"""Callbacks: what is watched and written while a stage runs.
-
-Modules with bounds of numbers lack `from __future__ import annotations`, which hides these bounds from jsonargparse.
-"""
+"""Callbacks: what is watched and written while a stage runs."""
 
 from collections.abc import Sequence
 

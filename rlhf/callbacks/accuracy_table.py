@@ -1,7 +1,5 @@
 """Accuracy of the reward model per split, batch and confidence, with counts and intervals (D22)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints on disk, files or (under ZeRO) folders: written whole or not at all, and checked before they are read."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Holds the policy while the critic learns alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer

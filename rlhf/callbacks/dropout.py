@@ -1,7 +1,5 @@
 """Dropout off, enforced and verified (D10)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """What must hold while a stage trains: the list of invariants, and what was found."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

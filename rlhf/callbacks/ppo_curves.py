@@ -1,7 +1,5 @@
 """One point per PPO update for every curve, under the names that TRL and the reference use."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """The file that `predict` writes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a checkpoint was made with, and a run that resumes from it with the settings that the user gives now."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

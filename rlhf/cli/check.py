@@ -1,7 +1,5 @@
 """Tries one update of a config, and shows all that can be known before hours are spent on it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """The command line: `fit`, `check`, `validate`, `test` and `predict` for one stage, and commands for all around it."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import logging

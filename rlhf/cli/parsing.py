@@ -1,7 +1,5 @@
 """Parses a command line, and puts what is wrong with it into one sentence."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

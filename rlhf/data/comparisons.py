@@ -1,7 +1,5 @@
 """Comparisons for the reward model."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from functools import partial
 from typing import Any
 

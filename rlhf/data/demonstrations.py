@@ -1,7 +1,5 @@
 """Demonstrations for supervised fine-tuning."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

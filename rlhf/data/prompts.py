@@ -1,7 +1,5 @@
 """Prompts for PPO, and the loader that turns them into experience."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 import json
 import math
 from collections.abc import Iterator

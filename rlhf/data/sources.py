@@ -1,7 +1,5 @@
 """Records from the hub, a local folder, or JSONL, Parquet and CSV files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the three DataModules share."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 import math
 from abc import abstractmethod
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Responses of a policy to every query of a split, as a table."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The reward model's margin of every comparison, as a table."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from dataclasses import asdict
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Asks a judge, query by query and in both orders, which of two candidates is better."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

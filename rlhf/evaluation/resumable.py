@@ -1,7 +1,5 @@
 """Tables that are made in parts: a killed run resumes with the missing parts, and several processes share them."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping

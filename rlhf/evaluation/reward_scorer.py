@@ -1,7 +1,5 @@
 """Numbers for responses: the reward of a reward model, the gold score of the embedded data."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """ROUGE, by torchmetrics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 ROUGE = ("rouge1", "rouge2", "rougeL")

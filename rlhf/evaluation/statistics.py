@@ -1,7 +1,5 @@
 """Statistics of judged tables: win rates, intervals, paired differences."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Tables as files: Parquet or CSV, written whole or not at all, with the settings they were made with beside them."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Frozen models: outside the module's parameters, the optimizer, the ZeRO engine and the checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain

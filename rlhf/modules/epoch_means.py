@@ -1,7 +1,5 @@
 """Means over the micro-batches of an epoch, which survive a stop in its middle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """PPO: one Trainer epoch is one update; `rollout` collects the experience, `training_step` is the loss."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The reward model."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rewards by functions of the user's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Groups of settings, with the paper's values as defaults."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt

@@ -1,7 +1,5 @@
 """Supervised fine-tuning."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from pathlib import Path
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """What the three stages share: tokenizer, optimizer, schedule, ranks, evaluation, export."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager

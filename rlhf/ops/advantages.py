@@ -1,7 +1,5 @@
 """Generalised advantage estimation."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

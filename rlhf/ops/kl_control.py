@@ -1,7 +1,5 @@
 """The coefficient of the KL penalty: fixed, or adapted to a target."""
 
-from __future__ import annotations
-
 
 class FixedKL:
     """Keeps the coefficient as it is (D28)."""

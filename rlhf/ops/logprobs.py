@@ -1,7 +1,5 @@
 """Log-probabilities of chosen tokens straight from hidden states, without the logits of all tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

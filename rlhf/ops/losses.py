@@ -5,8 +5,6 @@ its own number of tokens but by the average number of tokens per micro-batch of 
 micro-batches and ranks: then the mean over micro-batches (accumulation) and ranks (DDP, ZeRO) is exact for any split.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

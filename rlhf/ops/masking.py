@@ -1,7 +1,5 @@
 """Statistics over the real entries of padded tensors, those where the mask is true. Padding may be non-finite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

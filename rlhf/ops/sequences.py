@@ -3,8 +3,6 @@
 An attention mask is 1, or true, on real tokens and 0 on padding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """From scores and log-probabilities to one reward per token."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Who agrees with whom: the reward model with the judge, the seeds with each other."""
 
-from __future__ import annotations
-
 from itertools import combinations
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Everything that a report shows, as tables: for notebooks, and for the page that `report` writes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

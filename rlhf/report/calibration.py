@@ -1,7 +1,5 @@
 """The reward model on labelled comparisons: accuracy, and whether its margins mean what they say."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

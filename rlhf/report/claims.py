@@ -1,7 +1,5 @@
 """The paper's claims, each held against the runs: holds, does not hold, or undecided."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Curves of a run, read back from its TensorBoard files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path

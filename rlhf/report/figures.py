@@ -1,7 +1,5 @@
 """Figures of reports, as PNG. This module imports seaborn, so it is imported only when figures are drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product

@@ -1,7 +1,5 @@
 """Win rate at equal length: bins of the length ratio, and a logistic fit on the rows."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Over-optimisation: what the policy gains and loses as it moves away from the reference policy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A page of Markdown with its tables as CSV and its figures as PNG."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The report of one run or of many over sizes and seeds: one page with tables, figures, claims and samples."""
 
-# no postponed annotations: jsonargparse would drop the bound of `samples`
-
 from collections.abc import Sequence
 
 import pandas as pd

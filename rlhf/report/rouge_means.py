@@ -1,7 +1,5 @@
 """ROUGE of every response, and its mean per run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The runs of a report over sizes and seeds, and their tables below each other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal, get_args

@@ -1,7 +1,5 @@
 """The sections of a report. Each shows the tables that are there, or says how to get those that were not given."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

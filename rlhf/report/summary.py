@@ -1,7 +1,5 @@
 """The summary of runs: a row per policy and one for the reference, what PPO gained, and the seeds side by side."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, win_rates

@@ -1,7 +1,5 @@
 """Groups of rows that go through a model together: of similar length, since a group costs its rows x its longest."""
 
-from __future__ import annotations
-
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Runs ablations: PPO with small changes, over seeds, each compared with the default."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs a pipeline: stages one after another, each in its own process."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

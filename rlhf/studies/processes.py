@@ -1,7 +1,5 @@
 """Runs commands of train.py in processes of their own, and forwards signals to them."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Runs a scaling study: SFT, reward model, PPO and evaluation for several model sizes and seeds, and one report."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The two domains of the embedded data: their facts, and the sentences that tell them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """The gold score of the embedded data: how a perfect reader of the hidden facts would rate a summary."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ and leaves out each other fact more often than not. Comparisons pair summaries o
 their label follows the gold score with the noise of a Bradley-Terry labeller.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence

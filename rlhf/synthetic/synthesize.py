@@ -1,7 +1,5 @@
 """Writes the embedded data, and a small GPT-NeoX with its own tokenizer: a pipeline needs no download."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """A language model behind an OpenAI-compatible endpoint as a judge."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The interface of all judges, which say which of two responses is better."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

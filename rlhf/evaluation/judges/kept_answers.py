@@ -1,7 +1,5 @@
 """Judges that are asked about each pair in both orders, and keep the answers in a file."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import string

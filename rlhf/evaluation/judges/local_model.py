@@ -1,7 +1,5 @@
 """A local causal language model as a judge, by the probabilities of two labels."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from collections.abc import Generator, Sequence
 from itertools import takewhile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Judges that score each text alone: a reward model, and the gold score of the embedded data."""
 
-# Without `from __future__ import annotations`: jsonargparse loses pydantic's constraints of postponed annotations.
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
