@@ -30,6 +30,7 @@ from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError
 from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
+from rlhf.strategies import check_strategy
 
 FOUND_BY_NAME = [getattr(rlhf, name) for name in rlhf.__all__]  # jsonargparse finds classes that are imported
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
@@ -149,6 +150,8 @@ class StageCLI(LightningCLI):
             callbacks += [c for c in given if isinstance(c, Invariants)]  # they look at what was exported
             given = [c for c in given if not isinstance(c, Invariants)]
         try:
-            return super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
+            trainer = super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
         except ValueError as error:  # Lightning raises it for settings that do not fit together
             raise UserError(f"trainer: {error}") from error
+        check_strategy(trainer)  # before any data is tokenised
+        return trainer
