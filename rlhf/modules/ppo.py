@@ -357,9 +357,9 @@ class PPOModule(StageModule):
         self.kl_control.update(kl.item(), data.batch_size)
 
     @override
-    def configure_callbacks(self) -> list[Callback]:
+    def default_callbacks(self) -> list[Callback]:
         warmup = [CriticWarmup(self.ppo.critic_warmup)] if self.ppo.critic_warmup else []
-        return super().configure_callbacks() + self.unless_given(PPOCurves(), SampleTable(), *warmup)
+        return [*super().default_callbacks(), PPOCurves(), SampleTable(), *warmup]
 
     # -------------------------------------------------------------------------- evaluation, checkpoints, export
 

@@ -107,8 +107,8 @@ class RewardModule(StageModule):
             return self.model.padding_side_difference(batch["input_ids"], batch["attention_mask"])
 
     @override
-    def configure_callbacks(self) -> list[Callback]:
-        return super().configure_callbacks() + self.unless_given(AccuracyTable())
+    def default_callbacks(self) -> list[Callback]:
+        return [*super().default_callbacks(), AccuracyTable()]
 
     # ------------------------------------------------------------------------------------------------------- export
 

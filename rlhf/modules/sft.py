@@ -132,8 +132,8 @@ class SFTModule(StageModule):
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
     @override
-    def configure_callbacks(self) -> list[Callback]:
-        return super().configure_callbacks() + self.unless_given(SampleTable())
+    def default_callbacks(self) -> list[Callback]:
+        return [*super().default_callbacks(), SampleTable()]
 
     @override
     def save_export(self, folder: Path) -> None:

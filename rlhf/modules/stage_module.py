@@ -60,8 +60,6 @@ class StageModule(LightningModule):
             keep_freed_memory()
             bound_primitive_cache()
 
-    # --------------------------------------------------------------------------------------- to be given by a stage
-
     @abstractmethod
     def evaluate(self, batch: Any, batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
         """Logs the metrics of a batch of validation or test as `<split>/<name>`, and returns rows for callbacks."""
@@ -105,8 +103,6 @@ class StageModule(LightningModule):
                     break
         return torch.cat(scores).to(accumulator_dtype(self.device))
 
-    # ------------------------------------------------------------------------------------------------------ loading
-
     @property
     def weights_dtype(self) -> torch.dtype:
         """The precision in which trained weights are loaded; float32 if there is no Trainer yet."""
@@ -116,8 +112,6 @@ class StageModule(LightningModule):
     def weights_device(self) -> torch.device:
         """The device that weights are moved to at once, so that no process holds all its models in CPU memory."""
         return torch.device("cpu") if self._trainer is None else self._trainer.strategy.root_device
-
-    # -------------------------------------------------------------------------------------------------------- ranks
 
     def reduce_sum(self, x: Tensor) -> Tensor:
         """Sums a tensor over all ranks."""
@@ -137,8 +131,6 @@ class StageModule(LightningModule):
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the precision context of `training_step`, for forwards that Lightning does not wrap (rollouts)."""
         return self.trainer.precision_plugin.forward_context()
-
-    # ------------------------------------------------------------------------------------------------- optimization
 
     def normaliser(self, own: Tensor, share: float) -> Tensor | float:
         """Returns what a micro-batch divides its summed loss by (D14).
@@ -185,20 +177,18 @@ class StageModule(LightningModule):
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         return not (mixed and (self.trainer.gradient_clip_val or self.trainer.precision == "16-mixed"))
 
+    def default_callbacks(self) -> list[Callback]:
+        """Returns the callbacks of the stage; one of the same class in `trainer.callbacks` replaces its default."""
+        return [DisableDropout(), Invariants()]
+
     @override
     def configure_callbacks(self) -> list[Callback]:
-        return self.unless_given(DisableDropout(), Invariants())
-
-    def unless_given(self, *callbacks: Callback) -> list[Callback]:
-        """Returns those callbacks that `trainer.callbacks` does not replace by one of the same class."""
-        return unless_given(getattr(self.trainer, "callbacks", ()), *callbacks)
+        return unless_given(self.trainer.callbacks, *self.default_callbacks())  # type: ignore[attr-defined]
 
     @property
     def seed(self) -> int:
         """The seed of the run."""
         return shared_seed()
-
-    # --------------------------------------------------------------------------------------- evaluation, checkpoints
 
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
