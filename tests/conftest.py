@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from rlhf.cli.main import main
 from rlhf.data.comparisons import PreferenceDataModule
 from rlhf.data.demonstrations import SFTDataModule
+from rlhf.data.loaders import Batch, Plan, PlannedBatches
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat, one_leading_space
@@ -178,6 +179,16 @@ def rollout_data(demonstration_file: str) -> Callable[..., RolloutDataModule]:
         return RolloutDataModule(source, Source(demonstration_file, limit=6), **(defaults | settings))
 
     return make
+
+
+@pytest.fixture
+def batch_of() -> Callable[..., Batch]:
+    """Makes a batch of some rows of a split."""
+
+    def batch_of(datamodule: Any, split: str, rows: list[int], real: bool = True) -> Batch:
+        return PlannedBatches(datamodule.splits[split], datamodule.collate(split))[Plan(rows, real)]
+
+    return batch_of
 
 
 @pytest.fixture

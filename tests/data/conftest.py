@@ -13,8 +13,6 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig
 
-from rlhf.data.loaders import Batch, Plan, PlannedBatches
-
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -50,16 +48,6 @@ def demos(demonstrations_file: str) -> list[dict[str, Any]]:
 def pairs(comparisons_file: str) -> list[dict[str, Any]]:
     """The comparisons, to be changed by a test."""
     return [json.loads(line) for line in Path(comparisons_file).read_text().splitlines()]
-
-
-@pytest.fixture
-def batch_of() -> Callable[..., Batch]:
-    """Makes a batch of some rows of a split."""
-
-    def batch_of(datamodule: Any, split: str, rows: list[int], real: bool = True) -> Batch:
-        return PlannedBatches(datamodule.splits[split], datamodule.collate(split))[Plan(rows, real)]
-
-    return batch_of
 
 
 @pytest.fixture

@@ -207,22 +207,24 @@ def test_workers_outlive_a_signal_that_stops_the_run(
     monkeypatch.setitem(loaders.WORKERS, "cpu", 2)
     given = make().train_dataloader()
     monkeypatch.setattr(given, "prefetch_factor", 1)
-    batches = iter(given)
-    next(batches)
-    workers = multiprocessing.active_children()
+    batches, others = iter(given), {*multiprocessing.active_children()}
+    next(batches), next(batches)  # one of each worker, so both are ready
+    workers = {*multiprocessing.active_children()} - others
     assert len(workers) == 2
     for worker in workers:
         subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
-    assert len(list(batches)) == len(given) - 1
-    assert not multiprocessing.active_children()
+    assert len(list(batches)) == len(given) - 2
+    for worker in workers:
+        worker.join(timeout=10)
+        assert worker.exitcode is not None
 
 
 def test_workers_end_when_their_parent_says_so(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does at exit, and then waits for them."""
     monkeypatch.setitem(loaders.WORKERS, "cpu", 2)
-    batches = iter(make().train_dataloader())
-    next(batches)
-    for worker in multiprocessing.active_children():
+    batches, others = iter(make().train_dataloader()), {*multiprocessing.active_children()}
+    next(batches), next(batches)
+    for worker in {*multiprocessing.active_children()} - others:
         worker.terminate()
         worker.join(timeout=10)
         assert worker.exitcode == 0

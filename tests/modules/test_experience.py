@@ -27,13 +27,13 @@ class OnRank(PPOModule):
 
 
 @pytest.fixture
-def fitted(model_path: str, reward_path: str, trainer: Make, rollout_data: Make) -> Make:
+def fitted(model_path: str, reward_path: str, trainer: Make, rollout_data: Make, batch_of: Make) -> Make:
     """A module after one update, and a batch of prompts to answer."""
 
     def fitted(kind: type[PPOModule], **settings: Any) -> tuple[Any, dict[str, Any]]:
         module, data = kind(model_path, reward_path, ppo=SETTINGS), rollout_data()
         trainer(limit_val_batches=0, **settings).fit(module, data)
-        return module, {**data.collate("train", [0, 1, 2, 3], True), "chunk": 4}
+        return module, {**batch_of(data, "train", [0, 1, 2, 3]), "chunk": 4}
 
     return fitted
 
@@ -90,11 +90,11 @@ class EndsEarly(PPOModule):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 100])
-def test_a_rollout_does_not_depend_on_its_groups(fitted: Make, chunk: int) -> None:
+def test_a_rollout_does_not_depend_on_its_groups(fitted: Make, batch_of: Make, chunk: int) -> None:
     """Responses token by token, everything else to rounding. No draw of this update is within 1e-5 of another token."""
     module, batch = fitted(EndsEarly)
     data: Any = module.trainer.datamodule
-    batch = data.collate("train", list(range(16)), True)
+    batch = batch_of(data, "train", list(range(16)))
     alike, other = (module.rollout({**batch, "chunk": c}, 3) for c in (chunk, 2))
     assert alike.lengths.unique().numel() > 3
     for name in Rollout.__annotations__:
@@ -124,11 +124,11 @@ class Spy(PPOModule):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(fitted: Make, chunk: int) -> None:
+def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(fitted: Make, batch_of: Make, chunk: int) -> None:
     module, _ = fitted(PPOModule)
     module.__class__ = Spy
     module.sampled, module.scored = [], []
-    batch = module.trainer.datamodule.collate("train", list(range(16)), True)
+    batch = batch_of(module.trainer.datamodule, "train", list(range(16)))
     module.rollout({**batch, "chunk": chunk}, 0)
     limit = chunk * (batch["queries"].shape[1] + SETTINGS.response_length)
     assert max(module.sampled) <= limit

@@ -340,7 +340,7 @@ class TwoRanks(PPOModule):
 
 
 @pytest.fixture
-def two_ranks(update: Make) -> Make:
+def two_ranks(update: Make, batch_of: Make) -> Make:
     """What two ranks make of the same eight prompts."""
 
     def two_ranks(**changes: Any) -> list[Rollout]:
@@ -348,7 +348,7 @@ def two_ranks(update: Make) -> Make:
         module.actor_critic = None  # back to the networks before the update
         module.configure_model()
         data = module.trainer.datamodule
-        return module.rollouts({**data.collate("train", list(range(8)), True), "chunk": 8})
+        return module.rollouts({**batch_of(data, "train", list(range(8))), "chunk": 8})
 
     return two_ranks
 

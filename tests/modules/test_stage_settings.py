@@ -269,12 +269,12 @@ def test_responses_of_ppo_have_at_most_their_length(fit: Make, model_path: str, 
     assert data.last_rollout.lengths.max() == length
 
 
-def test_a_pad_token_pads_and_changes_no_number(model_path: str, trainer: Make, sft_data: Make) -> None:
+def test_a_pad_token_pads_and_changes_no_number(model_path: str, trainer: Make, sft_data: Make, batch_of: Make) -> None:
     losses = []
     for pad in (None, "[OTHER]"):
         module, data = SFTModule(model_path, pad_token=pad, response_length=2), sft_data()
         losses.append(trainer().validate(module, data, verbose=False)[0]["validation/loss"])
-        batch = data.collate("validation", [0, 1, 2, 3], True)
+        batch = batch_of(data, "validation", [0, 1, 2, 3])
         padding = batch["input_ids"][batch["attention_mask"] == 0]
         assert set(padding.tolist()) == {module.tokenizer.convert_tokens_to_ids(pad or "[PAD]")}
     assert losses[0] == losses[1]

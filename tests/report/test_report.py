@@ -358,4 +358,4 @@ def test_the_config_in_the_docs_is_one(tmp_path: Path, capsys: pytest.CaptureFix
     assert stop.value.code in (0, None)
     [run] = yaml.safe_load(capsys.readouterr().out)["runs"]
     assert list(run["policies"]) == ["SFT", "PPO"]
-    assert list(run["checkpoints"]) == ["50", "100"]
+    assert list(run["checkpoints"]) == [50, 100]
