@@ -8,7 +8,7 @@ class FixedKL:
         self.coefficient = coefficient
 
     def update(self, kl: float, episodes: int) -> None:
-        """Does nothing."""
+        """Leaves the coefficient as it is."""
 
 
 class AdaptiveKL:
