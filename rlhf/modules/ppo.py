@@ -108,8 +108,6 @@ class PPOModule(StageModule):
     def _scores_its_own_way(self) -> bool:
         return is_overridden("score_responses", self, PPOModule)
 
-    # ------------------------------------------------------------------------------------------------------- models
-
     @override
     def configure_model(self) -> None:
         if self.actor_critic is None:
@@ -170,8 +168,6 @@ class PPOModule(StageModule):
             return None
         with self.reward_model.on(self.device) as model:
             return self.score_batches(model, batches)
-
-    # ------------------------------------------------------------------------------------------------------ rollout
 
     @torch.no_grad()
     def rollout(self, batch: dict[str, Any], update: int) -> Rollout:
@@ -298,8 +294,6 @@ class PPOModule(StageModule):
         with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
             return in_groups(episodes, groups, scores)[0]
 
-    # ----------------------------------------------------------------------------------------------------- training
-
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.
 
@@ -360,8 +354,6 @@ class PPOModule(StageModule):
     def default_callbacks(self) -> list[Callback]:
         warmup = [CriticWarmup(self.ppo.critic_warmup)] if self.ppo.critic_warmup else []
         return [*super().default_callbacks(), PPOCurves(), SampleTable(), *warmup]
-
-    # -------------------------------------------------------------------------- evaluation, checkpoints, export
 
     @override
     def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:

@@ -59,8 +59,6 @@ class RewardModule(StageModule):
         if self.activation_checkpointing:
             checkpoint_activations(self.model.model)
 
-    # ----------------------------------------------------------------------------------------------------- training
-
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Computes the rewards of the chosen and the rejected responses, `(B,)` each, in one forward (D18).
 
@@ -83,8 +81,6 @@ class RewardModule(StageModule):
         self.log("loss/reward_step", masked_mean(losses.detach(), mask), prog_bar=True, batch_size=1)
         self.log("lr", self.learning_rate, batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
-
-    # --------------------------------------------------------------------------------------------------- evaluation
 
     @override
     def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
@@ -109,8 +105,6 @@ class RewardModule(StageModule):
     @override
     def default_callbacks(self) -> list[Callback]:
         return [*super().default_callbacks(), AccuracyTable()]
-
-    # ------------------------------------------------------------------------------------------------------- export
 
     def mean_demonstration_reward(self) -> Tensor | None:
         """Computes the mean reward of all demonstrations over all ranks; None if the DataModule has none."""

@@ -81,8 +81,6 @@ class SFTModule(StageModule):
         if self.activation_checkpointing:
             checkpoint_activations(self.model)
 
-    # ----------------------------------------------------------------------------------------------------- training
-
     def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Computes the cross-entropy of each predicted token. Override this for another language-model loss.
 
@@ -104,8 +102,6 @@ class SFTModule(StageModule):
         self.log("loss/sft_step", masked_mean(losses.detach(), mask), prog_bar=True, batch_size=1)
         self.log("lr", self.learning_rate, batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
-
-    # --------------------------------------------------------------------------------------------------- evaluation
 
     @override
     def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
