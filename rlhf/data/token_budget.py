@@ -33,7 +33,7 @@ def auto_tokens(trainer: Trainer, module: Stage, data: StageDataModule) -> int:
     run = workload(trainer, module, data)
 
     def needed(rows: int) -> int:
-        return estimate(module.model_config, replace(run, micro_batch=rows)).phases["training"].total
+        return estimate(module.model_config, replace(run, micro_batch=rows))["training"].total
 
     share = data.batch_size // (trainer.world_size * data.minibatches)
     rows = bisect_right(range(1, share + 1), room, key=needed)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models.loading import quiet
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -103,8 +105,6 @@ def packs(model: PreTrainedModel) -> bool:
 def _use_attention(model: PreTrainedModel) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-
-    from rlhf.models.loading import quiet
 
     if not set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
         return False

@@ -14,7 +14,6 @@ from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
     checkpoint_activations,
-    embedding_rows,
     load_causal_lm,
     save_pretrained,
 )
@@ -60,9 +59,9 @@ class SFTModule(StageModule):
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings
-        check_language_model(self.model_config, model_path, "model.model_path")
+        check_language_model(model_path, "model.model_path")
         if not resize_embeddings:
-            check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
+            check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         self.model: Any = None
 
     @property
