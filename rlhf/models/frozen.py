@@ -53,11 +53,9 @@ class FrozenModel(Generic[M]):
     def _bring(self, device: torch.device) -> None:
         if self.placement == "device":
             self._model.to(device)
-            return
-        if self.placement == "zero3":
+        elif self.placement == "zero3":
             self._engine = self._engine or _zero3_engine(self._model, device)
-            return
-        if not self._at_home:
+        elif not self._at_home:
             for tensor in chain(self._model.parameters(), self._model.buffers()):
                 if device.type == "cuda":  # one by one: its unpinned memory is free before the next is pinned
                     tensor.data = tensor.data.pin_memory()

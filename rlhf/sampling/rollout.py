@@ -160,15 +160,12 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Rollout]:
         update = self.update()
         rollout = self.make(update)
+        lengths = rollout.total_lengths()
         for epoch in range(self.ppo_epochs):
             for rows in minibatches(len(rollout), self.minibatches, update, epoch, self.rank):
-                yield from self._micro_batches(rollout, rows)
-
-    def _micro_batches(self, rollout: Rollout, rows: list[int]) -> Iterator[Rollout]:
-        tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
-        shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
-        lengths = rollout.total_lengths()
-        for group in split([lengths[row] for row in rows], self.accumulate):
-            micro = rollout.select([rows[n] for n in group])
-            micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
-            yield micro
+                tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
+                shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
+                for group in split([lengths[row] for row in rows], self.accumulate):
+                    micro = rollout.select([rows[n] for n in group])
+                    micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
+                    yield micro
