@@ -110,7 +110,7 @@ def _sampler(
     def respond(rows: list[Row]) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
         drawn = torch.cat([numbers(row) for row in rows]).to(device)
-        decoding = Decoding.of(tokenizer, temperature)
+        decoding = Decoding(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
         tokens = sample(model, ids.to(device), mask.to(device), drawn, decoding)
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({

@@ -65,13 +65,10 @@ class Phase:
 
 
 def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
-    """Estimates the memory of a stage on each device in each phase; its peak is that of the largest phase.
+    """Estimates the memory of a stage on each device; the peak is the largest phase, as they follow one another.
 
-    Args:
-        config: of the causal language model from which all networks of the stage are made.
-
-    Returns:
-        The phases `sampling`, `scoring` (other forwards without gradients), `training` and `step`.
+    The phases are `sampling`, `scoring` (other forwards without gradients), `training` and `step`. `config` is that of
+    the language model from which all networks of the stage are made.
     """
     f = _Formula(config, workload)
     pairs = 2 if workload.stage == "reward" else 1

@@ -228,7 +228,7 @@ class PPOModule(StageModule):
                 seed from them.
         """
         draw = sample_in_graph if self.ppo.cuda_graphs else sample
-        decoding = Decoding.of(self.tokenizer, temperature)
+        decoding = Decoding(temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:

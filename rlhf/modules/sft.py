@@ -125,7 +125,7 @@ class SFTModule(StageModule):
         """Samples a text for each of the left-padded `queries (B, P)` of a batch."""
         random = generator(self.device, self.global_rank, batch_idx)
         numbers = uniforms(len(batch["queries"]), self.response_length, random)
-        decoding = Decoding.of(self.tokenizer, self.temperature)
+        decoding = Decoding(self.temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         with self.autocast():
             responses = sample(self.model, batch["queries"], batch["query_mask"], numbers, decoding)
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)

@@ -86,11 +86,10 @@ class Rollout:
         index = torch.tensor(rows, device=self.queries.device)
         first = int(self.query_mask[index].any(0).long().argmax())
         last = min(int(self.lengths[index].max()) + 1, self.responses.shape[1])
-        cuts = {"queries": slice(first, None), "query_mask": slice(first, None)}
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            tensor = tensor[index]
-            return tensor if tensor.dim() == 1 else tensor[:, cuts.get(name, slice(0, last))]
+            columns = slice(first, None) if name in ("queries", "query_mask") else slice(last)
+            return tensor[index] if tensor.dim() == 1 else tensor[index, columns]
 
         new = self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
         new.rows = rows
@@ -135,24 +134,16 @@ class RolloutLoader:
     """A plain iterable with a length; every pass is one PPO update: roll out, then yield micro-batches.
 
     The work happens at the first `next()`, not in `iter()`: Lightning calls `iter()` before training starts.
-
-    Attributes:
-        make: makes this rank's rollout of an update.
-        update: returns the number of the current update.
-        reduce_sum: sums a tensor over ranks.
-        ppo_epochs: passes over each rollout, in a fresh permutation each (D33).
-        minibatches: optimizer steps per pass.
-        accumulate: micro-batches per optimizer step, formed by length.
     """
 
-    make: Callable[[int], Rollout]
-    update: Callable[[], int]
-    reduce_sum: Callable[[Tensor], Tensor]
+    make: Callable[[int], Rollout]  # makes this rank's rollout of an update
+    update: Callable[[], int]  # returns the number of the current update
+    reduce_sum: Callable[[Tensor], Tensor]  # over ranks
     rank: int
     world_size: int
-    ppo_epochs: int
-    minibatches: int
-    accumulate: int
+    ppo_epochs: int  # passes over each rollout, in a fresh permutation each (D33)
+    minibatches: int  # optimizer steps per pass
+    accumulate: int  # micro-batches per optimizer step, formed by length
 
     def __len__(self) -> int:
         return self.ppo_epochs * self.minibatches * self.accumulate
