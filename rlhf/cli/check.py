@@ -18,7 +18,6 @@ from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
 from rlhf.errors import find_user_error
-from rlhf.models.loading import embedding_rows
 from rlhf.models.memory import estimate
 from rlhf.modules import StageModule
 
@@ -129,7 +128,9 @@ def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     tokenizer = module.tokenizer
     yield Row("tokens", "EOS", f"{tokenizer.eos_token!r}, id {tokenizer.eos_token_id}")
     yield Row("tokens", "PAD", f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}")
-    yield Row("tokens", "embedding", f"{embedding_rows(module.model_config)} rows for {len(tokenizer)} tokens")
+    yield Row(
+        "tokens", "embedding", f"{module.model_config.get_text_config().vocab_size} rows for {len(tokenizer)} tokens"
+    )
     for split in [*data.splits.values()][:1]:
         queries = split["query"][:100]
         spaces = sum(query != query.rstrip() for query in queries)
@@ -183,14 +184,16 @@ def _rollout_rows(data: StageDataModule) -> Iterator[Row]:
 
 def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one_update: OneUpdate) -> Iterator[Row]:
     if data.splits:
-        wanted = estimate(module.model_config, workload(trainer, module, data))
+        estimated = estimate(module.model_config, workload(trainer, module, data))
+        name = max(estimated, key=lambda phase: estimated[phase].total)
+        wanted = estimated[name].total
         device = trainer.strategy.root_device
-        text = f"{wanted.peak / GIB:.2f} GiB in the phase {wanted.peak_phase!r}"
+        text = f"{wanted / GIB:.2f} GiB in the phase {name!r}"
         fits = True
         if device.type == "cuda":
             room = torch.cuda.get_device_properties(device).total_memory
             text += f" of {room / GIB:.0f} GiB"
-            fits = wanted.peak < room
+            fits = wanted < room
         yield Row("cost", "memory per process, estimated", text, "ok" if fits else "look")
     if not one_update.seconds:
         return

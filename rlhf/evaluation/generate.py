@@ -23,7 +23,6 @@ from rlhf.models.loading import (
     check_language_model,
     check_reward_model,
     load_causal_lm,
-    load_config,
     load_tokenizer,
     model_fingerprint,
 )
@@ -63,10 +62,9 @@ def generate(
     Returns:
         The table, a row per query, with the columns that docs/evaluation.md describes.
     """
-    config = load_config(model, "model")
-    check_language_model(config, model, "model")
+    config = check_language_model(model, "model")
     if reward is not None:
-        check_reward_model(load_config(reward, "reward"), reward, "reward")
+        check_reward_model(reward, "reward")
     tokenizer = load_tokenizer(model, PAD_TOKEN, "model")
     with ranks() as processes:
         with processes.first_alone():
@@ -112,7 +110,7 @@ def _sampler(
     def respond(rows: list[Row]) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
         drawn = torch.cat([numbers(row) for row in rows]).to(device)
-        decoding = Decoding.of(tokenizer, temperature)
+        decoding = Decoding(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
         tokens = sample(model, ids.to(device), mask.to(device), drawn, decoding)
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({

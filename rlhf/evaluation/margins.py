@@ -13,7 +13,7 @@ from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
-from rlhf.models.loading import check_reward_model, load_config, load_tokenizer, model_fingerprint
+from rlhf.models.loading import check_reward_model, load_tokenizer, model_fingerprint
 
 _BATCHES = 16  # per part
 
@@ -39,7 +39,7 @@ def margins(
     Returns:
         The table, a row per pair, with the columns that docs/evaluation.md describes.
     """
-    check_reward_model(load_config(reward, "reward"), reward, "reward")
+    check_reward_model(reward, "reward")
     with ranks() as processes:
         with processes.first_alone():
             rows = load_comparisons(data, "data", load_tokenizer(reward, setting="reward"), text).to_list()

@@ -24,7 +24,7 @@ from rlhf.modules.reward_functions import RewardFunction, call_reward_function
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae
-from rlhf.ops.kl_control import AdaptiveKL, kl_control
+from rlhf.ops.kl_control import KLControl
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import identity, whiten
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
@@ -91,7 +91,7 @@ class PPOModule(StageModule):
         self.actor_critic: Any = None
         self.reference: Any = None
         self.reward_model: FrozenModel[ScalarModel] | None = None
-        self.kl_control = kl_control(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
+        self.kl_control = KLControl(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
         self.seconds: dict[str, float] = {}
 
     @property
@@ -224,7 +224,7 @@ class PPOModule(StageModule):
                 seed from them.
         """
         draw = sample_in_graph if self.ppo.cuda_graphs else sample
-        decoding = Decoding.of(self.tokenizer, temperature)
+        decoding = Decoding(temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
@@ -379,7 +379,7 @@ class PPOModule(StageModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if isinstance(self.kl_control, AdaptiveKL):
+        if self.kl_control.target is not None:
             self.kl_control.coefficient = checkpoint["kl_coefficient"]
 
     @override

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
-from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, embedding_rows, is_classifier
+from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.settings import NonNegative, Optimization
 from rlhf.modules.stage_module import StageModule
@@ -43,7 +43,7 @@ class RewardModule(StageModule):
     ) -> None:
         super().__init__(model_path, optimization, pad_token, activation_checkpointing)
         self.centering = centering
-        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
+        check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         self.centre: Tensor | None = None  # mean reward of the demonstrations, known at the export
         self.model: Any = None
 
