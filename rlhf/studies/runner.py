@@ -8,7 +8,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -106,8 +106,8 @@ class Runner:
         if ended.status:
             status = f"{ended.status}, see {log}" if log else ended.status
             raise UserError(f"the stage {stage.name} ended with status {status}; the same command resumes it.")
-        entry |= {"finished": True, "seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
-        self._record(stage, entry)
+        measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
+        self._record(stage, entry | {"finished": True, **measured})
         print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)
 
     def job(self, name: str, stages: Iterable[Stage], after: str | None = None) -> Job:
@@ -243,21 +243,17 @@ def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], Non
     """
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    running, failed = dict[Future[None], Job](), dict[str | None, str]()
+    failed: dict[str | None, str] = {}
     pool = ThreadPoolExecutor(processes)
     with stage_processes.forwarded_signals():
-
-        def start(after: str | None) -> None:
-            running.update({pool.submit(job.run): job for job in jobs if job.after == after})
-
         try:
-            start(None)
+            running = {pool.submit(job.run): job for job in jobs if job.after is None}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     try:
                         future.result()
-                        start(job.name)
+                        running |= {pool.submit(later.run): later for later in jobs if later.after == job.name}
                     except UserError as error:
                         print(f"failed: {error}", flush=True)
                         failed[job.name] = str(error)
@@ -268,5 +264,5 @@ def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], Non
             failed[job.name] = f"{job.name}: not run, because {job.after} failed"
     write_result()
     if failed:
-        listed = "\n".join(failed.values())
-        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed; the same command resumes them:\n{listed}")
+        head = f"{len(failed)} of {len(jobs)} jobs failed; the same command resumes them:"
+        raise UserError("\n".join([head, *failed.values()]))
