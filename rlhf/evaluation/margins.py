@@ -27,7 +27,8 @@ def margins(
 ) -> pd.DataFrame:
     """Writes the reward model's margin of every comparison of a split to one table.
 
-    A killed run resumes where it was, and several processes share the work when `torchrun` starts them.
+    A killed run resumes where it was, and several processes share the work when `torchrun` starts them. The columns of
+    the table are described in docs/evaluation.md.
 
     Args:
         output: file of the table, ends in .parquet or .csv.
@@ -35,9 +36,6 @@ def margins(
         data: comparisons; `split` says which split.
         text: formats and maximum lengths.
         batch_size: texts that go through the model at a time.
-
-    Returns:
-        The table, a row per pair, with the columns that docs/evaluation.md describes.
     """
     check_reward_model(reward, "reward")
     with ranks() as processes:

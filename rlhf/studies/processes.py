@@ -36,11 +36,10 @@ class StageProcesses:
         self._lock = threading.Lock()  # multiprocessing reads the end of every child whenever one starts or is joined
 
     def run(self, words: list[str], log: Path | None = None) -> Ended:
-        """Runs a command of train.py in a process of its own, unless this process has received a signal.
+        """Runs a command line of train.py in a process of its own, and appends its output to a log.
 
-        Args:
-            words: the command line.
-            log: a file to append its output to.
+        Raises:
+            SystemExit: this process has received a signal.
         """
         self.check()
         context = _context()
