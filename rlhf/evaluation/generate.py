@@ -99,21 +99,15 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 def _sampler(
     path: str, tokenizer: Any, response_length: int, temperature: float, seed: int
 ) -> Callable[[list[Row]], pd.DataFrame]:
-    device, decoding = best_device(), Decoding.of(tokenizer, temperature)
+    device, decoding = best_device(), Decoding(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model").to(str(device)).eval()  # type: ignore[arg-type]
 
     def respond(rows: list[Row]) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-<<<<<<< HEAD
-        drawn = torch.cat([numbers(row) for row in rows]).to(device)
-        decoding = Decoding(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        tokens = sample(model, ids.to(device), mask.to(device), drawn, decoding)
-=======
         # on the CPU, so that they are the same on every device
         generators = [torch.Generator().manual_seed(derive_seed(seed, row["number"])) for row in rows]
         drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
         tokens = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
->>>>>>> w-c
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({
             "id": [_id_of(row) for row in rows],

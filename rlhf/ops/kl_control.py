@@ -4,22 +4,8 @@
 class KLControl:
     """Keeps the coefficient as it is, or steers the KL towards a target, if there is one (D28).
 
-<<<<<<< HEAD
-    def __init__(self, coefficient: float) -> None:
-        self.coefficient = coefficient
-
-    def update(self, kl: float, episodes: int) -> None:
-        """Leaves the coefficient as it is."""
-
-
-class AdaptiveKL:
-    """Steers the KL towards a target with the proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, 2.2).
-
-    After each batch the coefficient is multiplied by `1 + clip(kl / target - 1, -0.2, 0.2) x episodes / horizon`.
-=======
     The proportional controller of Ziegler et al. 2019 (arXiv 1909.08593, 2.2) multiplies the coefficient after each
     batch by `1 + clip(kl / target - 1, -0.2, 0.2) x episodes / horizon`.
->>>>>>> w-a
     """
 
     def __init__(self, coefficient: float, target: float | None, horizon: int) -> None:
