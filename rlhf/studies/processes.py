@@ -14,8 +14,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.hardware import peak_resident_gib
-
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -105,6 +103,8 @@ def _context() -> Any:
 
 
 def _main(words: list[str], log: Path | None, peak: Any) -> None:
+    from rlhf.hardware import peak_resident_gib  # imports torch, which preload.py must not do before it blocks signals
+
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # the process that was forked blocks them
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
