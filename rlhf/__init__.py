@@ -1,4 +1,7 @@
-"""RLHF with PPO, reproduced exactly: SFT, reward model and PPO on Hugging Face models with PyTorch Lightning."""
+"""RLHF with PPO, reproduced exactly: SFT, reward model and PPO on Hugging Face models with PyTorch Lightning.
+
+"(D24)" in a docstring refers to that entry of docs/details.md, the ledger of the details that are reproduced.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

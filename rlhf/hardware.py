@@ -1,7 +1,5 @@
 """What devices can do, and how much memory a process keeps and has held."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
@@ -10,22 +8,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 GIB = 2**30
 WITHOUT_FLOAT64 = {"mps"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
-NEVER = -1
-PRIMITIVES = "64"
 
 
 def best_device() -> torch.device:
     """Returns the NVIDIA GPU of this process, or the CPU (on a Mac always the CPU)."""
-    import torch
-
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -33,15 +25,11 @@ def best_device() -> torch.device:
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Returns the precision for sums that should not round: float64, or float32 on a Mac's GPU, which lacks it."""
-    import torch
-
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def device_memory(device: torch.device, processes: int) -> int:
     """Returns the bytes of a GPU, or the share that one of several processes has of the machine's memory."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
@@ -49,11 +37,7 @@ def device_memory(device: torch.device, processes: int) -> int:
 
 def peak_memory_gib(device: torch.device) -> float:
     """Returns the peak memory of a GPU, or of this process where it trains on the CPU, in GiB."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return peak_resident_gib()
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else peak_resident_gib()
 
 
 def peak_resident_gib() -> float:
@@ -65,8 +49,6 @@ def peak_resident_gib() -> float:
 @contextmanager
 def timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
     """Measures how long the block takes, until the device has done its work, and keeps it as `seconds[phase]`."""
-    import torch
-
     start = time.perf_counter()
     yield
     torch.get_device_module(device).synchronize()
@@ -82,7 +64,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, NEVER)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def bound_primitive_cache() -> None:
@@ -91,4 +73,4 @@ def bound_primitive_cache() -> None:
     A primitive is compiled for one shape, and the shapes of a rollout hardly ever repeat: the cache of a PPO run on a
     small model grew by half a gibibyte. Has an effect only before oneDNN's first use.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from rlhf.models.frozen import FrozenModel, Placement
-    from rlhf.ops.kl_control import AdaptiveKL, FixedKL
+    from rlhf.ops.kl_control import KLControl
     from rlhf.sampling.rollout import Rollout
 
 
@@ -71,7 +71,7 @@ class PPOStage(Stage, Protocol):
 
     reference_path: str
     reward_path: str | None
-    kl_control: FixedKL | AdaptiveKL
+    kl_control: KLControl
     ratio_deviation: Tensor
     seconds: dict[str, float]
 

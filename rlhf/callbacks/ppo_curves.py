@@ -6,17 +6,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from rlhf.hardware import peak_resident_gib
+from rlhf.hardware import peak_memory_gib
 from rlhf.ops.masking import masked_moments
 from rlhf.ops.sequences import length_mask
 from rlhf.protocols import ppo_stage, rollout_data, stage
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Returns the peak memory of the device, or of this process if it trains on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return peak_resident_gib()
 
 
 class PPOCurves(Callback):

@@ -1,29 +1,32 @@
 """Tries one update of a config, and shows all that can be known before hours are spent on it."""
 
+import math
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import groupby
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from rlhf.callbacks.findings import INVARIANTS, Finding
+from rlhf.callbacks.findings import INVARIANTS
 from rlhf.callbacks.invariants import Invariants
-from rlhf.callbacks.ppo_curves import peak_memory_gib
+from rlhf.cli.parsing import message_of
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
+<<<<<<< HEAD
 from rlhf.errors import find_user_error
+=======
+from rlhf.hardware import GIB, device_memory, peak_memory_gib
 from rlhf.models.loading import embedding_rows
+>>>>>>> w-b
 from rlhf.models.memory import estimate
 from rlhf.modules import StageModule
 
-GIB = 2**30
-MANY_TRUNCATED = 0.05
 COLOURS = {"ok": "green", "look": "yellow", "wrong": "bold red"}
 
 
@@ -49,18 +52,19 @@ class StageTrainer(Trainer):
             model: the module of a stage.
             datamodule: its data.
         """
-        invariants, one_update = CollectedInvariants(self), OneUpdate()
-        self.callbacks += [invariants, one_update]  # type: ignore[attr-defined]
-        failure = ""
+        given: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        invariants, one_update = next((c for c in given if isinstance(c, Invariants)), Invariants()), OneUpdate()
+        invariants.act = lambda finding: None  # type: ignore[method-assign]  # the table shows it
+        given += [one_update, *([] if invariants in given else [invariants])]
+        failure: str | None = None
         try:
             self.fit(model, datamodule=datamodule)
         except torch.OutOfMemoryError:
             failure = "out of memory: lower data.micro_batch_size or data.rollout_batch_size"
         except Exception as error:
-            known = find_user_error(error) or (error if isinstance(error, MisconfigurationException) else None)
-            if known is None:
+            failure = message_of(error)
+            if failure is None:
                 raise
-            failure = str(known)
         rows = [
             *_token_rows(model, datamodule),
             *_data_rows(datamodule),
@@ -71,23 +75,9 @@ class StageTrainer(Trainer):
             Row("run", "one update", failure or "done", "wrong" if failure else "ok"),
         ]
         if self.is_global_zero:
-            _show(rows, [str(f) for f in invariants.findings.values() if not f.holds] + [failure])
+            _show(rows, [*(str(f) for f in invariants.findings.values() if not f.holds), *filter(None, [failure])])
         if any(row.verdict == "wrong" for row in rows):
             raise SystemExit(1)
-
-
-class CollectedInvariants(Invariants):
-    """Measures invariants with the settings of the Trainer's own callback, which it replaces, and only keeps them."""
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        super().__init__()
-        for given in [c for c in trainer.callbacks if isinstance(c, Invariants)]:  # type: ignore[attr-defined]
-            vars(self).update(vars(given))
-            trainer.callbacks.remove(given)  # type: ignore[attr-defined]
-
-    @override
-    def act(self, finding: Finding) -> None:
-        pass  # it is shown in the table
 
 
 class OneUpdate(Callback):
@@ -95,13 +85,10 @@ class OneUpdate(Callback):
 
     def __init__(self) -> None:
         self.seconds = 0.0  # of that update or step; 0 if it was not reached
-        self.total = 0  # updates or steps of the whole run
         self._start = 0.0
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, StageModule)
-        self.total = pl_module.total_schedule_steps()
         self._start = _now(pl_module)
 
     @override
@@ -129,12 +116,14 @@ def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     tokenizer = module.tokenizer
     yield Row("tokens", "EOS", f"{tokenizer.eos_token!r}, id {tokenizer.eos_token_id}")
     yield Row("tokens", "PAD", f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}")
-    yield Row("tokens", "embedding", f"{embedding_rows(module.model_config)} rows for {len(tokenizer)} tokens")
+    yield Row(
+        "tokens", "embedding", f"{module.model_config.get_text_config().vocab_size} rows for {len(tokenizer)} tokens"
+    )
     for split in [*data.splits.values()][:1]:
         queries = split["query"][:100]
         spaces = sum(query != query.rstrip() for query in queries)
-        text = f"{queries[0][-12:]!r}" + (f"; {spaces} of {len(queries)} end in white space" if spaces else "")
-        yield Row("tokens", "end of a query", text, "look" if spaces else "ok")
+        text = f"; {spaces} of {len(queries)} end in white space" if spaces else ""
+        yield Row("tokens", "end of a query", f"{queries[0][-12:]!r}{text}", "look" if spaces else "ok")
 
 
 def _data_rows(data: StageDataModule) -> Iterator[Row]:
@@ -147,21 +136,20 @@ def _data_rows(data: StageDataModule) -> Iterator[Row]:
             parts.append(f"{column.removesuffix('_ids')} {median(counts):.0f} tokens, at most {max(counts)}")
         yield Row("data", name, "; ".join(parts))
         cut = sum(split["truncated"][:])
-        text, many = f"{cut} ({cut / len(split):.1%})", cut > MANY_TRUNCATED * len(split)
-        yield Row("data", f"{name}: responses cut off", text, "look" if many else "ok")
+        share = cut / len(split)
+        yield Row("data", f"{name}: responses cut off", f"{cut} ({share:.1%})", "look" if share > 0.05 else "ok")
 
 
 def _batch_rows(trainer: Trainer, module: StageModule, data: StageDataModule) -> Iterator[Row]:
-    # if the batch does not divide, that is an error of its own
     accumulate, parts = trainer.accumulate_grad_batches, getattr(getattr(module, "ppo", None), "minibatches", 1)
     text = f"{data.batch_size} = {trainer.world_size} processes x {accumulate} micro-batches"
     if data.tokens is not None:
         yield Row("batch", "batch size", f"{text} of at most {data.tokens} tokens")
-    elif trainer.world_size * accumulate * data.micro_batch_size * parts == data.batch_size:
-        text += f" x {data.micro_batch_size}"
-        yield Row("batch", "batch size", text + (f" x {parts} minibatches" if parts > 1 else ""))
-    strategy = type(trainer.strategy).__name__
-    yield Row("batch", "strategy", f"{strategy}, {trainer.precision}, {trainer.strategy.root_device}")
+    elif trainer.world_size * accumulate * data.micro_batch_size * parts == data.batch_size:  # else it is an error
+        minibatches = f" x {parts} minibatches" if parts > 1 else ""
+        yield Row("batch", "batch size", f"{text} x {data.micro_batch_size}{minibatches}")
+    name, device = type(trainer.strategy).__name__, trainer.strategy.root_device
+    yield Row("batch", "strategy", f"{name}, {trainer.precision}, {device}")
 
 
 def _finding_rows(invariants: Invariants) -> Iterator[Row]:
@@ -173,7 +161,7 @@ def _finding_rows(invariants: Invariants) -> Iterator[Row]:
 
 def _rollout_rows(data: StageDataModule) -> Iterator[Row]:
     rollout = getattr(data, "last_rollout", None)
-    if rollout is None or not hasattr(rollout, "returns"):
+    if rollout is None:
         return
     share = rollout.has_eos.float().mean().item()
     yield Row("rollout", "responses with EOS", f"{share:.1%}", "look" if share < 0.5 else "ok")
@@ -182,26 +170,39 @@ def _rollout_rows(data: StageDataModule) -> Iterator[Row]:
 
 
 def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one_update: OneUpdate) -> Iterator[Row]:
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
     if data.splits:
-        wanted = estimate(module.model_config, workload(trainer, module, data))
+<<<<<<< HEAD
+        estimated = estimate(module.model_config, workload(trainer, module, data))
+        name = max(estimated, key=lambda phase: estimated[phase].total)
+        wanted = estimated[name].total
         device = trainer.strategy.root_device
-        text = f"{wanted.peak / GIB:.2f} GiB in the phase {wanted.peak_phase!r}"
+        text = f"{wanted / GIB:.2f} GiB in the phase {name!r}"
         fits = True
         if device.type == "cuda":
             room = torch.cuda.get_device_properties(device).total_memory
             text += f" of {room / GIB:.0f} GiB"
-            fits = wanted.peak < room
+            fits = wanted < room
         yield Row("cost", "memory per process, estimated", text, "ok" if fits else "look")
+=======
+        wanted = estimate(module.model_config, workload(trainer, module, data))
+        room = device_memory(device, 1) if on_gpu else math.inf
+        text = f"{wanted.peak / GIB:.2f} GiB in the phase {wanted.peak_phase!r}"
+        text += f" of {room / GIB:.0f} GiB" if on_gpu else ""
+        yield Row("cost", "memory per process, estimated", text, "ok" if wanted.peak < room else "look")
+>>>>>>> w-b
     if not one_update.seconds:
         return
-    measured = "of the device" if module.device.type == "cuda" else "of the whole process"
-    yield Row("cost", "peak memory, measured", f"{peak_memory_gib(module.device):.2f} GiB {measured}")
-    unit = "update" if module.schedule_interval == "epoch" else "step"
-    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in getattr(module, "seconds", {}).items())
-    time_of_one = f"{one_update.seconds:.2f} s" + (f" ({phases}, the rest training)" if phases else "")
-    yield Row("cost", f"one {unit}", time_of_one)
-    whole = timedelta(seconds=round(one_update.seconds * one_update.total))
-    yield Row("cost", "the whole run", f"{whole} for {one_update.total} {unit}s, without validation")
+    measured = "of the device" if on_gpu else "of the whole process"
+    yield Row("cost", "peak memory, measured", f"{peak_memory_gib(device):.2f} GiB {measured}")
+    unit = "update" if module.kind == "ppo" else "step"
+    phases = "".join(f"{name} {seconds:.2f} s, " for name, seconds in getattr(module, "seconds", {}).items())
+    text = f" ({phases}the rest training)" if phases else ""
+    yield Row("cost", f"one {unit}", f"{one_update.seconds:.2f} s{text}")
+    total = module.total_schedule_steps()
+    whole = timedelta(seconds=round(one_update.seconds * total))
+    yield Row("cost", "the whole run", f"{whole} for {total} {unit}s, without validation")
 
 
 def _show(rows: list[Row], sentences: list[str]) -> None:
@@ -209,13 +210,11 @@ def _show(rows: list[Row], sentences: list[str]) -> None:
     from rich.table import Table
 
     table = Table("", "what", "found", "", title="Check")
-    before = ""
-    for row in rows:
-        if before and row.group != before:
-            table.add_section()
-        table.add_row(row.group if row.group != before else "", *row[1:3], f"[{COLOURS[row.verdict]}]{row.verdict}[/]")
-        before = row.group
+    for group, members in groupby(rows, lambda row: row.group):
+        table.add_section()
+        for n, row in enumerate(members):
+            table.add_row("" if n else group, row.what, row.value, f"[{COLOURS[row.verdict]}]{row.verdict}[/]")
     console = Console(emoji=False, highlight=False)
     console.print(table)
-    for sentence in filter(None, sentences):
+    for sentence in sentences:
         console.print(f"wrong: {sentence}", markup=False, style="red")

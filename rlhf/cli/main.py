@@ -1,6 +1,5 @@
 """The command line: `fit`, `check`, `validate`, `test` and `predict` for one stage, and commands for all around it."""
 
-import errno
 import importlib
 import logging
 import os
@@ -8,8 +7,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from rlhf.cli.parsing import explain, parse
-from rlhf.errors import UserError, causes, find_user_error
+from rlhf.cli.parsing import message_of, parse
+from rlhf.errors import UserError
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
@@ -63,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print("stopped; resume with --ckpt_path last, or start the same pipeline or study again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = find_user_error(error) or _explain(error)
+        message = message_of(error)
         if message is None:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -76,15 +75,6 @@ def overview() -> str:
     described = {**STAGE_VERBS, **{name: text for name, (_, text) in VERBS.items()}}
     lines = [f"  {name:<12}{text}" for name, text in described.items()]
     return "\n".join(["usage: python train.py COMMAND [--help] [--config FILE.yaml] [--KEY VALUE ...]", "", *lines])
-
-
-def _explain(error: Exception) -> object | None:
-    """Returns the message of an error that the user can fix."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Free some space; --ckpt_path last resumes a training run from its last checkpoint."
-    if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
-        return explain(str(error))
-    return error if type(error).__name__ == "MisconfigurationException" else None
 
 
 def _call(command: str, words: list[str]) -> None:

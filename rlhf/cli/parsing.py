@@ -1,14 +1,10 @@
-"""Parses a command line, and puts what is wrong with it into one sentence."""
+"""Parses a command line, and puts what a user can fix into one sentence."""
 
+import errno
 import re
 from typing import Any
 
-from rlhf.errors import UserError
-
-NOISE = (
-    "Does not validate", "Subtypes:", "Errors:", "Given value type", "Expected a path but", "For further information",
-    "Expected a <class 'NoneType'>", "Not a valid subclass", "Subclass types expect", "a class path", "a dict with",
-)  # fmt: skip
+from rlhf.errors import UserError, causes, find_user_error
 
 
 def parse(parser: Any, words: list[str]) -> Any:
@@ -22,52 +18,48 @@ def parse(parser: Any, words: list[str]) -> Any:
     try:
         return parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
-        raise UserError(explain(str(error))) from error
+        raise UserError(explain(error)) from error
 
 
-def explain(message: str) -> str:
-    """Puts an error of jsonargparse or pydantic into one sentence, such as `a.b is 0: it should be greater than 0.`"""
-    keys: list[tuple[int, str]] = []  # the setting, level by level, with the indentation of each
-    title = named = ""
-    values: dict[str, str] = {}
-    wanted: dict[str, list[str]] = {}
-    complaints: list[str] = []
-    for line in message.splitlines():
-        text = line.lstrip(" -")
-        if found := re.match(r'Parser key "([^"]+)":\s*(.*)', text):
-            indent = len(line) - len(text)
-            keys = [*(level for level in keys if level[0] < indent), (indent, found[1])]
-            text = found[2]
-        key = ".".join(name for _, name in keys)
-        if found := re.search(r"G(?:ot|iven) value: (.*)", text):
-            values.setdefault(key, found[1])
-            text = text[: found.start()].rstrip(". ")
-        if found := re.match(r"Expected a path but (\S+\.yaml) ", text):
-            complaints.append(f"there is no file {found[1]}")
-        elif not text or text.startswith(NOISE):
-            continue
-        elif found := re.match(r"\d+ validation errors? for (.*)", text):
-            title = found[1] if re.fullmatch(r"[a-z_.]+", found[1]) else key  # the prefix of settings, or a mere type
-        elif title and re.fullmatch(r"[\w.\[\]-]+", text):
-            keys = [(0, f"{title}.{text}")]
-        elif found := re.match(r"(?:\w+ should )?(.*?)(?:, unable .*)? \[type=\w+, input_value=(.*), input_type", text):
-            value = values.setdefault(key, found[2].strip("'"))
-            limit = (
-                f" {value}" if found[1].endswith((" than", " to")) else ""
-            )  # lost by jsonargparse if it is the value
-            wanted.setdefault(key, []).append(found[1] + limit)
-        elif found := re.match(r"Expected a (?:<class '(?:\w+\.)*(\w+)'>|typing.Literal\[(.*)\])", text):
-            kind = f"of type {found[1]}" if found[1] else found[2].replace(", ", " or ")
-            wanted.setdefault(key, []).append(f"be {kind}")
-        elif found := re.match(r"Problem with given class_path '(.*)':", text):
-            named = f"{found[1]}: "
-        else:
-            said = re.sub(
-                r"Expected a dot import path string: (.*)", r"there is no class \1; give its import path", text
-            )
-            complaints.append(named + said)
-    if complaints or not wanted:
-        return ": ".join([*(name for _, name in keys[:1]), " ".join(complaints) or message]).rstrip(".") + "."
-    innermost = [key for key in wanted if not any(other.startswith(f"{key}.") for other in wanted)]
-    sentences = [f"{key} is {values[key]}: it should {' or '.join(wanted[key])}" for key in innermost]
-    return "; ".join(sentences).replace(" or be ", " or ") + "."
+def message_of(error: Exception) -> str | None:
+    """Returns the message of an error that the user can fix; None for any other error."""
+    if known := find_user_error(error):
+        return str(known)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}. Free some space; --ckpt_path last resumes a training run from its last checkpoint."
+    if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
+        return explain(error)
+    return str(error) if type(error).__name__ == "MisconfigurationException" else None
+
+
+def explain(error: Exception) -> str:
+    """Puts an error of jsonargparse or pydantic into one sentence, such as `a.b is 0: it should be greater than 0.`
+
+    Each level of settings raises its error from that of the level below, and so does a list of alternatives from that
+    of the first; the message of the outermost level lists them all.
+    """
+    from pydantic import ValidationError
+    from yaml import YAMLError
+
+    levels = [level for level in causes(error) if not isinstance(level, YAMLError)]
+    said = [str(level) for level in levels]
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "(.*?)"', said[0])))
+    if missing := re.search(r"Expected a path but (\S+\.yaml) ", said[0]):
+        return f"{key}: there is no file {missing[1]}."
+    expected, *values = re.split(r"G(?:ot|iven) value: (.*)", said[0].rpartition("Parser key")[2])
+    allowed = re.findall(r"Expected a (?:<class '(?:\w+\.)*(?!NoneType)(\w+)'>|typing.Literal\[(.*?)\])", expected)
+    kinds = [f"of type {name}" if name else literals.replace(", ", " or ") for name, literals in allowed]
+    if invalid := next((level for level in levels if isinstance(level, ValidationError)), None):
+        setting = invalid.title if re.fullmatch(r"[a-z_.]+", invalid.title) else key  # a prefix, or a mere type
+        sentences = []
+        for problem in invalid.errors():
+            wanted = [re.sub(r"^\w+ should |, unable .*", "", problem["msg"]), *kinds]
+            name = ".".join(map(str, [setting, *problem["loc"]]))
+            sentences.append(f"{name} is {problem['input']}: it should {' or '.join(wanted)}")
+        return "; ".join(sentences) + "."
+    if kinds and values:
+        return f"{key} is {values[0]}: it should be {' or '.join(kinds)}."
+    classes = [name for text in said for name in re.findall(r"\AProblem with given class_path '(.*?)'", text)]
+    reason = next(text for text in reversed(said) if text in said[0]).removeprefix(f'Parser key "{key}": ')
+    reason = re.sub("Expected a dot import path string: (.*)", r"there is no class \1; give its import path", reason)
+    return ": ".join([*filter(None, [key]), *classes[-1:], " ".join(reason.split()).rstrip(".")]) + "."

@@ -29,10 +29,9 @@ WORKERS = {"cuda": 2}  # per loader, by type of device: a CPU that trains has no
 
 
 def accumulation(batch_size: int, micro_batch_size: int, world_size: int, parts: int = 1) -> int:
-    """Computes the micro-batches per optimizer step: `batch_size / (parts x world_size x micro_batch_size)`, exactly.
+    """Computes the micro-batches per optimizer step, `batch_size / (parts x world_size x micro_batch_size)`, exactly.
 
-    Args:
-        parts: minibatches that the global batch is cut into (PPO).
+    PPO cuts the global batch into several minibatches, `parts`.
     """
     unit = parts * world_size * micro_batch_size
     if batch_size % unit:
@@ -92,11 +91,8 @@ def train_plans(
 
     All ranks shuffle alike, cut into global batches, and take long and short rows of each. A global batch always
     becomes `accumulate` micro-batches per rank, formed by length. So does the smaller last one, so that no gradient is
-    left over; a rank without rows for a micro-batch gets a row that counts for nothing.
-
-    Args:
-        weights: per row the number of tokens (pairs: 1) that its loss is a mean over.
-        lengths: per row the number of tokens that go through the model.
+    left over; a rank without rows for a micro-batch gets a row that counts for nothing. `weights` and `lengths` are
+    those of `StageDataModule.train_sizes`.
     """
     for rows in global_batches(len(weights), batch_size, epoch):
         share = sum(weights[r] for r in rows) / (accumulate * world_size)

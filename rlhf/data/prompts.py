@@ -30,10 +30,6 @@ class RolloutDataModule(StageDataModule):
     Args:
         rollout_batch_size: episodes that go through the networks at a time in the rollout, which needs less memory than
             training.
-
-    Attributes:
-        last_rollout: this rank's experience of the current update; None while it is collected.
-        last_prompts: the row numbers of its prompts.
     """
 
     need_response = False
@@ -53,8 +49,8 @@ class RolloutDataModule(StageDataModule):
         sizes = (batch_size, micro_batch_size, eval_batch_size)
         super().__init__(train, validation, test, *sizes, text, max_tokens_per_micro_batch)
         self.rollout_batch_size = rollout_batch_size
-        self.last_rollout: Rollout | None = None
-        self.last_prompts: list[int] = []
+        self.last_rollout: Rollout | None = None  # this rank's experience of the current update, once it is collected
+        self.last_prompts: list[int] = []  # the row numbers of its prompts
         self._order_of = cache(lambda number: permutation(len(self.query_lengths), number))
 
     @property
@@ -97,10 +93,16 @@ class RolloutDataModule(StageDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if "zero3" in self.module.placements:
-            self._check_even()
-        ppo, prompts = self.module.ppo, len(self.query_lengths)
+            for name in set(self.splits) - {"train"}:
+                rows, world_size, size = len(self.splits[name]), self._trainer.world_size, self.eval_batch_size
+                if math.ceil(rows // world_size / size) != math.ceil(rows / world_size / size):
+                    raise UserError(
+                        f"data.{name} has {rows} rows, which gives some processes one batch more than others; with a "
+                        f"model placed in zero3 set data.{name}.limit to a multiple of {world_size}."
+                    )
         if stage != "fit":
             return
+        ppo, prompts = self.module.ppo, len(self.query_lengths)
         if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * self.batch_size:
             raise UserError(
                 f"model.ppo.kl_horizon is {ppo.kl_horizon}; it must be more than a fifth of data.batch_size "
@@ -111,16 +113,6 @@ class RolloutDataModule(StageDataModule):
                 f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
                 "would hold the same prompt twice."
             )
-
-    def _check_even(self) -> None:
-        world_size, size = self._trainer.world_size, self.eval_batch_size
-        for name in set(self.splits) - {"train"}:
-            rows = len(self.splits[name])
-            if math.ceil(rows // world_size / size) != math.ceil(rows / world_size / size):
-                raise UserError(
-                    f"data.{name} has {rows} rows, which gives some processes one batch more than others; with a model "
-                    f"placed in zero3 set data.{name}.limit to a multiple of {world_size}."
-                )
 
     @override
     def collate(self, split: str) -> Collate:

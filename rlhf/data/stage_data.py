@@ -125,12 +125,12 @@ class StageDataModule(LightningDataModule):
 
     def set_accumulation(self) -> None:
         """Sets the Trainer's `accumulate_grad_batches`, the one place where batch sizes are divided."""
-        trainer, budget, setting = self._trainer, self.max_tokens_per_micro_batch, "data.max_tokens_per_micro_batch"
-        size = self.micro_batch_size if budget is None else 1
-        derived = accumulation(self.batch_size, size, trainer.world_size, self.minibatches)
+        trainer, budget = self._trainer, self.max_tokens_per_micro_batch
+        setting, size = "data.max_tokens_per_micro_batch", 1
         if budget is None:
-            setting = "data.micro_batch_size"
-        else:
+            setting, size = "data.micro_batch_size", self.micro_batch_size
+        derived = accumulation(self.batch_size, size, trainer.world_size, self.minibatches)
+        if budget is not None:
             self.tokens = auto_tokens(trainer, self.module, self) if budget == "auto" else budget
             derived = self._parts_under(self.tokens)
         if trainer.accumulate_grad_batches not in (1, derived):
@@ -144,9 +144,7 @@ class StageDataModule(LightningDataModule):
         """Returns the micro-batches that the costliest optimizer step of the run needs; all steps have as many."""
         epochs = self._trainer.max_epochs
         if epochs is None or epochs < 0:
-            raise UserError(
-                "data.max_tokens_per_micro_batch needs trainer.max_epochs, the number of epochs of the run."
-            )
+            raise UserError("data.max_tokens_per_micro_batch needs trainer.max_epochs: set the number of epochs.")
         parts = 1
         for step in self.step_lengths(max(epochs, 1)):
             if max(step, default=0) > tokens:
@@ -203,6 +201,4 @@ class StageDataModule(LightningDataModule):
             raise UserError("there is nothing to measure on: set data.test or data.validation.")
         return found
 
-    @override
-    def predict_dataloader(self) -> list[Loader]:
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader

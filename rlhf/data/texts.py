@@ -103,9 +103,6 @@ def tldr_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: 
     """Fills the format of a query with a TL;DR record, or the `info` of a comparison, and cuts it until it fits (D02).
 
     The post (or article) is cut at its last newline, or by one character if it has none. Everything else survives.
-
-    Returns:
-        The text and its token ids.
     """
     template, field, max_length = text_format.query, "post", text_format.max_query_length
     if is_article(record):
@@ -141,12 +138,7 @@ def plain_query(record: Record, tokenizer: PreTrainedTokenizerBase, text_format:
 def demonstration(
     record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat, schema: str, need_response: bool
 ) -> Record:
-    """Tokenises one demonstration.
-
-    Args:
-        schema: `tldr` (`subreddit, title, post, summary`) or `plain` (`prompt, completion`).
-        need_response: refuse a record without a response.
-    """
+    """Tokenises a demonstration of the schema `tldr` or `plain`, or with `need_response` false a mere prompt."""
     query_of, column = (tldr_query, "summary") if schema == "tldr" else (plain_query, "completion")
     query, ids = query_of(record, tokenizer, text_format)
     response = required_text(record, column) if need_response else str(record.get(column) or "")
@@ -157,11 +149,7 @@ def demonstration(
 
 
 def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text_format: TextFormat, schema: str) -> Record:
-    """Tokenises both sides of one comparison.
-
-    Args:
-        schema: `openai` (`info, summaries, choice, ...`) or `plain` (`prompt, chosen, rejected`).
-    """
+    """Tokenises both sides of a comparison of the schema `openai` or `plain`."""
     max_length = text_format.max_response_length
     row: Record = {"batch": "", "confidence": None, "chosen_policy": "", "rejected_policy": ""}
     if schema == "openai":

@@ -22,18 +22,14 @@ ROOM = 0.85  # of the memory; the rest is for what an estimate does not count
 
 
 def auto_tokens(trainer: Trainer, module: Stage, data: StageDataModule) -> int:
-    """Computes how many tokens per micro-batch, padding included, fit into the memory of every process's device.
-
-    Raises:
-        UserError: not even the longest example fits.
-    """
+    """Computes how many tokens per micro-batch, padding included, fit into the memory of every process's device."""
     device = trainer.strategy.root_device
     memory = torch.tensor(-ROOM * device_memory(device, trainer.num_devices), device=device)
     room = -module.reduce_max(memory).item()
     run = workload(trainer, module, data)
 
     def needed(rows: int) -> int:
-        return estimate(module.model_config, replace(run, micro_batch=rows)).phases["training"].total
+        return estimate(module.model_config, replace(run, micro_batch=rows))["training"].total
 
     share = data.batch_size // (trainer.world_size * data.minibatches)
     rows = bisect_right(range(1, share + 1), room, key=needed)
@@ -47,11 +43,8 @@ def auto_tokens(trainer: Trainer, module: Stage, data: StageDataModule) -> int:
 
 def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload:
     """Describes what each process does, for the estimate of its memory."""
-    longest, strategy = data.longest(), trainer.strategy
+    longest, strategy, tokens = data.longest(), trainer.strategy, data.tokens
     response = min(module.response_room or data.text.max_response_length, longest - 1)
-    micro_batch = data.micro_batch_size
-    if data.tokens is not None:
-        micro_batch = max(1, data.tokens // (data.sequences * longest))
     extra: dict[str, Any] = {"strategy": "ddp" if trainer.world_size > 1 else "single"}
     if module.kind == "ppo":
         ppo = cast(PPOStage, module)
@@ -66,7 +59,7 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
         stage=module.kind,
         precision="bf16-mixed" if "16" in trainer.precision else "32-true",
         world_size=trainer.world_size,
-        micro_batch=micro_batch,
+        micro_batch=data.micro_batch_size if tokens is None else max(1, tokens // (data.sequences * longest)),
         inference_batch=max(data.rollout_batch_size, data.eval_batch_size),
         query_length=longest - response,
         response_length=response,

@@ -39,22 +39,14 @@ _VERSION = 2  # part of the cache key: raise it when the processing of a record 
 def load_demonstrations(
     source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat, need_response: bool = True
 ) -> Dataset:
-    """Loads demonstrations (or, without `need_response`, prompts) as token ids.
-
-    Returns:
-        Rows with the columns of `DEMONSTRATION_COLUMNS`, and the whole `record` as JSON.
-    """
+    """Loads demonstrations (without `need_response`, prompts): `DEMONSTRATION_COLUMNS`, and the `record` as JSON."""
     process = partial(demonstration, need_response=need_response)
     schemas = DEMONSTRATIONS if need_response else PROMPTS
     return _load(source, setting, tokenizer, text, schemas, process, DEMONSTRATION_COLUMNS)
 
 
 def load_comparisons(source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat) -> Dataset:
-    """Loads comparisons as token ids.
-
-    Returns:
-        Rows with the columns of `COMPARISON_COLUMNS`, and the whole `record` as JSON.
-    """
+    """Loads comparisons: `COMPARISON_COLUMNS`, and the `record` as JSON."""
     return _load(source, setting, tokenizer, text, COMPARISONS, comparison, COMPARISON_COLUMNS)
 
 
@@ -91,13 +83,12 @@ def _load(
         except (AttributeError, TypeError, ValueError) as error:
             return row | {"problem": f"not in the form of its schema ({error})"}
 
-    identity = (_VERSION, raw._fingerprint, schema, schemas[schema], text, _content(tokenizer))
     done = raw.map(
         one,
         with_indices=True,
         remove_columns=raw.column_names,
         features=features,
-        new_fingerprint=Hasher.hash(identity),
+        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, schemas[schema], text, _content(tokenizer))),
         desc=f"Tokenising {source.path} ({source.split})",
     )
     return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})")

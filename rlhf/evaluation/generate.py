@@ -23,7 +23,6 @@ from rlhf.models.loading import (
     check_language_model,
     check_reward_model,
     load_causal_lm,
-    load_config,
     load_tokenizer,
     model_fingerprint,
 )
@@ -47,7 +46,7 @@ def generate(
 
     A killed run resumes after its last whole batch, and several processes share the batches when `torchrun` starts
     them. The table depends on neither, and on `batch_size` by rounding only: each response has its own random numbers.
-    A finished table is kept.
+    A finished table is kept. Its columns are described in docs/evaluation.md.
 
     Args:
         output: file of the table, ends in .parquet or .csv.
@@ -59,14 +58,10 @@ def generate(
         batch_size: rows that go through a model at a time.
         seed: seed of the sampling.
         reward: export of a reward model, for the columns `score` and `reference_score`.
-
-    Returns:
-        The table, a row per query, with the columns that docs/evaluation.md describes.
     """
-    config = load_config(model, "model")
-    check_language_model(config, model, "model")
+    config = check_language_model(model, "model")
     if reward is not None:
-        check_reward_model(load_config(reward, "reward"), reward, "reward")
+        check_reward_model(reward, "reward")
     tokenizer = load_tokenizer(model, PAD_TOKEN, "model")
     with ranks() as processes:
         with processes.first_alone():
@@ -86,7 +81,8 @@ def generate(
         parts = Parts(output, settings, rows, batch_size, processes)
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
-            parts.make("scores", f"Scoring with {reward}", partial(_scorer, reward, batch_size))
+            load = partial(RewardScorer, reward, "reward", batch_size)
+            parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load()))
         return parts.merge(finish=_with_gold)
 
 
@@ -103,17 +99,15 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 def _sampler(
     path: str, tokenizer: Any, response_length: int, temperature: float, seed: int
 ) -> Callable[[list[Row]], pd.DataFrame]:
-    device = best_device()
+    device, decoding = best_device(), Decoding(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model").to(str(device)).eval()  # type: ignore[arg-type]
-
-    def numbers(row: Row) -> torch.Tensor:  # on the CPU, so that they are the same on every device
-        return uniforms(1, response_length, torch.Generator().manual_seed(derive_seed(seed, row["number"])))
 
     def respond(rows: list[Row]) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
-        drawn = torch.cat([numbers(row) for row in rows]).to(device)
-        decoding = Decoding.of(tokenizer, temperature)
-        tokens = sample(model, ids.to(device), mask.to(device), drawn, decoding)
+        # on the CPU, so that they are the same on every device
+        generators = [torch.Generator().manual_seed(derive_seed(seed, row["number"])) for row in rows]
+        drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
+        tokens = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
         lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
         return pd.DataFrame({
             "id": [_id_of(row) for row in rows],
@@ -134,14 +128,9 @@ def _id_of(row: Row) -> str:
     return str(row["number"] if known is None else known)
 
 
-def _scorer(path: str, batch_size: int) -> Callable[[list[Row]], pd.DataFrame]:
-    scorer = RewardScorer(path, "reward", batch_size)
-
-    def score(rows: list[Row]) -> pd.DataFrame:
-        queries, responses, references = ([row[name] for row in rows] for name in ("query", "response", "reference"))
-        return pd.DataFrame({"score": scorer(queries, responses), "reference_score": scorer(queries, references)})
-
-    return score
+def _scores(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
+    queries, responses, references = ([row[name] for row in rows] for name in ("query", "response", "reference"))
+    return pd.DataFrame({"score": scorer(queries, responses), "reference_score": scorer(queries, references)})
 
 
 def _with_gold(table: pd.DataFrame) -> pd.DataFrame:

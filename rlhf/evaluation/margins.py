@@ -13,7 +13,7 @@ from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
-from rlhf.models.loading import check_reward_model, load_config, load_tokenizer, model_fingerprint
+from rlhf.models.loading import check_reward_model, load_tokenizer, model_fingerprint
 
 _BATCHES = 16  # per part
 
@@ -27,7 +27,8 @@ def margins(
 ) -> pd.DataFrame:
     """Writes the reward model's margin of every comparison of a split to one table.
 
-    A killed run resumes where it was, and several processes share the work when `torchrun` starts them.
+    A killed run resumes where it was, and several processes share the work when `torchrun` starts them. The columns of
+    the table are described in docs/evaluation.md.
 
     Args:
         output: file of the table, ends in .parquet or .csv.
@@ -35,11 +36,8 @@ def margins(
         data: comparisons; `split` says which split.
         text: formats and maximum lengths.
         batch_size: texts that go through the model at a time.
-
-    Returns:
-        The table, a row per pair, with the columns that docs/evaluation.md describes.
     """
-    check_reward_model(load_config(reward, "reward"), reward, "reward")
+    check_reward_model(reward, "reward")
     with ranks() as processes:
         with processes.first_alone():
             rows = load_comparisons(data, "data", load_tokenizer(reward, setting="reward"), text).to_list()

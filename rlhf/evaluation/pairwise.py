@@ -17,12 +17,10 @@ from rlhf.evaluation.statistics import win_rates
 from rlhf.evaluation.tables import claim, read_notes, read_table, write_notes, write_table
 
 _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
-# Number in a judged table -> its column in a table of responses, for each of the two columns of texts.
+# Column of texts in a table of responses -> number in a judged table -> column of that number.
 _NUMBERS = {
-    "tokens": {"response": "tokens", "reference": "reference_tokens"},
-    "score": {"response": "score", "reference": "reference_score"},
-    "gold": {"response": "gold", "reference": "gold_reference"},
-    "has_eos": {"response": "has_eos"},
+    "response": {name: name for name in ("tokens", "score", "gold", "has_eos")},
+    "reference": {"tokens": "reference_tokens", "score": "reference_score", "gold": "gold_reference"},
 }
 
 
@@ -58,7 +56,7 @@ def judge(
 
     A killed run resumes, and no question is asked twice. No judge is asked if a text is empty (it loses, or ties with
     another empty one) or if both are equal (a tie). Win rate, ties, position bias and cost are printed, and are in
-    `<output>.json`.
+    `<output>.json`. The columns of the table are described in docs/evaluation.md.
 
     Args:
         output: file of the judged table, ends in .parquet or .csv.
@@ -68,15 +66,11 @@ def judge(
         answers: file of the judge's answers; tables may share it, so that nothing is paid twice. By default
             `<output>.answers.jsonl`.
         only_shared: judge only the queries that both tables have; otherwise tables with different queries are an error.
-
-    Returns:
-        The table, a row per query, with the columns that docs/evaluation.md describes.
     """
     file = Path(output)
-    tables = [read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b))]
-    joined = _join(tables[0], tables[1], a, b, only_shared)
-    contents = joined.to_csv(index=False)
-    settings = {"tables": files.fingerprint([contents]), "a": a.label, "b": b.label, "judge": judge.settings()}
+    joined = _join(a, b, only_shared)
+    contents = files.fingerprint([joined.to_csv(index=False)])
+    settings = {"tables": contents, "a": a.label, "b": b.label, "judge": judge.settings()}
     if claim(file, settings):
         _show(read_notes(file)["summary"])
         return read_table(file, "output")
@@ -92,18 +86,17 @@ def judge(
     return table
 
 
-def _join(ours: pd.DataFrame, theirs: pd.DataFrame, a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
-    """Returns `id`, `query`, and the texts and numbers of both candidates, in the order of the first table."""
+def _join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
+    """Reads `id`, `query`, and the texts and numbers of both candidates, in the order of the first table."""
+    ours, theirs = (read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b)))
     shared = int(ours["query"].isin(theirs["query"]).sum())
-    alone = len(ours) - shared, len(theirs) - shared
-    counts = (
-        f"{a.table} and {b.table} share {shared} queries; only the first has {alone[0]}, only the second {alone[1]}"
-    )
+    first, second = len(ours) - shared, len(theirs) - shared
+    counts = f"{a.table} and {b.table} share {shared} queries; only the first has {first}, only the second {second}"
     if not shared:
         raise UserError(f"a.table, b.table: {counts}. They must be of the same split, cut to the same length.")
-    if any(alone) and not only_shared:
-        raise UserError(f"a.table, b.table: {counts}. To judge the shared ones, set only_shared to true.")
-    if any(alone):
+    if first or second:
+        if not only_shared:
+            raise UserError(f"a.table, b.table: {counts}. To judge the shared ones, set only_shared to true.")
         print(f"{counts}; the shared ones are judged.")
     left = _side("a", ours, a).assign(
         id=ours["id"].astype(str) if "id" in ours else [str(number) for number in range(len(ours))],
@@ -113,11 +106,8 @@ def _join(ours: pd.DataFrame, theirs: pd.DataFrame, a: Candidate, b: Candidate, 
 
 
 def _side(side: str, table: pd.DataFrame, candidate: Candidate) -> pd.DataFrame:
-    numbers = {
-        f"{side}_{name}": table[source[candidate.column]]
-        for name, source in _NUMBERS.items()
-        if source.get(candidate.column) in table
-    }
+    columns = _NUMBERS[candidate.column].items()
+    numbers = {f"{side}_{name}": table[column] for name, column in columns if column in table}
     return pd.DataFrame({"query": table["query"], side: table[candidate.column].fillna("").astype(str), **numbers})
 
 
@@ -195,8 +185,7 @@ def _show(summary: Mapping[str, Any]) -> None:
 
     title = f"{summary['a_name']} against {summary['b_name']}, judged by {summary['judge']}"
     shown = Table(title=title, show_header=False)
-    rate = f"{summary['win_rate']:.3f} ({summary['low']:.3f} to {summary['high']:.3f})"
-    shown.add_row("win rate (95% interval)", rate)
+    shown.add_row("win rate (95% interval)", "{win_rate:.3f} ({low:.3f} to {high:.3f})".format(**summary))
     counts = ("rows", "ties", "invalid", "empty_a", "empty_b", "by_rule", "position_bias", "order_agreement")
     for name, value in {**{name: summary[name] for name in counts}, **summary["usage"]}.items():
         cell = "none" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

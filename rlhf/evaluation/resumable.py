@@ -28,10 +28,9 @@ class Ranks:
 
     def wait(self) -> None:
         """Waits until all processes are here."""
-        if self.size == 1:
-            return
         try:
-            dist.barrier()
+            if self.size > 1:
+                dist.barrier()
         except RuntimeError as error:
             raise UserError(
                 "another process stopped, see its message; the same command resumes from the finished parts."
@@ -66,10 +65,6 @@ class Parts:
 
     Process p makes every part whose number is p modulo the number of processes. A part must depend on its rows alone.
     Parts of another size, from an earlier run, are ignored and deleted at the end. A finished table is kept.
-
-    Args:
-        settings: what the table depends on, as JSON values.
-        rows: what each row of the table is made from.
     """
 
     def __init__(self, output: str, settings: Mapping[str, Any], rows: list[Row], size: int, processes: Ranks) -> None:
@@ -81,11 +76,8 @@ class Parts:
     def make(self, step: str, title: str, prepare: Callable[[], Callable[[list[Row]], pd.DataFrame]]) -> None:
         """Makes the columns of a step in all missing parts of this process, then waits for the other processes.
 
-        Args:
-            step: name of the files.
-            title: title of the progress bar.
-            prepare: loads what the step needs, and returns the function that makes the columns from the rows of a part,
-                which have the columns of the earlier steps, too. It is not called if no part is missing.
+        If a part is missing, `prepare` loads what the step needs, and returns the function that makes the columns from
+        the rows of a part, which have the columns of the earlier steps, too.
         """
         from rich.progress import track
 

@@ -15,12 +15,7 @@ from rlhf.synthetic.gold_score import gold_scores
 
 
 class RewardScorer:
-    """A reward model that reads texts.
-
-    Args:
-        setting: how the user names it, for messages.
-        batch_size: texts that go through the model at a time.
-    """
+    """A reward model that reads texts, `batch_size` at a time."""
 
     def __init__(self, path: str, setting: str = "reward", batch_size: int = 64) -> None:
         self.tokenizer = load_tokenizer(path, setting=setting)
@@ -41,11 +36,7 @@ class RewardScorer:
 
 
 def gold_columns(table: pd.DataFrame, **columns: str) -> dict[str, list[float]]:
-    """Computes gold scores of a table with `query` and `record` (JSON), if all records have hidden facts.
-
-    Args:
-        columns: for each new column, the column with the texts to score.
-    """
+    """Computes gold scores of columns of texts, if all records (JSON) of the table have hidden facts."""
     records = [json.loads(record) for record in table["record"]]
     if not all(isinstance(record.get("facts"), dict) for record in records):
         return {}

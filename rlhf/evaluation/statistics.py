@@ -83,7 +83,6 @@ def win_rates(rows: pd.DataFrame, keys: Sequence[str] = tuple(KEYS)) -> pd.DataF
     table = []
     for key, part in rows.groupby(list(keys), sort=False):
         outcomes = part["outcome"].dropna()
-        rate = proportion(outcomes.mean(), len(outcomes))
         table.append({
             **dict(zip(keys, key, strict=True)),
             "rows": len(part),
@@ -91,9 +90,7 @@ def win_rates(rows: pd.DataFrame, keys: Sequence[str] = tuple(KEYS)) -> pd.DataF
             "wins": int((outcomes > 0.5).sum()),
             "ties": int((outcomes == 0.5).sum()),
             "losses": int((outcomes < 0.5).sum()),
-            "win_rate": rate.value,
-            "low": rate.low,
-            "high": rate.high,
+            **dict(zip(("win_rate", "low", "high"), proportion(outcomes.mean(), len(outcomes)), strict=True)),
             "position_bias": position_bias(part),
         })  # fmt: skip
     return pd.DataFrame(table)
@@ -113,11 +110,7 @@ def position_bias(rows: pd.DataFrame) -> float:
 
 
 def over_seeds(table: pd.DataFrame, values: Sequence[str], keys: Sequence[str]) -> pd.DataFrame:
-    """Computes mean and standard deviation (n - 1) of values over seeds; with one seed the deviation is NaN.
-
-    Returns:
-        The keys, `seeds`, and for each value `<name>` and `<name>_std`.
-    """
+    """Computes `<name>`, the mean over seeds, and `<name>_std`, the deviation (n - 1; NaN with one seed), of values."""
     columns = {"seeds": ("seed", "nunique")}
     for name in values:
         columns |= {name: (name, "mean"), f"{name}_std": (name, "std")}
@@ -149,5 +142,4 @@ def policy_differences(rows: pd.DataFrame) -> pd.DataFrame:
                 for baseline in labels[:index]:
                     found, queries = paired_difference(means[policy], means[baseline])
                     table.append((size, parameters, seed, policy, baseline, queries, *found))
-    names = ["size", "parameters", "seed", "policy", "baseline", "queries", "difference", "low", "high"]
-    return pd.DataFrame(table, columns=names)
+    return pd.DataFrame(table, columns=[*KEYS, "baseline", "queries", "difference", "low", "high"])

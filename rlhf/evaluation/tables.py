@@ -21,11 +21,9 @@ _SHOWN = 60  # longest value of a setting in a message
 
 
 def read_table(path: str | Path, setting: str, needed: Sequence[str] = ()) -> pd.DataFrame:
-    """Reads a table from a Parquet or CSV file.
+    """Reads a table with the `needed` columns; if `query` is one of them, no two rows may have the same query.
 
-    Args:
-        setting: how the user names this table, for messages.
-        needed: columns that it must have. If `query` is one of them, no two rows may have the same query.
+    Error messages name the table by its `setting`.
     """
     file = Path(path)
     check_suffix(file, setting)
@@ -35,8 +33,7 @@ def read_table(path: str | Path, setting: str, needed: Sequence[str] = ()) -> pd
         table = pd.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are of these kinds
         raise UserError(f"{setting}: {file} cannot be read as a table: {str(error).strip().splitlines()[0]}") from error
-    missing = [column for column in needed if column not in table]
-    if missing:
+    if missing := [column for column in needed if column not in table]:
         raise UserError(f"{setting}: {file} lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")
     if table.empty:
         raise UserError(f"{setting}: {file} has no rows.")
@@ -76,9 +73,6 @@ def check_suffix(file: Path, setting: str) -> None:
         raise UserError(f"{setting}: {file} must end in {' or '.join(SUFFIXES)}.")
 
 
-# --------------------------------------------------------------------------------- a table and its settings
-
-
 def notes_of(output: Path) -> Path:
     """Returns the file with the settings (and the result) of a table: `<table>.json`."""
     return output.with_name(f"{output.name}{files.NOTES}")
@@ -103,9 +97,7 @@ def write_notes(output: Path, notes: Mapping[str, Any]) -> None:
 def claim(output: Path, settings: Mapping[str, Any], write: bool = True) -> bool:
     """Tells whether a table is finished; if not, reserves its place for a new table or for one to resume.
 
-    Args:
-        settings: what the table is made from, as JSON values.
-        write: whether to write the settings and to print that a finished table is kept; one of several processes does.
+    Of several processes, only the first should `write` the settings and print that a finished table is kept.
 
     Raises:
         UserError: the place cannot be written, or holds a table, or parts of one, made with other settings.

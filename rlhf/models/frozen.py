@@ -47,16 +47,15 @@ class FrozenModel(Generic[M]):
         finally:
             self._users -= 1
             if not self._users:
-                self._drop()
+                for tensor, home in self._at_home:
+                    tensor.data = home  # the copy on the device is dropped
 
     def _bring(self, device: torch.device) -> None:
         if self.placement == "device":
             self._model.to(device)
-            return
-        if self.placement == "zero3":
-            self._engine = self._engine or zero3_engine(self._model, device)
-            return
-        if not self._at_home:
+        elif self.placement == "zero3":
+            self._engine = self._engine or _zero3_engine(self._model, device)
+        elif not self._at_home:
             for tensor in chain(self._model.parameters(), self._model.buffers()):
                 if device.type == "cuda":  # one by one: its unpinned memory is free before the next is pinned
                     tensor.data = tensor.data.pin_memory()
@@ -64,20 +63,14 @@ class FrozenModel(Generic[M]):
         for tensor, home in self._at_home:
             tensor.data = home.to(device, non_blocking=True)
 
-    def _drop(self) -> None:
-        for tensor, home in self._at_home:
-            tensor.data = home
 
-
-def zero3_engine(model: nn.Module, device: torch.device) -> Any:
-    """Creates a DeepSpeed ZeRO-3 inference engine with parameters in CPU memory. Needs DeepSpeed's process group."""
+def _zero3_engine(model: nn.Module, device: torch.device) -> Any:
     import deepspeed
 
     dtype = next(model.parameters()).dtype
-    offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "offload_param": offload},
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"}},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }

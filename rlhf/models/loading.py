@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_TOKEN = "[PAD]"
-WEIGHTS = (".safetensors", ".bin")
 
 
 def check_model_path(path: str, setting: str) -> None:
@@ -78,8 +77,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
+def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str) -> None:
     """Refuses a PAD or EOS without a row in the embedding matrix, which is not resized (D05)."""
+    vocab_size = config.get_text_config().vocab_size
     if max(tokenizer.pad_token_id, tokenizer.eos_token_id) >= vocab_size:
         raise UserError(
             f"PAD {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, outside the embedding of {path} with its "
@@ -93,67 +93,58 @@ def is_classifier(config: PreTrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def check_language_model(config: PreTrainedConfig, path: str, setting: str) -> None:
-    """Refuses a reward model: its output layer would be random."""
+def check_language_model(path: str, setting: str) -> PreTrainedConfig:
+    """Returns the configuration of a language model, and refuses a reward model: its output layer would be random."""
+    config = load_config(path, setting)
     if is_classifier(config):
         raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
+    return config
 
 
-def check_reward_model(config: PreTrainedConfig, path: str, setting: str) -> None:
-    """Refuses any model but a reward model: its head would be random."""
+def check_reward_model(path: str, setting: str) -> PreTrainedConfig:
+    """Returns the configuration of a reward model, and refuses any other model: its head would be random."""
+    config = load_config(path, setting)
     if not is_classifier(config) or config.num_labels != 1:
         names = ", ".join(config.architectures or ["no model"])
         raise UserError(
             f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the reward "
             "stage."
         )
+    return config
 
 
 def check_context(config: PreTrainedConfig, longest: int, what: str, advice: str) -> None:
-    """Refuses sequences that are longer than the context of a model.
-
-    Args:
-        longest: tokens of the longest sequence.
-        what: how the message names that sequence.
-        advice: what the user can do, for the message.
-    """
+    """Refuses sequences longer than the context of a model; `what` names the longest one, `advice` ends the message."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise UserError(f"{what} has {longest} tokens, more than the {positions} positions of the model; {advice}.")
 
 
 def model_fingerprint(path: str, setting: str) -> str:
-    """Computes a fingerprint of a model folder from its contents, wherever it is; for a hub name, `name@commit`.
-
-    Args:
-        setting: how the user names this path, for messages.
-    """
+    """Computes a fingerprint of a model folder from its contents, wherever it is; for a hub name, `name@commit`."""
     config = load_config(path, setting)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
-    names = ("config.json", files.MANIFEST)
-    return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in WEIGHTS or f.name in names))
-
-
-def embedding_rows(config: PreTrainedConfig) -> int:
-    """Returns the number of rows of the embedding matrix."""
-    return config.get_text_config().vocab_size
+    kinds, names = (".safetensors", ".bin"), ("config.json", files.MANIFEST)
+    return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in kinds or f.name in names))
 
 
 def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode. `dtype` replaces that of the stored weights."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(path, setting)
-    check_language_model(config, path, setting)
-    return from_pretrained(AutoModelForCausalLM, path, config, setting, dtype)
+    return from_pretrained("AutoModelForCausalLM", path, check_language_model(path, setting), setting, dtype)
 
 
 def from_pretrained(
-    auto_class: Any, path: str, config: PreTrainedConfig, setting: str, dtype: torch.dtype, new: str | None = None
+    kind: str, path: str, config: PreTrainedConfig, setting: str, dtype: torch.dtype, new: str | None = None
 ) -> PreTrainedModel:
-    """Loads a model with all its weights but a `new` one; transformers would initialise others that are missing."""
+    """Loads a model by the name of its `Auto...` class, with all its weights but a `new` one.
+
+    transformers would initialise other weights that are missing, too.
+    """
+    import transformers
+
+    auto_class = getattr(transformers, kind)
     try:
         with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
             model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)

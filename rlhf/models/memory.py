@@ -64,28 +64,11 @@ class Phase:
         return sum(astuple(self))
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """The phases of a stage by name: `sampling`, `scoring` (other forwards without gradients), `training`, `step`."""
+def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
+    """Estimates the memory of a stage on each device; the peak is the largest phase, as they follow one another.
 
-    phases: dict[str, Phase]
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda name: self.phases[name].total)
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the peak: the maximum over the phases, as they follow one another."""
-        return self.phases[self.peak_phase].total
-
-
-def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
-    """Estimates the peak memory of a stage on each device.
-
-    Args:
-        config: of the causal language model from which all networks of the stage are made.
+    The phases are `sampling`, `scoring` (other forwards without gradients), `training` and `step`. `config` is that of
+    the language model from which all networks of the stage are made.
     """
     f = _Formula(config, workload)
     pairs = 2 if workload.stage == "reward" else 1
@@ -109,7 +92,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> MemoryEstimate:
     }
     if workload.stage == "reward":
         del phases["sampling"]
-    return MemoryEstimate(phases)
+    return phases
 
 
 class Network:

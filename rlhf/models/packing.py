@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models.loading import quiet
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,10 +32,8 @@ class Packing(NamedTuple):
 def packed(input_ids: Tensor, attention_mask: Tensor, first: Tensor) -> dict[str, Any]:
     """Packs rows `(B, T)` with padding anywhere: returns inputs for a model that packs, their N real tokens `(1, N)`.
 
-    Positions start at 0 in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`.
-
-    Args:
-        first: `(B,)`, see `Packing`.
+    Positions start at 0 in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`. For
+    `first`, `(B,)`, see `Packing`.
     """
     real = attention_mask.bool()
     ids, positions = (x[real].unsqueeze(0) for x in (input_ids, attention_mask.long().cumsum(1) - 1))
@@ -65,8 +65,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     config: Any = module.config
     is_last = getattr(module, "layer_idx", None) == config.num_hidden_layers - 1
-    parts = []
-    start = 0
+    parts, start = [], 0
     for length, first, q, k, v in zip(
         packing.lengths, packing.first, *(x.split(packing.lengths, 2) for x in (query, key, value)), strict=True
     ):
@@ -103,8 +102,6 @@ def packs(model: PreTrainedModel) -> bool:
 def _use_attention(model: PreTrainedModel) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-
-    from rlhf.models.loading import quiet
 
     if not set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
         return False

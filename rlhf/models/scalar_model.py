@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHIFT = "reward_shift"
 HEAD = "score.weight"
+AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
 class ScalarModel(nn.Module):
@@ -38,11 +39,12 @@ class ScalarModel(nn.Module):
         self.bias = nn.Parameter(torch.tensor([-float(getattr(model.config, SHIFT, 0.0))]))
 
     @classmethod
-    def from_policy(
-        cls, path: str, seed: int, setting: str = "model.model_path", dtype: torch.dtype = torch.float32
-    ) -> ScalarModel:
+    def from_policy(cls, path: str, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads the backbone of a language model and adds a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
-        model = cls(_load_classifier(path, setting, dtype, new=HEAD))
+        setting = "model.model_path"
+        config = load_config(path, setting)
+        config.num_labels = 1
+        model = cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new=HEAD))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -53,8 +55,7 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads a trained reward model or critic."""
-        check_reward_model(load_config(path, setting), path, setting)
-        return cls(_load_classifier(path, setting, dtype))
+        return cls(from_pretrained(AUTO_CLASS, path, check_reward_model(path, setting), setting, dtype))
 
     @property
     def head_weight(self) -> Tensor:
@@ -91,18 +92,6 @@ class ScalarModel(nn.Module):
         return (left - right).abs().max() / right.abs().max().clamp(min=1)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, centre: float = 0.0) -> None:
-        """Writes the model for plain `AutoModelForSequenceClassification`, with the shift in its configuration.
-
-        Args:
-            centre: the reward that becomes 0 in the export.
-        """
+        """Writes the model for plain `transformers`, with a shift by which the reward `centre` becomes 0."""
         setattr(self.model.config, SHIFT, centre - self.bias.item())
         save_pretrained(self.model, tokenizer, folder)
-
-
-def _load_classifier(path: str, setting: str, dtype: torch.dtype, new: str | None = None) -> PreTrainedModel:
-    from transformers import AutoModelForSequenceClassification
-
-    config = load_config(path, setting)
-    config.num_labels = 1
-    return from_pretrained(AutoModelForSequenceClassification, path, config, setting, dtype, new)

@@ -24,7 +24,7 @@ from rlhf.modules.reward_functions import RewardFunction, call_reward_function
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae
-from rlhf.ops.kl_control import AdaptiveKL, kl_control
+from rlhf.ops.kl_control import KLControl
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import identity, whiten
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
@@ -91,7 +91,7 @@ class PPOModule(StageModule):
         self.actor_critic: Any = None
         self.reference: Any = None
         self.reward_model: FrozenModel[ScalarModel] | None = None
-        self.kl_control = kl_control(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
+        self.kl_control = KLControl(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
         self.seconds: dict[str, float] = {}
 
     @property
@@ -107,8 +107,6 @@ class PPOModule(StageModule):
     @property
     def _scores_its_own_way(self) -> bool:
         return is_overridden("score_responses", self, PPOModule)
-
-    # ------------------------------------------------------------------------------------------------------- models
 
     @override
     def configure_model(self) -> None:
@@ -171,8 +169,6 @@ class PPOModule(StageModule):
         with self.reward_model.on(self.device) as model:
             return self.score_batches(model, batches)
 
-    # ------------------------------------------------------------------------------------------------------ rollout
-
     @torch.no_grad()
     def rollout(self, batch: dict[str, Any], update: int) -> Rollout:
         """Collects one batch of experience, from prompts to advantages.
@@ -228,7 +224,7 @@ class PPOModule(StageModule):
                 seed from them.
         """
         draw = sample_in_graph if self.ppo.cuda_graphs else sample
-        decoding = Decoding.of(self.tokenizer, temperature)
+        decoding = Decoding(temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
@@ -298,8 +294,6 @@ class PPOModule(StageModule):
         with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
             return in_groups(episodes, groups, scores)[0]
 
-    # ----------------------------------------------------------------------------------------------------- training
-
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.
 
@@ -361,8 +355,6 @@ class PPOModule(StageModule):
         warmup = [CriticWarmup(self.ppo.critic_warmup)] if self.ppo.critic_warmup else []
         return [*super().default_callbacks(), PPOCurves(), SampleTable(), *warmup]
 
-    # -------------------------------------------------------------------------- evaluation, checkpoints, export
-
     @override
     def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
         episodes = self.respond(batch, batch_idx)
@@ -387,7 +379,7 @@ class PPOModule(StageModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if isinstance(self.kl_control, AdaptiveKL):
+        if self.kl_control.target is not None:
             self.kl_control.coefficient = checkpoint["kl_coefficient"]
 
     @override

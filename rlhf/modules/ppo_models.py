@@ -15,9 +15,7 @@ from rlhf.models.loading import (
     check_pad_in_embedding,
     check_reward_model,
     checkpoint_activations,
-    embedding_rows,
     load_causal_lm,
-    load_config,
     load_tokenizer,
 )
 from rlhf.models.scalar_model import ScalarModel
@@ -33,11 +31,10 @@ def check_models(
     model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Refuses models that PPO cannot use together, before any of them is loaded."""
-    check_pad_in_embedding(tokenizer, embedding_rows(load_config(model_path, POLICY)), model_path)
-    for path, setting in ((model_path, POLICY), (reference_path, REFERENCE)):
-        check_language_model(load_config(path, setting), path, setting)
+    check_pad_in_embedding(tokenizer, check_language_model(model_path, POLICY), model_path)
+    check_language_model(reference_path, REFERENCE)
     if reward_path is not None:
-        check_reward_model(load_config(reward_path, REWARD), reward_path, REWARD)
+        check_reward_model(reward_path, REWARD)
         if load_tokenizer(reward_path, tokenizer.pad_token, REWARD).get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}; train it from the same "

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
-from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, embedding_rows, is_classifier
+from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.settings import NonNegative, Optimization
 from rlhf.modules.stage_module import StageModule
@@ -43,7 +43,7 @@ class RewardModule(StageModule):
     ) -> None:
         super().__init__(model_path, optimization, pad_token, activation_checkpointing)
         self.centering = centering
-        check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
+        check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         self.centre: Tensor | None = None  # mean reward of the demonstrations, known at the export
         self.model: Any = None
 
@@ -58,8 +58,6 @@ class RewardModule(StageModule):
         self.model = model.to(self.weights_device)
         if self.activation_checkpointing:
             checkpoint_activations(self.model.model)
-
-    # ----------------------------------------------------------------------------------------------------- training
 
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Computes the rewards of the chosen and the rejected responses, `(B,)` each, in one forward (D18).
@@ -84,8 +82,6 @@ class RewardModule(StageModule):
         self.log("lr", self.learning_rate, batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
 
-    # --------------------------------------------------------------------------------------------------- evaluation
-
     @override
     def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
         chosen, rejected = self.scores(batch)
@@ -109,8 +105,6 @@ class RewardModule(StageModule):
     @override
     def default_callbacks(self) -> list[Callback]:
         return [*super().default_callbacks(), AccuracyTable()]
-
-    # ------------------------------------------------------------------------------------------------------- export
 
     def mean_demonstration_reward(self) -> Tensor | None:
         """Computes the mean reward of all demonstrations over all ranks; None if the DataModule has none."""

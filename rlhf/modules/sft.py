@@ -14,7 +14,6 @@ from rlhf.models.loading import (
     check_language_model,
     check_pad_in_embedding,
     checkpoint_activations,
-    embedding_rows,
     load_causal_lm,
     save_pretrained,
 )
@@ -60,9 +59,9 @@ class SFTModule(StageModule):
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings
-        check_language_model(self.model_config, model_path, "model.model_path")
+        check_language_model(model_path, "model.model_path")
         if not resize_embeddings:
-            check_pad_in_embedding(self.tokenizer, embedding_rows(self.model_config), model_path)
+            check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         self.model: Any = None
 
     @property
@@ -80,8 +79,6 @@ class SFTModule(StageModule):
             self.model.resize_token_embeddings(len(self.tokenizer))
         if self.activation_checkpointing:
             checkpoint_activations(self.model)
-
-    # ----------------------------------------------------------------------------------------------------- training
 
     def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Computes the cross-entropy of each predicted token. Override this for another language-model loss.
@@ -105,8 +102,6 @@ class SFTModule(StageModule):
         self.log("lr", self.learning_rate, batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
 
-    # --------------------------------------------------------------------------------------------------- evaluation
-
     @override
     def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
         losses, mask = self.token_losses(batch)
@@ -126,7 +121,7 @@ class SFTModule(StageModule):
         """Samples a text for each of the left-padded `queries (B, P)` of a batch."""
         random = generator(self.device, self.global_rank, batch_idx)
         numbers = uniforms(len(batch["queries"]), self.response_length, random)
-        decoding = Decoding.of(self.tokenizer, self.temperature)
+        decoding = Decoding(self.temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         with self.autocast():
             responses = sample(self.model, batch["queries"], batch["query_mask"], numbers, decoding)
         return self.tokenizer.batch_decode(responses, skip_special_tokens=True)

@@ -96,10 +96,7 @@ def fleiss_kappa(outcomes: pd.DataFrame) -> Estimate:
     if counts.shape[1] < 2:
         return NOTHING
     random = np.random.default_rng(1)
-    drawn = []
-    for _ in range(RESAMPLES):
-        sample = counts[random.integers(len(counts), size=len(counts))]
-        if (sample.sum(0) > 0).sum() > 1:
-            drawn.append(inter_rater.fleiss_kappa(sample))
+    samples = (counts[random.integers(len(counts), size=len(counts))] for _ in range(RESAMPLES))
+    drawn = [inter_rater.fleiss_kappa(sample) for sample in samples if (sample.sum(0) > 0).sum() > 1]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(inter_rater.fleiss_kappa(counts)), float(low), float(high))

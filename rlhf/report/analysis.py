@@ -41,11 +41,7 @@ class Evidence(NamedTuple):
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
-    """Reads all tables and curves of runs.
-
-    Raises:
-        UserError: something is missing, tables share no query, or sizes cannot be ordered.
-    """
+    """Reads all tables and curves of runs."""
     runs = ordered(runs)
     rows, checkpoints = judged_rows(runs), judged_rows(runs, "update")
     check_shared_queries(rows)
@@ -61,16 +57,7 @@ def gather(runs: Sequence[Run]) -> Evidence:
 
 
 def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> dict[str, pd.DataFrame]:
-    """Computes all tables of a report.
-
-    Args:
-        evidence: as returned by `gather`.
-        unit: of lengths.
-
-    Returns:
-        The tables under the names of their CSV files, without those that lack data; `left_out` has the rows without a
-        length ratio.
-    """
+    """Computes the tables of a report under the names of their CSV files, without those that lack data."""
     rows, margins, course, curves = evidence
     with_lengths = lengths.with_lengths(rows, unit)
     bins, scores = lengths.length_bins(with_lengths), rouge_means.rouge_rows(rows)
@@ -79,7 +66,7 @@ def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> dict[str, pd.D
         "summary": summary.summarise(rows, scores),
         "win_rates": rates,
         "differences": statistics.policy_differences(rows),
-        "left_out": with_lengths[with_lengths["log_ratio"].isna()],
+        "left_out": with_lengths[with_lengths["log_ratio"].isna()],  # rows without a length ratio
         "mean_lengths": lengths.mean_lengths(with_lengths),
         "length_bins": bins,
         "length_adjusted": lengths.length_fits(with_lengths),

@@ -13,11 +13,7 @@ LABELS = {"margin": "as given", "clean": "clean (gold score)"}
 
 
 def accuracy_rows(margins: pd.DataFrame) -> pd.DataFrame:
-    """Computes the accuracy of every run per split, batch and confidence; on embedded data also on clean labels.
-
-    Returns:
-        `size`, `parameters`, `seed`, `labels`, and the columns of `accuracy_table` (Wilson intervals).
-    """
+    """Computes the accuracy of every run per split, batch and confidence; on embedded data also on clean labels."""
     from rlhf.callbacks.accuracy_table import accuracy_table
 
     columns = ["split", "batch", "confidence", "margin"]

@@ -75,12 +75,8 @@ def plot_against_size(
 ) -> None:
     """Draws numbers against model size: a dot per seed, a line through the means per series.
 
-    With one seed per size the dots have error bars, where the table has `low` and `high`. Baselines are stars.
-
-    Args:
-        panels: column -> title of its panel.
-        series: column that has a name for each line.
-        level: height of a dashed line.
+    With one seed per size the dots have error bars, where the table has `low` and `high`. Baselines are stars, and
+    `level` is the height of a dashed line. `panels` has columns and the titles of their panels.
     """
     colours, sizes = palette(table[series]), table.drop_duplicates("size")
     table = table.assign(x=table["parameters"] * 1.03 ** side_by_side(table[series]))
@@ -180,15 +176,12 @@ def plot_course(table: pd.DataFrame, over: Mapping[str, str], file: Path) -> Non
 def plot_curves(curves: pd.DataFrame, panels: Mapping[str, Sequence[str]], x_label: str, file: Path) -> None:
     """Draws the curves of a stage: those of one run together in their panel; of several runs, each in a panel.
 
-    Args:
-        curves: as returned by `curve_files.curve_rows`.
-        panels: title -> names of curves; at least one of them is there.
+    `panels` has titles and the names of their curves, of which at least one is there.
     """
     several = len(curves[["size", "seed"]].drop_duplicates()) > 1
     if several:
         panels = {f"{title}\n{name}": [name] for title, names in panels.items() for name in names}
-    parts = {title: curves[curves["curve"].isin(names)] for title, names in panels.items()}
-    parts = {title: part for title, part in parts.items() if len(part)}
+    parts = {title: part for title, names in panels.items() if len(part := curves[curves["curve"].isin(names)])}
     look: Any = {**RUNS, "palette": size_palette(curves["size"])} if several else {"hue": "curve"}
     with canvas(file, len(parts), legend=several) as axes:
         for axis, (title, part) in zip(axes, parts.items(), strict=True):

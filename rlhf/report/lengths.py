@@ -20,10 +20,8 @@ def with_lengths(rows: pd.DataFrame, unit: Unit) -> pd.DataFrame:
 
     `log_ratio` is NaN where a text is empty. Characters are counted without blanks at the ends.
     """
-    length, reference = (
-        (rows[f"{side}_tokens"] if unit == "tokens" else rows[side].str.strip().str.len()).astype(float)
-        for side in "ab"
-    )
+    counts = (rows[f"{side}_tokens"] if unit == "tokens" else rows[side].str.strip().str.len() for side in "ab")
+    length, reference = (count.astype(float) for count in counts)
     ratio = (length / reference).where((length > 0) & (reference > 0))
     return rows.assign(length=length, reference_length=reference, log_ratio=np.log(ratio))
 
@@ -112,9 +110,9 @@ def fit(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:
     except (ConvergenceWarning, PerfectSeparationError, PerfectSeparationWarning, np.linalg.LinAlgError):
         return NOTHING, NOTHING
     at_one = result.get_prediction(np.array([[1.0, 0.0]])).summary_frame(alpha=0.05).iloc[0]
-    slope_low, slope_high = result.conf_int(alpha=0.05)[1]
-    adjusted = Estimate(float(at_one["mean"]), float(at_one["mean_ci_lower"]), float(at_one["mean_ci_upper"]))
-    return adjusted, Estimate(float(result.params[1]), float(slope_low), float(slope_high))
+    adjusted = at_one[["mean", "mean_ci_lower", "mean_ci_upper"]]
+    slope = result.params[1], *result.conf_int(alpha=0.05)[1]
+    return Estimate(*map(float, adjusted)), Estimate(*map(float, slope))
 
 
 def fitted_curve(fitted: pd.Series, log_ratio: np.ndarray) -> np.ndarray:

@@ -34,11 +34,7 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         curves: as returned by `curve_files.curve_rows`, with the KL of PPO.
 
     Returns:
-        `size`, `parameters`, `seed`, `update`, `kl`, `sqrt_kl`, `score`, `gold` (means of the policy's, NaN where a
-        table has none), `rows`, `win_rate`, `low`, `high`.
-
-    Raises:
-        UserError: a run has no curve of KL, or too short a one.
+        A row per checkpoint; `score` and `gold` are means over its responses, NaN where a table has none.
     """
     keys = [*RUN, "update"]
     means = rows.groupby(keys, sort=False).agg(score=("a_score", "mean"), gold=("a_gold", "mean")).reset_index()
@@ -57,15 +53,8 @@ def course(rows: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def validated_course(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Computes proxy score and gold score at each validation of PPO, from its curves.
 
-    All scores of an evaluation function are measures; runs of PPO without them are left out.
-
-    Args:
-        runs: a row per run: `size`, `parameters`, `seed`.
-        curves: as returned by `curve_files.curve_rows`.
-
-    Returns:
-        `size`, `parameters`, `seed`, `update`, `episodes`, `kl`, `sqrt_kl`, `score`, and the other scores under the
-        names of their functions.
+    All scores of an evaluation function are measures, under its name; runs of PPO without them are left out. `runs` has
+    the `parameters` of each `size` and `seed`.
     """
     parts = []
     for (size, seed), part in curves[curves["stage"] == "ppo"].groupby(["size", "seed"], sort=False):

@@ -19,10 +19,7 @@ class Page:
     """Collects a page; its tables and figures are written as they come, the page itself at the end.
 
     It replaces an earlier page in the same folder: tables and figures of that page that this one lacks are deleted.
-
-    Args:
-        folder: to write report.md to; tables and figures go to the folder `report` in it.
-        tables: what the page can show; those that are missing count as empty.
+    A table that is not among `tables` counts as empty.
     """
 
     def __init__(self, folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:

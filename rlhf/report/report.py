@@ -23,7 +23,8 @@ def report(
 ) -> dict[str, pd.DataFrame]:
     """Writes report.md, PNG figures and the CSV tables behind them, from judged tables; no model is loaded.
 
-    A report in the same folder is replaced: its tables and figures that the new one does not have are deleted.
+    A report in the same folder is replaced: its tables and figures that the new one does not have are deleted. Returns
+    the tables of the report, as returned by `analyse`.
 
     Args:
         output: the folder to write report.md to; tables and figures go to the folder `report` in it.
@@ -31,10 +32,10 @@ def report(
         baselines: results of others, stars in the figure of win rate against size.
         lengths: what lengths are measured in.
         samples: how many sample summaries to show.
-
-    Returns:
-        The tables of the report, as returned by `analyse`.
     """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     from rlhf.report import sections  # which imports seaborn
 
     if baselines and any(run.parameters is None for run in runs):
@@ -55,15 +56,8 @@ def report(
     if samples:
         page.add("## Samples", sample_responses(evidence.rows, samples))
     page.write()
-    _print(tables)
-    return tables
-
-
-def _print(tables: dict[str, pd.DataFrame]) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     summary = tables["summary"].drop(columns=["parameters", "score_std"], errors="ignore")
     constant = [name for name in ("size", "seed") if summary[name].nunique() == 1]
-    shown = [summary.drop(columns=constant), *(tables[name] for name in ("claims",) if name in tables)]
+    shown = [summary.drop(columns=constant), *([tables["claims"]] if "claims" in tables else [])]
     Console().print(Markdown("\n\n".join(map(markdown, shown))))
+    return tables

@@ -146,8 +146,8 @@ def add_course(page: Page) -> None:
 
 def add_rouge(page: Page) -> None:
     """Adds ROUGE per run."""
-    intro = "## ROUGE", "Mean over the split, with bootstrap intervals in the CSV."
-    page.table("rouge", *intro, columns=["size", "seed", "policy", "rows", *ROUGE])
+    columns = ["size", "seed", "policy", "rows", *ROUGE]
+    page.table("rouge", "## ROUGE", "Mean over the split, with bootstrap intervals in the CSV.", columns=columns)
     titles = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     _add_against_size(page, "rouge", page.tables["rouge"], titles)
 

@@ -10,11 +10,9 @@ FINAL_MEANS = {"objective/kl": "KL", "rollout/response_length": "length", "rollo
 
 
 def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Makes a row for each policy of each run, and one for its reference, of judged rows and their `rouge.rouge_rows`.
+    """Makes a row for each policy of each run, and one for its reference, of judged rows and their `rouge_rows`.
 
-    Returns:
-        `size`, `parameters`, `seed`, `policy`, `score` and `score_std` (of the reward model), `gold`, `win_rate`,
-        `low`, `high`, `rougeL`, `eos` (share), `length` (tokens). A column that no table has is left out.
+    A column that no table has is left out.
     """
     policies = _means(rows.assign(rougeL=scores["rougeL"]), "a", rougeL=("rougeL", "mean"), eos=("a_has_eos", "mean"))
     first = rows[rows["policy"] == rows.groupby(["size", "seed"])["policy"].transform("first")]
@@ -47,12 +45,7 @@ def ppo_gains(rows: pd.DataFrame) -> list[str]:
 
 
 def side_by_side(rates: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Puts win rates beside the means of PPO's KL, response length and EOS share over its last quarter.
-
-    Args:
-        rates: as returned by `statistics.win_rates`.
-        curves: as returned by `curve_files.curve_rows`; means are NaN where there is no such curve.
-    """
+    """Puts win rates beside the mean KL, length and EOS share of PPO's last quarter, NaN where there is no curve."""
     own = curves[curves["stage"] == "ppo"]
     last = own[own["step"] > 0.75 * own.groupby(["size", "seed", "curve"])["step"].transform("max")]
     finals = last.pivot_table("value", ["size", "seed"], "curve").reindex(columns=list(FINAL_MEANS))

@@ -38,14 +38,18 @@ def sample_in_graph(
     forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
     steps = _Steps(forward, queries, query_mask, uniforms, decoding)
     with evaluation_mode(model):
-        steps.prefill(queries, query_mask)
+        steps.draw(**model_inputs(queries, query_mask))
         advance: Callable[[], None] = steps.decode
         for step in range(1, uniforms.shape[1]):
             if step % LOOK_EVERY == 1 and not steps.alive.any():
                 break
             advance()
             if step == 1 and queries.is_cuda:
-                advance = captured(steps.decode)
+                graph = torch.cuda.CUDAGraph()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):  # records the step without running it
+                    steps.decode()
+                advance = graph.replay
     lengths, _ = response_lengths(steps.responses, decoding.eos_id)
     return steps.responses[:, : int(lengths.max())]
 
@@ -67,15 +71,12 @@ class _Steps:
         self.alive = torch.ones_like(queries[:, 0], dtype=torch.bool)
         self.column = queries.new_zeros(1)
 
-    def prefill(self, queries: Tensor, query_mask: Tensor) -> None:
-        """Reads the queries and draws the first tokens."""
-        self._draw(**model_inputs(queries, query_mask))
-
     def decode(self) -> None:
         """Reads the last tokens and draws the next ones."""
-        self._draw(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions)
+        self.draw(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions)
 
-    def _draw(self, **inputs: Tensor) -> None:
+    def draw(self, **inputs: Tensor) -> None:
+        """Reads the inputs and draws a token for each row."""
         logits = self.forward(**inputs).logits[:, -1]
         numbers = self.uniforms.index_select(1, self.column).squeeze(1)
         drawn = choose(logits.float() / self.decoding.temperature, numbers)
@@ -86,12 +87,3 @@ class _Steps:
         self.tokens.copy_(drawn.unsqueeze(1))
         self.positions.add_(1)
         self.column.add_(1)
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Captures a step that has run before as a CUDA graph. Capturing runs nothing."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay

@@ -52,11 +52,7 @@ def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
 def as_many_everywhere(
     lengths: Sequence[int], tokens: int, reduce_max: Callable[[Tensor], Tensor], device: torch.device
 ) -> list[list[int]]:
-    """Groups rows as `by_length` does, but into the same number of groups on every rank.
-
-    Args:
-        reduce_max: takes the maximum of a tensor over ranks.
-    """
+    """Groups rows as `by_length` does, but into the same number of groups on every rank."""
     own = torch.tensor([len(by_length(lengths, tokens)), -len(lengths)], device=device)
     most, fewest_rows = reduce_max(own).tolist()
     return split(lengths, min(most, -fewest_rows))

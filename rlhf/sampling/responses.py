@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
@@ -43,11 +42,10 @@ def respond(
         part = draw(queries[rows, first:], query_mask[rows, first:], numbers[rows])
         responses[rows, : part.shape[1]] = part
         width = max(width, part.shape[1])
-    responses = truncate_after_eos(responses[:, :width], eos_id, pad_id)
+    responses = truncate_after_eos(responses, eos_id, pad_id)
+    lengths, has_eos = response_lengths(responses[:, :width], eos_id)
     # One more column than the longest response needs, unless it has all: the score can land on it.
-    width = min(int(response_lengths(responses, eos_id)[0].max()) + 1, longest)
-    responses = F.pad(responses, (0, max(0, width - responses.shape[1])), value=pad_id)
-    lengths, has_eos = response_lengths(responses, eos_id)
+    responses = responses[:, : max(width, min(int(lengths.max()) + 1, longest))]
     mask, value_mask = response_masks(lengths, responses.shape[1], score_position)
     real = [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)]
     decoded = tokenizer.batch_decode(real, skip_special_tokens=True)

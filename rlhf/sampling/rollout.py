@@ -86,11 +86,10 @@ class Rollout:
         index = torch.tensor(rows, device=self.queries.device)
         first = int(self.query_mask[index].any(0).long().argmax())
         last = min(int(self.lengths[index].max()) + 1, self.responses.shape[1])
-        cuts = {"queries": slice(first, None), "query_mask": slice(first, None)}
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            tensor = tensor[index]
-            return tensor if tensor.dim() == 1 else tensor[:, cuts.get(name, slice(0, last))]
+            columns = slice(first, None) if name in ("queries", "query_mask") else slice(last)
+            return tensor[index] if tensor.dim() == 1 else tensor[index, columns]
 
         new = self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
         new.rows = rows
@@ -135,24 +134,16 @@ class RolloutLoader:
     """A plain iterable with a length; every pass is one PPO update: roll out, then yield micro-batches.
 
     The work happens at the first `next()`, not in `iter()`: Lightning calls `iter()` before training starts.
-
-    Attributes:
-        make: makes this rank's rollout of an update.
-        update: returns the number of the current update.
-        reduce_sum: sums a tensor over ranks.
-        ppo_epochs: passes over each rollout, in a fresh permutation each (D33).
-        minibatches: optimizer steps per pass.
-        accumulate: micro-batches per optimizer step, formed by length.
     """
 
-    make: Callable[[int], Rollout]
-    update: Callable[[], int]
-    reduce_sum: Callable[[Tensor], Tensor]
+    make: Callable[[int], Rollout]  # makes this rank's rollout of an update
+    update: Callable[[], int]  # returns the number of the current update
+    reduce_sum: Callable[[Tensor], Tensor]  # over ranks
     rank: int
     world_size: int
-    ppo_epochs: int
-    minibatches: int
-    accumulate: int
+    ppo_epochs: int  # passes over each rollout, in a fresh permutation each (D33)
+    minibatches: int  # optimizer steps per pass
+    accumulate: int  # micro-batches per optimizer step, formed by length
 
     def __len__(self) -> int:
         return self.ppo_epochs * self.minibatches * self.accumulate
@@ -160,15 +151,12 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Rollout]:
         update = self.update()
         rollout = self.make(update)
+        lengths = rollout.total_lengths()
         for epoch in range(self.ppo_epochs):
             for rows in minibatches(len(rollout), self.minibatches, update, epoch, self.rank):
-                yield from self._micro_batches(rollout, rows)
-
-    def _micro_batches(self, rollout: Rollout, rows: list[int]) -> Iterator[Rollout]:
-        tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
-        shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
-        lengths = rollout.total_lengths()
-        for group in split([lengths[row] for row in rows], self.accumulate):
-            micro = rollout.select([rows[n] for n in group])
-            micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
-            yield micro
+                tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
+                shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
+                for group in split([lengths[row] for row in rows], self.accumulate):
+                    micro = rollout.select([rows[n] for n in group])
+                    micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
+                    yield micro

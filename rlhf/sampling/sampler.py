@@ -16,7 +16,7 @@ from rlhf.models.packing import packed, packs
 from rlhf.ops.sequences import model_inputs
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel
 
 LEAVING = 0.25  # share of the rows that must have ended before they leave the batch: the cache is copied then
 BLOCK = 256
@@ -28,11 +28,6 @@ class Decoding(NamedTuple):
     temperature: float
     eos_id: int
     pad_id: int
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, temperature: float) -> Decoding:
-        """Takes EOS and PAD from a tokenizer."""
-        return cls(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 @contextmanager

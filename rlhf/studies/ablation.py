@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.evaluation.tables import write_table
 from rlhf.report.curve_files import read_curves
 from rlhf.report.page import markdown
 from rlhf.studies.runner import Job, Runner, Stage, run_jobs
@@ -23,10 +25,10 @@ METRICS = {
     "length": "rollout/response_length",
 }
 PANELS = ("score", "gold score", "KL")
-NOTE = """Mean over the last quarter of each run, averaged over the seeds, with the lowest and the highest seed in
-parentheses; Δ is the mean difference to the default with the same seed. Score and gold score: of the responses to the
-validation prompts, without the EOS trick. KL (nats per response), share of responses with EOS, and length in tokens: of
-the responses sampled in training."""
+NOTE = """Mean over the last quarter of each run, averaged over the seeds, with the lowest and the highest seed in \
+parentheses; Δ is the mean difference to the default with the same seed. Score and gold score: of the responses to the \
+validation prompts, without the EOS trick. KL (nats per response), share of responses with EOS, and length in tokens: \
+of the responses sampled in training."""
 
 
 def ablate(
@@ -53,8 +55,8 @@ def ablate(
         config_dir: folder of the YAML files of the ablations.
         processes: how many runs to have at a time; they share the cores.
     """
-    names = dict.fromkeys([DEFAULT, *ablations])
-    runs = {(name, seed): _run_of(stage, name, seed, Path(config_dir)) for name in names for seed in seeds}
+    keys = product(dict.fromkeys([DEFAULT, *ablations]), seeds)
+    runs = {(name, seed): _run_of(stage, name, seed, Path(config_dir)) for name, seed in keys}
     out = Path(run_dir)
     runner = Runner(out, others={"base": Path(base)}, logged=True)
     for run in runs.values():
@@ -74,20 +76,18 @@ def ablate(
 
 
 def _run_of(stage: Stage, name: str, seed: int, config_dir: Path) -> Stage:
-    configs = list(stage.configs)
-    if name != DEFAULT:
-        file = config_dir / f"{name}.yaml"
-        if not file.is_file():
-            raise UserError(f"ablations: there is no file {file}.")
-        configs.append(str(file))
+    file = config_dir / f"{name}.yaml"
+    if name != DEFAULT and not file.is_file():
+        raise UserError(f"ablations: there is no file {file}.")
+    configs = stage.configs if name == DEFAULT else [*stage.configs, str(file)]
     return replace(stage, name=f"{name}/seed-{seed}", config=configs, takes=stage.takes | {"seed_everything": seed})
 
 
 def read_points(runs: dict[tuple[str, int], Path]) -> pd.DataFrame:
-    """Reads the curves of runs: a row per point with `ablation`, `seed`, `metric`, `episodes`, `value`.
+    """Reads the curves of runs, (ablation, seed) -> folder; those that a run does not have are left out.
 
-    Args:
-        runs: (ablation, seed) -> folder of the run. Curves that a run does not have are left out.
+    Returns:
+        A row per point: `ablation`, `seed`, `metric`, `episodes`, `value`.
     """
     points: dict[tuple[str, int, str], pd.Series] = {}
     for (name, seed), folder in runs.items():
@@ -106,19 +106,14 @@ def final_values(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown_table(finals: pd.DataFrame) -> str:
-    """Formats a row per ablation: mean and range of each metric, and the mean difference to the default by seed.
-
-    Args:
-        finals: as returned by `final_values`.
-    """
+    """Formats a row per ablation: mean and range of each metric, and the mean difference to the default by seed."""
     groups = finals.groupby("ablation", sort=False)
-    differences = finals.sub(finals.loc[DEFAULT], level="seed").groupby("ablation").mean()  # of seeds that both have
+    differences = finals.sub(finals.loc[DEFAULT], level="seed").groupby("ablation").mean().drop(DEFAULT)
     table = groups.size().to_frame("seeds")
     for metric in finals:
         table[metric] = groups[metric].agg(_mean_and_range)
         if metric in PANELS:
-            texts = differences[metric].map("{:+.2f}".format).replace("+nan", "")
-            texts[DEFAULT] = ""
+            texts = differences[metric].map("{:+.2f}".format, na_action="ignore")  # NaN without a common seed
             table.insert(table.shape[1], "Δ", texts, allow_duplicates=True)
     return markdown(table.reset_index())
 
@@ -129,19 +124,13 @@ def _mean_and_range(values: pd.Series) -> str:
 
 
 def write_result(points: pd.DataFrame, out: Path) -> None:
-    """Writes ablations.csv, ablations.png and ablations.md.
-
-    Args:
-        points: as returned by `read_points`, with the default among them.
-        out: the folder to write to.
-    """
+    """Writes ablations.csv, ablations.png and ablations.md of points with the default among them."""
     from rlhf.report.figures import plot_ablations
 
     finals = final_values(points)
-    with files.replacing(out / "ablations.csv") as partial_csv:
-        points.to_csv(partial_csv, index=False)
+    write_table(points, out / "ablations.csv")
     plot_ablations(points, DEFAULT, PANELS, out / "ablations.png")
-    sections = ["# Ablations", markdown_table(finals), NOTE.replace("\n", " ")]
+    sections = ["# Ablations", markdown_table(finals), NOTE]
     seeds = finals.groupby("ablation").size()
     if (single := seeds == 1).any():
         which = "Every run has" if single.all() else f"{', '.join(seeds.index[single])}:"

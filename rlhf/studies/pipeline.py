@@ -41,6 +41,5 @@ def pipeline(
         for number, stage in enumerate(every, 1):
             runner.run_stage(stage, f"[{number}/{len(every)}]")
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
-    report = run / "report.md"
-    if report.exists():
-        print(f"Report:  {report}\nCurves:  tensorboard --logdir {run}")
+    if (run / "report.md").exists():
+        print(f"Report:  {run / 'report.md'}\nCurves:  tensorboard --logdir {run}")

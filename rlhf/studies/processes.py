@@ -14,8 +14,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.hardware import peak_resident_gib
-
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -36,11 +34,10 @@ class StageProcesses:
         self._lock = threading.Lock()  # multiprocessing reads the end of every child whenever one starts or is joined
 
     def run(self, words: list[str], log: Path | None = None) -> Ended:
-        """Runs a command of train.py in a process of its own, unless this process has received a signal.
+        """Runs a command line of train.py in a process of its own, and appends its output to a log.
 
-        Args:
-            words: the command line.
-            log: a file to append its output to.
+        Raises:
+            SystemExit: this process has received a signal.
         """
         self.check()
         context = _context()
@@ -106,6 +103,8 @@ def _context() -> Any:
 
 
 def _main(words: list[str], log: Path | None, peak: Any) -> None:
+    from rlhf.hardware import peak_resident_gib  # imports torch, which preload.py must not do before it blocks signals
+
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # the process that was forked blocks them
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -104,10 +104,8 @@ class Runner:
         ended = stage_processes.run(words, log)
         stage_processes.check()
         if ended.status:
-            where = f", see {log}" if log else ""
-            raise UserError(
-                f"the stage {stage.name} ended with status {ended.status}{where}; the same command resumes it."
-            )
+            status = f"{ended.status}, see {log}" if log else ended.status
+            raise UserError(f"the stage {stage.name} ended with status {status}; the same command resumes it.")
         measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
         self._record(stage, entry | {"finished": True, **measured})
         print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)
@@ -191,8 +189,8 @@ class Runner:
             settings += self.arguments
         if stage.command in SEED or "{seed}" in takes:
             settings.append(str(self.seed))
-        taken = {name: self._recorded[name]["identity"] for name in self._recorded.keys() & _names("run", takes)}
-        taken.pop(stage.name, None)
+        names = _names("run", takes) - {stage.name}
+        taken = {name: entry["identity"] for name, entry in self._recorded.items() if name in names}
         for other, folder in self.others.items():
             theirs = read_state(folder)
             for name in _names(other, takes):
@@ -227,9 +225,6 @@ def _names(placeholder: str, takes: str) -> set[str]:
     return {name.removesuffix(TABLE_SUFFIX) for name in re.findall(rf"\{{{placeholder}\}}/([^/\"]+)", takes)}
 
 
-# ----------------------------------------------------------------------------------------------- jobs side by side
-
-
 class Job(NamedTuple):
     """Work that can run beside other jobs, once the job named `after` has succeeded."""
 
@@ -248,30 +243,26 @@ def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], Non
     """
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    running, failed = dict[Future[None], Job](), dict[str | None, str]()
-    with stage_processes.forwarded_signals(), ThreadPoolExecutor(processes) as pool:
-
-        def start(after: str | None) -> None:
-            running.update({pool.submit(job.run): job for job in jobs if job.after == after})
-
+    failed: dict[str | None, str] = {}
+    pool = ThreadPoolExecutor(processes)
+    with stage_processes.forwarded_signals():
         try:
-            start(None)
+            running = {pool.submit(job.run): job for job in jobs if job.after is None}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     try:
                         future.result()
-                        start(job.name)
+                        running |= {pool.submit(later.run): later for later in jobs if later.after == job.name}
                     except UserError as error:
                         print(f"failed: {error}", flush=True)
                         failed[job.name] = str(error)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     for job in jobs:
         if job.after in failed:
             failed[job.name] = f"{job.name}: not run, because {job.after} failed"
     write_result()
     if failed:
-        listed = "\n".join(failed.values())
-        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed; the same command resumes them:\n{listed}")
+        head = f"{len(failed)} of {len(jobs)} jobs failed; the same command resumes them:"
+        raise UserError("\n".join([head, *failed.values()]))

@@ -3,11 +3,12 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, PositiveInt
 from safetensors import safe_open
@@ -20,7 +21,6 @@ from rlhf.report.runs import STAGES, Baseline, Run
 from rlhf.studies.runner import Runner, Stage, filled, run_jobs, with_takes
 
 SHARED, BASE = "shared", "base"
-EXPORTS = re.compile(r"\{run\}/([^/]+)/export-\{update\}")
 
 
 def scaling(
@@ -69,40 +69,10 @@ def scaling(
         arguments: further arguments for the command line of every training stage.
         processes: how many stages to run at a time; they share the cores.
     """
-    stages, checkpoints = [*stages, *with_takes(evaluation, evaluation_takes)], checkpoints or []
-    stages = [stage for stage in stages if stage.command != "report"]
-    shared, base = shared or [], base or []
-    _check(sizes, seeds, stages, policies, checkpoints)
-    out = Path(run_dir)
-    new = partial(Runner, config_dir=Path(config_dir), arguments=arguments or [], logged=True)
-    commons = new(out / SHARED)
-    jobs, members = [commons.job(SHARED, shared)], []
-    for size in sizes:
-        bases = new(out / size / BASE, others={SHARED: commons.run})
-        jobs.append(bases.job(f"{size}/{BASE}", filled(base, size=size), after=SHARED))
-        others = {SHARED: commons.run, BASE: bases.run}
-        own, exports = filled(stages, size=size), filled(checkpoints, size=size)
-        for seed in seeds:
-            runner = new(out / size / f"seed-{seed}", seed=seed, others=others)
-            members.append(_Member(size, seed, runner, own, exports))
-            jobs.append(runner.job(f"{size}/seed-{seed}", members[-1].every_stage(), after=f"{size}/{BASE}"))
-        for stage in [*shared, *filled(base, size=size), *own, *exports]:
-            commons.words(stage)  # raises if a config file is missing
-
-    def write_report() -> None:
-        finished = [member for member in members if all(map(member.runner.finished, member.stages))]
-        if finished:
-            report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
-            print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
-
-    run_jobs(jobs, processes, write_report)
-
-
-def _check(
-    sizes: list[str], seeds: list[int], stages: list[Stage], policies: dict[str, str], checkpoints: list[Stage]
-) -> None:
-    for setting, values in (("sizes", sizes), ("seeds", [str(seed) for seed in seeds])):
-        if twice := [value for value in values if values.count(value) > 1]:
+    stages = [stage for stage in [*stages, *with_takes(evaluation, evaluation_takes)] if stage.command != "report"]
+    shared, base, checkpoints = shared or [], base or [], checkpoints or []
+    for setting, values in ("sizes", sizes), ("seeds", seeds):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
             raise UserError(f"{setting}: {twice[0]} is there more than once.")
     for size in sizes:
         if not re.fullmatch(r"\w[\w.-]*", size):
@@ -115,16 +85,37 @@ def _check(
         raise UserError("stages: none of them trains a model.")
     if checkpoints and not (_exporting(checkpoints) and checkpoints[-1].command == "judge"):
         raise UserError("checkpoints: one stage must take '{run}/ppo/export-{update}', and the last one must judge.")
+    out = Path(run_dir)
+    new = partial(Runner, config_dir=Path(config_dir), arguments=arguments or [], logged=True)
+    commons = new(out / SHARED)
+    jobs, members = [commons.job(SHARED, shared)], []
+    for size in sizes:
+        before, own, exports = (filled(group, size=size) for group in (base, stages, checkpoints))
+        for stage in [*shared, *before, *own, *exports]:
+            commons.words(stage)  # raises if a config file is missing
+        bases = new(out / size / BASE, others={SHARED: commons.run})
+        jobs.append(bases.job(f"{size}/{BASE}", before, after=SHARED))
+        for seed in seeds:
+            runner = new(out / size / f"seed-{seed}", seed=seed, others={SHARED: commons.run, BASE: bases.run})
+            members.append(_Member(size, seed, runner, own, exports))
+            jobs.append(runner.job(f"{size}/seed-{seed}", members[-1].every_stage(), after=f"{size}/{BASE}"))
+
+    def write_report() -> None:
+        finished = [member for member in members if all(map(member.runner.finished, member.stages))]
+        if finished:
+            report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
+            print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
+
+    run_jobs(jobs, processes, write_report)
 
 
 def _exporting(checkpoints: list[Stage]) -> str | None:
     """Returns the name of the stage that makes the exports to evaluate."""
-    found = EXPORTS.search(json.dumps([stage.takes for stage in checkpoints]))
+    found = re.search(r"\{run\}/([^/]+)/export-\{update\}", json.dumps([stage.takes for stage in checkpoints]))
     return found and found[1]
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     """One size and seed of a study."""
 
     size: str
@@ -136,32 +127,32 @@ class _Member:
     def every_stage(self) -> Iterator[Stage]:
         """Yields its stages, then those of the checkpoints, which are known once PPO has run."""
         yield from self.stages
-        for update in self.updates():
-            yield from filled(self.checkpoints, update=update)
-        if self.checkpoints and not self.updates():
+        evaluations = self.evaluations()
+        yield from chain(*evaluations.values())
+        if self.checkpoints and not evaluations:
             raise UserError(
                 f"checkpoints: {self.runner.run / str(_exporting(self.checkpoints))} has no export-<n>; give the "
                 "callback rlhf.callbacks.export.Export an every_n_epochs."
             )
 
-    def updates(self) -> list[int]:
-        """Returns the numbers of updates after which PPO was exported."""
+    def evaluations(self) -> dict[int, list[Stage]]:
+        """Returns the stages of each checkpoint: number of updates -> stages."""
         exports = (self.runner.run / str(_exporting(self.checkpoints))).glob("export-*")
-        return sorted(int(path.name.partition("-")[2]) for path in exports if files.is_complete(path))
+        updates = sorted(int(path.name.partition("-")[2]) for path in exports if files.is_complete(path))
+        return {update: filled(self.checkpoints, update=update) for update in updates}
 
     def result(self, policies: dict[str, str]) -> Run:
         """Returns its part of the report."""
-        stages = {stage.name: stage for stage in self.stages}
-        trained = next(stage.name for stage in self.stages if stage.command == "fit")
-        judged = {update: filled(self.checkpoints, update=update)[-1] for update in self.updates()}
-        margins = [str(self.runner.product(stage)) for stage in self.stages if stage.command == "margins"]
+        run, trained = self.runner.run, next(stage.name for stage in self.stages if stage.command == "fit")
+        products = {stage.name: str(self.runner.product(stage)) for stage in self.stages}
+        judged = {update: stages[-1] for update, stages in self.evaluations().items()}
         return Run(
             size=self.size,
-            parameters=count_parameters(self.runner.run / trained / files.EXPORT),
+            parameters=count_parameters(run / trained / files.EXPORT),
             seed=self.seed,
-            policies={label: str(self.runner.product(stages[name])) for label, name in policies.items()},
-            margins=margins[0] if margins else None,
-            stages={name: str(self.runner.run / name) for name in STAGES if name in stages},
+            policies={label: products[name] for label, name in policies.items()},
+            margins=next((products[stage.name] for stage in self.stages if stage.command == "margins"), None),
+            stages={name: str(run / name) for name in STAGES if name in products},
             checkpoints={u: str(self.runner.product(s)) for u, s in judged.items() if self.runner.finished(s)},
         )
 

@@ -77,6 +77,11 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         (["--model.toy.value_clip=nan"], "model.toy.value_clip is nan: it should be a finite number."),
         (["--model.toy.value_clip=inf"], "model.toy.value_clip is inf: it should be a finite number."),
         (["--model.toy.kind=c"], "model.toy.kind is c: it should be 'a' or 'b'."),
+        (
+            ["--trainer.callbacks+=rlhf.callbacks.export.Export", "--trainer.callbacks.every_n_epochs=-1"],
+            "trainer.callbacks.every_n_epochs is -1: it should be greater than or equal to 0.",
+        ),
+        (["--trainer.callbacks+=Nope"], "trainer.callbacks: there is no class Nope; give its import path."),
     ],
 )
 def test_of_a_stage(

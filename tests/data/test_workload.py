@@ -48,7 +48,7 @@ def run(kind: str, checkpointing: bool = False, reduce_max: Any = lambda x: x) -
 
 def needed(kind: str, rows: int, checkpointing: bool) -> int:
     how = replace(token_budget.workload(*run(kind, checkpointing)), micro_batch=rows)
-    return estimate(CONFIG, how).phases["training"].total
+    return estimate(CONFIG, how)["training"].total
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from rlhf.errors import UserError
 from rlhf.models.loading import (
     check_model_path,
     check_pad_in_embedding,
-    embedding_rows,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -66,10 +65,10 @@ def test_a_tokenizer_without_eos_is_refused(save_tokenizer: Callable[..., str]) 
 
 def test_pad_must_have_a_row_in_the_embedding(model_path: str) -> None:
     tokenizer = load_tokenizer(model_path)
-    check_pad_in_embedding(tokenizer, tokenizer.pad_token_id + 1, "here")
-    check_pad_in_embedding(tokenizer, embedding_rows(load_config(model_path, SETTING)), "here")
+    check_pad_in_embedding(tokenizer, GPTNeoXConfig(vocab_size=tokenizer.pad_token_id + 1), "here")
+    check_pad_in_embedding(tokenizer, load_config(model_path, SETTING), "here")
     with pytest.raises(UserError, match=rf"PAD '\[PAD\]' has id {tokenizer.pad_token_id}, outside .* model.pad_token"):
-        check_pad_in_embedding(tokenizer, tokenizer.pad_token_id, "here")
+        check_pad_in_embedding(tokenizer, GPTNeoXConfig(vocab_size=tokenizer.pad_token_id), "here")
 
 
 @pytest.mark.parametrize("path", ["nothing-here", "./runs/nothing", "~/nothing", "/nothing/here", "a/b/c"])

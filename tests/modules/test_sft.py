@@ -75,14 +75,15 @@ def test_response_only_loss_ignores_the_query(model_path: str, trainer: Make, sf
 def test_rouge_is_over_the_whole_split(model_path: str, trainer: Make, sft_data: Make) -> None:
     module, data = SFTModule(model_path, response_length=8), sft_data(eval_batch_size=5)
     texts: list[tuple[str, str]] = []
-    respond = module.respond
 
-    def spy(batch: dict[str, Any], batch_idx: int) -> list[str]:
-        responses = respond(batch, batch_idx)
-        texts.extend(zip(responses, batch["reference"], strict=True))
+    def respond(batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """Is good at the last batch, which is smaller, and has a word or two right in the others."""
+        references = batch["reference"]
+        responses = references if len(references) < 5 else [text[: len(text) // 2] for text in references]
+        texts.extend(zip(responses, references, strict=True))
         return responses
 
-    module.respond = spy  # type: ignore[method-assign]
+    module.respond = respond  # type: ignore[method-assign]
     metrics = trainer().validate(module, data, verbose=False)[0]
     predictions, references = zip(*[(r.strip(), t.strip()) for r, t in texts], strict=True)
     expected = rouge_score(list(predictions), list(references), rouge_keys="rougeL")["rougeL_fmeasure"]

@@ -94,15 +94,16 @@ def test_a_step_is_that_of_adamw_with_these_settings(fit: Make, stage: str) -> N
 )
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_the_learning_rate_follows_its_schedule(
-    fit: Make, schedule: Any, share: Callable[[float], float], warmup: int
+    fit: Make, model_path: str, reward_path: str, schedule: Any, share: Callable[[float], float], warmup: int
 ) -> None:
     optimization = Optimization(1e-3, schedule=schedule, warmup_steps=warmup)
     total = 4
     steps, _, _ = fit("SFT", optimization)  # steps
-    updates, _, _ = fit("PPO", optimization, max_epochs=total)
+    two_steps = PPOModule(model_path, reward_path, ppo=replace(PPO, ppo_epochs=2), optimization=optimization)
+    updates, _, _ = fit("PPO", module=two_steps, max_epochs=total)
     expected = [1e-3 * (n / warmup if n < warmup else share((n - warmup) / (total - warmup))) for n in range(total)]
     assert steps.rates == pytest.approx(expected)
-    assert updates.rates == pytest.approx(expected)
+    assert updates.rates == pytest.approx([rate for rate in expected for _ in range(2)])
     assert torch.equal(updates.weights[0], updates.weights[1]) == (warmup > 0)
 
 

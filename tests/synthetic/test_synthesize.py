@@ -17,7 +17,7 @@ from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons, load_demonstrations
 from rlhf.errors import UserError
-from rlhf.models.loading import check_pad_in_embedding, embedding_rows, load_causal_lm, load_config, load_tokenizer
+from rlhf.models.loading import check_pad_in_embedding, load_causal_lm, load_config, load_tokenizer
 from rlhf.synthetic.synthesize import MANIFEST, Sizes, SmallModel, create_model, synthesize, train_tokenizer
 
 SIZES = Sizes(pretraining=60, train=8, validation=4, comparisons=9, comparisons_validation=6, comparisons_news=3)
@@ -87,10 +87,10 @@ def test_the_embedding_has_a_spare_row_for_pad(output: Path) -> None:
     tokenizer = load_tokenizer(path)
     assert tokenizer.pad_token == "[PAD]"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    rows = embedding_rows(load_config(path, "model.model_path"))
-    check_pad_in_embedding(tokenizer, rows, path)
+    config = load_config(path, "model.model_path")
+    check_pad_in_embedding(tokenizer, config, path)
     model = load_causal_lm(path)
-    assert model.get_input_embeddings().num_embeddings == rows > tokenizer.pad_token_id
+    assert model.get_input_embeddings().num_embeddings == config.vocab_size > tokenizer.pad_token_id
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
     assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.max_position_embeddings) == (
@@ -105,7 +105,7 @@ def test_the_embedding_is_large_enough_at_the_border_of_a_multiple_of_64(tmp_pat
     tokenizer = train_tokenizer(["the same old story, told again and again in other words"] * 20, 257)
     tokenizer.add_tokens([f"<{i}>" for i in range(vocabulary - len(tokenizer))])
     create_model(tmp_path, tokenizer, MODEL, seed=1)
-    rows = embedding_rows(load_config(str(tmp_path), "model.model_path"))
+    rows = load_config(str(tmp_path), "model.model_path").vocab_size
     assert (rows, rows % 64) == (320 if vocabulary == 319 else 384, 0)
 
 
@@ -138,7 +138,7 @@ def test_for_a_tokenizer_only_a_model_is_written(output: Path, tmp_path: Path) -
     assert mine.encode("my brother Alex") == theirs.encode("my brother Alex")
     config = load_config(str(tmp_path / "wide" / "model"), "model")
     assert (config.hidden_size, config.num_hidden_layers) == (24, 2)
-    check_pad_in_embedding(mine, embedding_rows(config), "model")
+    check_pad_in_embedding(mine, config, "model")
     with pytest.raises(UserError, match="tokenizer: there is no model folder"):
         synthesize(str(tmp_path / "other"), tokenizer=str(tmp_path / "nowhere"))
     assert not (tmp_path / "other").exists()

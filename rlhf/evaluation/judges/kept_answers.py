@@ -78,9 +78,7 @@ class AnswerFile:
 class AskingJudge(Judge):
     """Asks about each pair twice, once per order, and keeps the answers.
 
-    Args:
-        template: the question, with `{query}`, `{first}` and `{second}`.
-        attempts: answers that cannot be read until a question counts as invalid.
+    After `attempts` answers that cannot be read, a question counts as invalid.
     """
 
     def __init__(self, template: str, attempts: int = 1) -> None:
@@ -134,10 +132,8 @@ class AskingJudge(Judge):
     def verdict(self, question: Question) -> Verdict | None:
         """Returns the verdict of the kept answers; None if the question must be asked (again)."""
         entries = self._answers.of(question.key)
-        readable = [entry.verdict for entry in entries if entry.verdict is not None]
-        if readable:
-            return readable[0]
-        return "invalid" if len(entries) >= self._attempts else None
+        otherwise: Verdict | None = "invalid" if len(entries) >= self._attempts else None
+        return next((entry.verdict for entry in entries if entry.verdict is not None), otherwise)
 
     @override
     def usage(self) -> dict[str, float]:

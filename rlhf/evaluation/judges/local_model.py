@@ -19,7 +19,6 @@ from rlhf.models.loading import (
     check_context,
     check_language_model,
     load_causal_lm,
-    load_config,
     load_tokenizer,
     model_fingerprint,
 )
@@ -80,7 +79,7 @@ class LocalJudge(AskingJudge):
 
     @override
     def prepare(self, answers: Path) -> None:
-        check_language_model(load_config(self._model, "judge.model"), self._model, "judge.model")
+        check_language_model(self._model, "judge.model")
         super().prepare(answers)
 
     @override

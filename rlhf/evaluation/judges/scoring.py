@@ -22,8 +22,7 @@ class GoldJudge(ScoringJudge):
 
     @override
     def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
-        bare = sum(not isinstance(record.get("facts"), dict) for record in records)
-        if bare:
+        if bare := sum(not isinstance(record.get("facts"), dict) for record in records):
             raise UserError(
                 f"judge: {bare} of {len(records)} records have no hidden facts; GoldJudge works on embedded data only."
             )
