@@ -18,12 +18,12 @@ from rlhf.cli.parsing import message_of
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
-<<<<<<< HEAD
-from rlhf.errors import find_user_error
-=======
-from rlhf.hardware import GIB, device_memory, peak_memory_gib
-from rlhf.models.loading import embedding_rows
->>>>>>> w-b
+        estimated = estimate(module.model_config, workload(trainer, module, data))
+        phase = max(estimated, key=lambda name: estimated[name].total)
+        wanted, room = estimated[phase].total, device_memory(device, 1) if on_gpu else math.inf
+        text = f"{wanted / GIB:.2f} GiB in the phase {phase!r}"
+        text += f" of {room / GIB:.0f} GiB" if on_gpu else ""
+        yield Row("cost", "memory per process, estimated", text, "ok" if wanted < room else "look")
 from rlhf.models.memory import estimate
 from rlhf.modules import StageModule
 
@@ -173,25 +173,12 @@ def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
     if data.splits:
-<<<<<<< HEAD
         estimated = estimate(module.model_config, workload(trainer, module, data))
-        name = max(estimated, key=lambda phase: estimated[phase].total)
-        wanted = estimated[name].total
-        device = trainer.strategy.root_device
-        text = f"{wanted / GIB:.2f} GiB in the phase {name!r}"
-        fits = True
-        if device.type == "cuda":
-            room = torch.cuda.get_device_properties(device).total_memory
-            text += f" of {room / GIB:.0f} GiB"
-            fits = wanted < room
-        yield Row("cost", "memory per process, estimated", text, "ok" if fits else "look")
-=======
-        wanted = estimate(module.model_config, workload(trainer, module, data))
-        room = device_memory(device, 1) if on_gpu else math.inf
-        text = f"{wanted.peak / GIB:.2f} GiB in the phase {wanted.peak_phase!r}"
+        phase = max(estimated, key=lambda name: estimated[name].total)
+        wanted, room = estimated[phase].total, device_memory(device, 1) if on_gpu else math.inf
+        text = f"{wanted / GIB:.2f} GiB in the phase {phase!r}"
         text += f" of {room / GIB:.0f} GiB" if on_gpu else ""
-        yield Row("cost", "memory per process, estimated", text, "ok" if wanted.peak < room else "look")
->>>>>>> w-b
+        yield Row("cost", "memory per process, estimated", text, "ok" if wanted < room else "look")
     if not one_update.seconds:
         return
     measured = "of the device" if on_gpu else "of the whole process"
