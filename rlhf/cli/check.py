@@ -18,12 +18,7 @@ from rlhf.cli.parsing import message_of
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
-        estimated = estimate(module.model_config, workload(trainer, module, data))
-        phase = max(estimated, key=lambda name: estimated[name].total)
-        wanted, room = estimated[phase].total, device_memory(device, 1) if on_gpu else math.inf
-        text = f"{wanted / GIB:.2f} GiB in the phase {phase!r}"
-        text += f" of {room / GIB:.0f} GiB" if on_gpu else ""
-        yield Row("cost", "memory per process, estimated", text, "ok" if wanted < room else "look")
+from rlhf.hardware import GIB, device_memory, peak_memory_gib
 from rlhf.models.memory import estimate
 from rlhf.modules import StageModule
 
