@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,12 @@ class TextFormat:
     @field_validator("query", "article")
     @classmethod
     def _is_format(cls, template: str) -> str:
-        list(string.Formatter().parse(template))  # raises a ValueError that says what is wrong
+        try:
+            list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise PydanticCustomError(
+                "format", "Input should be a format string ({why})", {"why": str(error)}
+            ) from error
         return template
 
 

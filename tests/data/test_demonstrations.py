@@ -99,7 +99,7 @@ def test_the_share_is_the_mean_number_of_counted_tokens(make: Attach, loss_on: s
         assert data.trainer.accumulate_grad_batches == 4 // (world * micro)
         ranks.append(list(data.train_dataloader()))
     accumulate = 4 // (world * micro)
-    assert {len(batches) for batches in ranks} == {2 * accumulate}
+    assert {len(batches) for batches in ranks} == {2 * accumulate} == {len(data.train_dataloader())}
     for step in (0, accumulate):
         part = [batch for batches in ranks for batch in batches[step : step + accumulate]]
         tokens = sum(int(batch["loss_mask"].sum()) for batch in part)
