@@ -126,7 +126,7 @@ class Loader(DataLoader[Batch]):
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Does nothing."""
+        """Ignores the state, which is empty."""
 
 
 def loader(rows: datasets.Dataset, plans: Plans, collate: Collate, trainer: Trainer) -> Loader:
