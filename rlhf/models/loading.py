@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.models.causality import is_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -156,6 +157,8 @@ def from_pretrained(
             f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
             f"{missing[0]}."
         )
+    if not is_causal(model):
+        raise UserError(f"{setting}: {path} is no causal language model: tokens of {type(model).__name__} see later ones.")
     return model
 
 

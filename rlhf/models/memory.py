@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +11,8 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
+from rlhf.models.causality import backbone_of
+from rlhf.models.classifiers import classifier_config
 from rlhf.models.frozen import Placement
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.logprobs import LOGITS
@@ -110,12 +111,11 @@ def networks(config: PreTrainedConfig) -> tuple[Network, Network, Network]:
     """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    labelled = copy.deepcopy(config)
-    labelled.num_labels = 1
+    labelled = classifier_config(config)
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(config)
         scalar_model = ScalarModel(AutoModelForSequenceClassification.from_config(labelled))
-    return Network(language_model), Network(scalar_model), Network(language_model.base_model)
+    return Network(language_model), Network(scalar_model), Network(backbone_of(language_model))
 
 
 class _Formula:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models.causality import backbone_of
 from rlhf.models.loading import quiet
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _use_attention(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     """Tells whether a row has the same states behind two different rows, to the last bit, and nearly the same alone."""
-    backbone: Any = model.base_model
+    backbone = backbone_of(model)
 
     def states(*first: int) -> Tensor:
         ids = torch.tensor([first, (0, 1, 0)])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.backbone import hidden_states
+from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config, save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 SHIFT = "reward_shift"
 HEAD = "score.weight"
-AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
 class ScalarModel(nn.Module):
@@ -42,8 +42,7 @@ class ScalarModel(nn.Module):
     def from_policy(cls, path: str, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads the backbone of a language model and adds a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
         setting = "model.model_path"
-        config = load_config(path, setting)
-        config.num_labels = 1
+        config = classifier_config(load_config(path, setting))
         model = cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new=HEAD))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
@@ -55,7 +54,9 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads a trained reward model or critic."""
-        return cls(from_pretrained(AUTO_CLASS, path, check_reward_model(path, setting), setting, dtype))
+        config = check_reward_model(path, setting)
+        register_classifier(config)
+        return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype))
 
     @property
     def head_weight(self) -> Tensor:
