@@ -69,5 +69,6 @@ def _new_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     name = next(name for name, child in model.named_children() if child is backbone)
     parent = next(c for c in type(model).__mro__ if isinstance(backbone, c) and issubclass(c, PreTrainedModel))
     title = parent.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"
-    members = {"base_model_prefix": name, "config_class": type(config), "__module__": __name__}
+    # transformers reads the module of a class to learn what it supports, so the new one belongs to that of its type.
+    members = {"base_model_prefix": name, "config_class": type(config), "__module__": parent.__module__}
     return type(title, (GenericForSequenceClassification, parent), members)
