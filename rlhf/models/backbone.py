@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.causality import backbone_of
 from rlhf.models.packing import packed, packs
+from rlhf.models.probes import backbone_of
 from rlhf.ops.sequences import causal_inputs
 
 if TYPE_CHECKING:

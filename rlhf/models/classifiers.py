@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlhf.models.causality import backbone_of
-from rlhf.models.loading import load_config
+from rlhf.errors import UserError
+from rlhf.models.loading import first_line, load_config
+from rlhf.models.probes import backbone_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -54,7 +55,16 @@ def register_classifier(config: PreTrainedConfig) -> None:
     except ValueError:  # there is none
         fits = False
     if not fits:
-        AutoModelForSequenceClassification.register(type(config), _new_class(config), exist_ok=True)
+        made = _new_class(config)
+        try:
+            with torch.device("meta"):
+                made(copy.deepcopy(config))
+        except Exception as error:
+            raise UserError(
+                f"No reward model or critic can be made for models of type {config.model_type} ({first_line(error)}); "
+                "of the stages only SFT works with them."
+            ) from error
+        AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
     _ready.add(type(config))
 
 
@@ -71,4 +81,15 @@ def _new_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     title = parent.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"
     # transformers reads the module of a class to learn what it supports, so the new one belongs to that of its type.
     members = {"base_model_prefix": name, "config_class": type(config), "__module__": parent.__module__}
+    members["forward"] = _score_rows
     return type(title, (GenericForSequenceClassification, parent), members)
+
+
+def _score_rows(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
+    # The generic forward asks for a cache in the output, which models with a state of their own do not have.
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+    rows, columns = (torch.arange(size, device=input_ids.device) for size in input_ids.shape)
+    last = (columns * (input_ids != self.config.pad_token_id)).argmax(-1)
+    return SequenceClassifierOutput(logits=self.score(states[rows, last]))

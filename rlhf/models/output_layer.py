@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.backbone import hidden_states
-from rlhf.models.causality import backbone_of
+from rlhf.models.probes import backbone_of
 from rlhf.ops.logprobs import linear_logprobs
 from rlhf.ops.sequences import causal_inputs, token_logprobs
 

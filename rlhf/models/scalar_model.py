@@ -14,6 +14,7 @@ from rlhf.errors import UserError
 from rlhf.models.backbone import hidden_states
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config
+from rlhf.models.probes import takes_left_padding
 from rlhf.models.tokenizers import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
@@ -89,7 +90,11 @@ class ScalarModel(nn.Module):
         The unit is the largest reward (at least 1). Eight columns of padding are added, so that every row has some.
         """
         ids, mask = F.pad(input_ids, (0, 8)), F.pad(attention_mask.long(), (0, 8))
-        left = self(*move_padding(ids, mask, "left"))[:, -1]
+        if takes_left_padding(self.model):
+            left = self(*move_padding(ids, mask, "left"))[:, -1]
+        else:  # nothing here pads it on the left; its rows are scored without padding instead
+            rows = zip(ids, mask.bool(), strict=True)
+            left = torch.cat([self(row[real][None], real[real][None])[:, -1] for row, real in rows])
         right = self.score(ids, mask)
         return (left - right).abs().max() / right.abs().max().clamp(min=1)
 
