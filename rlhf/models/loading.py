@@ -132,7 +132,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"model.activation_checkpointing: {type(model).__name__} cannot compute its activations again; set it to false."
+            f"model.activation_checkpointing: {type(model).__name__} cannot compute activations again; set it to false."
         )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
