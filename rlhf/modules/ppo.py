@@ -20,7 +20,7 @@ from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import load_causal_lm, save_pretrained
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
-from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_function, name_of
+from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae
@@ -80,8 +80,7 @@ class PPOModule(StageModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(model_path, optimization, pad_token, activation_checkpointing)
-        check_reward_function(reward_function, "model.reward_function")
-        check_reward_function(evaluation_function, "model.evaluation_function")
+        check_reward_functions(reward_function=reward_function, evaluation_function=evaluation_function)
         self.reward_path = reward_path
         self.reward_function = reward_function
         self.evaluation_function = evaluation_function

@@ -24,19 +24,20 @@ def name_of(function: RewardFunction) -> str:
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def check_reward_function(function: RewardFunction | None, setting: str) -> None:
-    """Refuses a function that cannot be called with queries and responses, before anything expensive."""
-    if function is None:
-        return
-    said = f"{setting}: {name_of(function)}"
-    if inspect.isclass(function) or not callable(function):
-        raise UserError(f"{said} is no function; give the import path of one.")
-    if inspect.iscoroutinefunction(function):
-        raise UserError(f"{said} is asynchronous; give a plain function.")
-    try:
-        _arguments(function, [], [], [])
-    except TypeError:
-        raise UserError(f"{said}{inspect.signature(function)} must take {_FORMS}.") from None
+def check_reward_functions(**functions: RewardFunction | None) -> None:
+    """Refuses functions that cannot be called with queries and responses, before anything expensive."""
+    for setting, function in functions.items():
+        if function is None:
+            continue
+        said = f"model.{setting}: {name_of(function)}"
+        if inspect.isclass(function) or not callable(function):
+            raise UserError(f"{said} is no function; give the import path of one.")
+        if inspect.iscoroutinefunction(function):
+            raise UserError(f"{said} is asynchronous; give a plain function.")
+        try:
+            _arguments(function, [], [], [])
+        except TypeError:
+            raise UserError(f"{said}{inspect.signature(function)} must take {_FORMS}.") from None
 
 
 def call_reward_function(
@@ -64,9 +65,8 @@ def call_reward_function(
         reason = " ".join(str(error).split())[:_LONGEST]
         raise UserError(f"{said} failed{_place(function, error)}: {type(error).__name__}: {reason}") from error
     if values is None:
-        raise UserError(
-            f"{said} returned {_described(result)} instead of one number for each of {len(texts)} responses."
-        )
+        wanted = f"one number for each of {len(texts)} responses"
+        raise UserError(f"{said} returned {_described(result)} instead of {wanted}.")
     if len(values) != len(texts):
         raise UserError(f"{said} returned {len(values)} rewards for {len(texts)} responses.")
     rewards = [_number(value) for value in values]
@@ -96,8 +96,8 @@ def _arguments(
     parameters = signature.parameters
     if "completions" in parameters:
         given = {"prompts": queries, "completions": responses}
-        columns = [name for name in _columns(records) if name not in given]
-        given |= {name: [record.get(name) for record in records] for name in columns}
+        others = [name for name in _columns(records) if name not in given]
+        given |= {name: [record.get(name) for record in records] for name in others}
         if not records:  # only the form is asked for: any column may come
             given |= {name: [] for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY or p.default is p.empty}
         if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):

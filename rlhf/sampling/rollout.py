@@ -112,7 +112,8 @@ def in_groups(
 ) -> tuple[Tensor, ...]:
     """Evaluates groups of rows, without the columns that a group does not use, and puts the results together.
 
-    Without groups, all rows go together. Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
+    Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`. Without
+    groups, all rows go together.
     """
     width = episodes.responses.shape[1]
     parts, groups = [], groups or [list(range(len(episodes)))]

@@ -14,7 +14,7 @@ import torch
 
 from rlhf.errors import UserError
 from rlhf.modules import PPOModule
-from rlhf.modules.reward_functions import call_reward_function, check_reward_function
+from rlhf.modules.reward_functions import call_reward_function, check_reward_functions
 
 TEXTS = [{"query": f"q{n}", "response": "x" * n, "record": {"answer": n, "id": f"i{n}"}} for n in (3, 1, 2)]
 LENGTHS = [3.0, 1.0, 2.0]
@@ -22,7 +22,7 @@ SETTING = "model.reward_function"
 
 
 def call(function: Any) -> list[float]:
-    check_reward_function(function, SETTING)
+    check_reward_functions(reward_function=function)
     rewards = call_reward_function(function, TEXTS, torch.device("cpu"), SETTING)
     assert rewards.dtype == torch.float32
     return rewards.tolist()
@@ -113,8 +113,7 @@ def three_with_a_default(queries: list[str], responses: list[str], records: Any 
 
 
 def anything(*args: Any) -> list[float]:
-    queries, _, records = args
-    return [float(record["answer"]) for record in records]
+    return [float(record["answer"]) for record in args[2]]
 
 
 def trl(completions: list[str], **kwargs: Any) -> list[float]:

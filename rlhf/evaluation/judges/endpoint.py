@@ -37,7 +37,7 @@ Preferred: tie"""
 AGAIN = """An earlier answer to this could not be read. The last line of your answer must be exactly `Preferred: A`, \
 `Preferred: B` or `Preferred: tie`, and nothing may follow it."""
 _VERDICTS: dict[str, Verdict] = {"a": "first", "b": "second", "tie": "tie"}
-_MARKS = re.compile(r"[\s*_`~#>•\-–\"'“”<\[\](){}]+")  # emphasis, code, brackets, lists: they say nothing
+_MARKS = re.compile(r"[\s*_`~#>•\-\"'“”<\[\](){}]+")  # emphasis, code, brackets, lists: they say nothing
 _LINE = re.compile(r"preferred:(a|b|tie)[.!]?", re.IGNORECASE)
 _REFUSED = (400, 413, 422)  # this prompt is too long or against the rules, others may not be
 _CONNECT = 5.0  # seconds
