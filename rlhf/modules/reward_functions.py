@@ -95,7 +95,7 @@ def _arguments(
         return every, {}
     parameters = signature.parameters
     if "completions" in parameters:
-        given = {"prompts": queries, "completions": responses}
+        given: dict[str, list[Any]] = {"prompts": queries, "completions": responses}
         others = [name for name in _columns(records) if name not in given]
         given |= {name: [record.get(name) for record in records] for name in others}
         if not records:  # only the form is asked for: any column may come
