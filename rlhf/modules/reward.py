@@ -46,7 +46,7 @@ class RewardModule(StageModule):
         super().__init__(model_path, optimization, pad_token, activation_checkpointing)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
-        register_classifier(self.model_config)  # refuses types of which there is no reward model
+        register_classifier(self.model_config, "model.model_path")  # refuses types of which there is no reward model
         self.centre: Tensor | None = None  # mean reward of the demonstrations, known at the export
         self.model: Any = None
 
