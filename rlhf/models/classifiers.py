@@ -23,7 +23,7 @@ _made: dict[type, bool] = {}  # by the class of a configuration: whether the cla
 def register_reward_model(path: str) -> None:
     """Lets transformers' `AutoModelForSequenceClassification` load a reward model that was trained here.
 
-    Only types for which transformers has no fitting class need it (docs/models.md).
+    Only types for which transformers has no fitting class need it (docs/data.md).
 
     Args:
         path: the folder of an export, or a name on the hub.
