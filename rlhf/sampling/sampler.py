@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,10 +24,10 @@ DRAWN, OVER = -1, -2  # what `given` says of columns without a given token
 
 
 class Decoding(NamedTuple):
-    """The temperature at which tokens are drawn, EOS, which ends a response, and PAD, which fills it up."""
+    """The temperature at which tokens are drawn, the tokens that end a response, and PAD, which fills it up."""
 
     temperature: float
-    eos_id: int
+    eos_ids: Sequence[int]
     pad_id: int
 
 
@@ -72,15 +72,15 @@ def sample(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms
 
 def _draw(reader: Reader, uniforms: Tensor, decoding: Decoding, given: Tensor | None = None) -> Tensor:
     """Draws responses `(B, r)`; `given (B, R)` has tokens that are not drawn, else `DRAWN`, and `OVER` at the end."""
-    temperature, eos_id, pad_id = decoding
     steps, device = uniforms.shape[1], uniforms.device
+    eos_ids, pad_id = torch.tensor(decoding.eos_ids, device=device), decoding.pad_id
     responses = torch.full(uniforms.shape, pad_id, device=device)
     rows = torch.arange(len(uniforms), device=device)  # those that are in the batch
     alive = torch.ones_like(rows, dtype=torch.bool)
     logits = reader.read_queries()
     for step in range(steps):
-        tokens = choose(logits.float() / temperature, uniforms[rows, step])
-        ended = tokens == eos_id
+        tokens = choose(logits.float() / decoding.temperature, uniforms[rows, step])
+        ended = torch.isin(tokens, eos_ids)
         if given is not None:
             known = given[rows, step]
             tokens, ended = torch.where(known >= 0, known, tokens), ended & (known == DRAWN)
@@ -114,7 +114,7 @@ def _sample_without_padding(
     numbers = uniforms.new_zeros(rest.shape).scatter(1, own, uniforms)
     drawn = _draw(reader(model, start, torch.ones_like(start), rest.shape[1]), numbers, decoding, given)
     responses = F.pad(drawn, (0, rest.shape[1] - drawn.shape[1]), value=decoding.pad_id).gather(1, own)
-    longest, _ = response_lengths(responses, decoding.eos_id)
+    longest, _ = response_lengths(responses, decoding.eos_ids)
     return responses[:, : int(longest.max())]
 
 

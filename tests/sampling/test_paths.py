@@ -17,7 +17,7 @@ from rlhf.sampling.paths import fault_of, reader_for
 from rlhf.sampling.readers import KeyValueReader, Reader, StateReader, WholeReader
 from rlhf.sampling.sampler import Decoding, choose, sample, uniforms
 
-PAD, EOS = 10_000, 7
+PAD, EOS, ENDS = 10_000, 7, (7, 9)
 SHAPE = {
     "vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -67,7 +67,7 @@ def one_token_after_another(model: Any, query: list[int], numbers: Tensor, tempe
     for step in range(numbers.shape[1]):
         logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[:, -1]
         tokens.append(int(choose(logits / temperature, numbers[:, step])))
-        if tokens[-1] == EOS:
+        if tokens[-1] in ENDS:
             break
     return tokens[len(query) :]
 
@@ -77,7 +77,7 @@ def test_responses_are_those_of_single_rows_in_plain_forwards(kind: str) -> None
     model, steps = tiny(kind), 14
     assert reader_for(model) is KINDS[kind][1]
     numbers = uniforms(len(QUERIES), steps, torch.Generator().manual_seed(5))
-    together = sample(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, EOS, PAD))
+    together = sample(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, ENDS, PAD))
     alone = [one_token_after_another(model, query, numbers[[n]], 1.5) for n, query in enumerate(QUERIES)]
     assert len({len(row) for row in alone}) > 2
     assert together.tolist() == pad_sequences(alone, PAD)[0].tolist()
@@ -122,7 +122,7 @@ def test_a_model_that_ignores_what_it_is_given_is_noticed(name: str, std: float,
 
 def test_sampling_a_model_that_ignores_padding_is_right() -> None:
     numbers = uniforms(len(QUERIES), 10, torch.Generator().manual_seed(5))
-    inputs = (*pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, EOS, PAD))
+    inputs = (*pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, ENDS, PAD))
     assert torch.equal(sample(broken("attention_mask"), *inputs), sample(broken("nothing"), *inputs))
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     model.config._name_or_path = "some/folder"
     numbers = uniforms(1, 4, torch.Generator())
     with pytest.raises(UserError, match=r"some/folder .BertGenerationDecoder. works in no stage.* later tokens"):
-        sample(model, *pad_sequences([[3, 4]], PAD, "left"), numbers, Decoding(1.0, EOS, PAD))
+        sample(model, *pad_sequences([[3, 4]], PAD, "left"), numbers, Decoding(1.0, ENDS, PAD))
 
 
 def test_a_model_whose_forward_fails_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_a_model_is_tested_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPat
     random = torch.get_rng_state()
     for _ in range(2):
         numbers = uniforms(2, 3, torch.Generator())
-        sample(model, *pad_sequences([[3, 4], [5]], PAD, "left"), numbers, Decoding(1.0, EOS, PAD))
+        sample(model, *pad_sequences([[3, 4], [5]], PAD, "left"), numbers, Decoding(1.0, ENDS, PAD))
     assert tested == [KeyValueReader, StateReader]
     assert model.training
     assert torch.equal(random, torch.get_rng_state())
@@ -222,5 +222,5 @@ def test_rows_that_have_ended_are_no_longer_in_the_batch_where_a_state_can_lose_
     reader_for(model)
     rows.clear()
     numbers = uniforms(len(QUERIES), 14, torch.Generator().manual_seed(5))
-    sample(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, EOS, PAD))
+    sample(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, ENDS, PAD))
     assert (min(rows) < len(QUERIES)) == (kind == "mamba")
