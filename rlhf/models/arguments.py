@@ -16,6 +16,6 @@ def accepted(model: nn.Module, **inputs: Any) -> dict[str, Any]:
 
 
 @lru_cache
-def forward_arguments(model_class: type[nn.Module]) -> frozenset[str]:
+def forward_arguments(model_class: Any) -> frozenset[str]:
     """Returns the names of the arguments of a model's forward."""
     return frozenset(inspect.signature(model_class.forward).parameters)

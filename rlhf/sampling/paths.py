@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,7 +59,7 @@ def fault_of(model: PreTrainedModel, reader: type[Reader]) -> str | None:
 
     Weights in float32 are tested without autocast first, where rounding hides nothing, then as the caller runs them.
     """
-    device = model.get_input_embeddings().weight.device.type
+    device = model.device.type
     single = model.dtype == torch.float32
     tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
     autocast = torch.is_autocast_enabled(device)
@@ -82,7 +82,7 @@ def _error(model: PreTrainedModel, reader_class: type[Reader], precision: torch.
 
     It reads two rows, the longer one of which leaves in between, and is compared with a forward of each row.
     """
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     rows = _rows(len(weight), weight.device)
     plain = torch.cat([model(**accepted(model, input_ids=row[None], use_cache=False)).logits for row in rows]).float()
     lengths = [7, 3] if reader_class.takes_padding else [5, 5]
