@@ -30,7 +30,8 @@ class Reader(ABC):
     """
 
     takes_padding: ClassVar[bool] = True
-    cost: ClassVar[str]  # what is slower than with the fastest reader; empty if nothing is
+    loses_rows: ClassVar[bool] = True
+    cost: ClassVar[str] = ""  # what is slower than with the fastest reader
 
     @abstractmethod
     def __init__(self, model: PreTrainedModel, queries: Tensor, query_mask: Tensor, steps: int) -> None: ...
@@ -51,14 +52,12 @@ class Reader(ABC):
 class KeyValueReader(Reader):
     """Keeps keys and values in a cache that has room for all steps; queries are packed if the model packs."""
 
-    cost = ""
-
     @override
     def __init__(self, model: PreTrainedModel, queries: Tensor, query_mask: Tensor, steps: int) -> None:
         self.model, self.queries, self.query_mask = model, queries, query_mask
         self.mask, self.position = F.pad(query_mask.long(), (0, steps), value=1), query_mask.sum(1, keepdim=True) - 1
         self.width = queries.shape[1]
-        self.cache = cache_with_room(model, steps)
+        self.cache: Any = cache_with_room(model, steps)
 
     @override
     def read_queries(self) -> Tensor:
@@ -119,7 +118,7 @@ class StateReader(Reader):
         inputs = accepted(self.model, input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1)
         output = self.model(**inputs, **self.state)
         # The state is what the model both returns and takes: past_key_values, cache_params or state.
-        self.state = {name: output[name] for name in output if name in forward_arguments(type(self.model))}
+        self.state = {name: output[name] for name in output if name in forward_arguments(self.model)}
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -149,7 +148,7 @@ class WholeReader(Reader):
         logits: dict[int, Tensor] = {}
         for length in self.lengths.unique().tolist():
             rows = (self.lengths == length).nonzero().squeeze(1)
-            all_logits = "logits_to_keep" not in forward_arguments(type(self.model))
+            all_logits = "logits_to_keep" not in forward_arguments(self.model)
             most = LOGITS // (length * self.model.config.get_text_config().vocab_size) if all_logits else len(rows)
             for part in rows.split(max(1, most)):
                 logits |= zip(part.tolist(), self._logits(self.ids[part, :length]), strict=True)
