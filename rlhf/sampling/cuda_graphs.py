@@ -16,8 +16,8 @@ from rlhf.models.arguments import accepted
 from rlhf.ops.sequences import model_inputs, response_lengths
 from rlhf.sampling.caches import static_cache
 from rlhf.sampling.paths import fault_of
-from rlhf.sampling.readers import Reader
 from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
+from rlhf.sampling.token_readers import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
