@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import string
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.modules import PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.sampling.paths import reader_for
+from rlhf.sampling.readers import KeyValueReader, Reader, StateReader, WholeReader
 from rlhf.sampling.rollout import Rollout
 
 TOLERANCE = 1e-4  # of every number, relative to the largest of its kind or to 1
@@ -30,8 +34,12 @@ TEMPERATURE = 0.5
 SEEDS = 8  # of which one must give responses that end early and others that do not
 FIRST_WORD = 6  # token ids below are special
 
+SAMPLING: dict[type[Reader], str] = {
+    KeyValueReader: "keys and values",
+    StateReader: "own state",
+    WholeReader: "whole rows",
+}
 Status = Literal["passes", "refused", "wrong", "crashes"]
-Found = dict[str, float]  # the largest difference of each kind of number
 
 
 @dataclass
@@ -89,10 +97,16 @@ class Truth:
 
 
 class Differences:
-    """The largest difference of each kind of number, relative to the largest number of that kind or to 1."""
+    """The largest difference of each kind of number, relative to the largest number of that kind or to 1.
+
+    Attributes:
+        found: the differences.
+        facts: fields of `TypeResult` that came out.
+    """
 
     def __init__(self) -> None:
-        self.found: Found = {}
+        self.found: dict[str, float] = {}
+        self.facts: dict[str, str] = {}
 
     def add(self, name: str, ours: Tensor, truth: Tensor) -> None:
         """Compares two tensors of one shape."""
@@ -170,7 +184,7 @@ def fit(module: Any, data: Any, folder: Path, seed: int = 1) -> Path:
 # ----------------------------------------------------------------------------------------------------------- the checks
 
 
-def check_sft(folder: Path) -> Found:
+def check_sft(folder: Path) -> Differences:
     """Compares losses and export of a step of SFT."""
     module = RecordedSFT(str(folder / "base"), loss_on="all", response_length=RESPONSE_LENGTH)
     data = SFTDataModule(Source(str(folder / "demonstrations.jsonl")), batch_size=12, micro_batch_size=6)
@@ -182,7 +196,7 @@ def check_sft(folder: Path) -> Found:
         counts = mask[row, : len(truth)]
         differences.add("losses of SFT", losses[row, : len(truth)][counts], -truth[counts])
     compare_export(differences, "export of SFT", export, module.model)
-    return differences.found
+    return differences
 
 
 def compare_export(differences: Differences, name: str, export: Path, trained: Any) -> None:
@@ -195,7 +209,7 @@ def compare_export(differences: Differences, name: str, export: Path, trained: A
         differences.add(name, again[key], weights[key])
 
 
-def check_reward(folder: Path) -> Found:
+def check_reward(folder: Path) -> Differences:
     """Compares rewards and export of a step of the reward model."""
     module = RecordedReward(str(folder / "sft" / "export"))
     data = PreferenceDataModule(Source(str(folder / "comparisons.jsonl")), batch_size=6, micro_batch_size=6)
@@ -210,10 +224,13 @@ def check_reward(folder: Path) -> Found:
     with torch.no_grad():
         ours = torch.cat([module.model.score(torch.tensor([ids]), torch.ones(1, len(ids)).long()) for ids in rows])
     differences.add("export of the reward model", theirs, ours)
-    return differences.found
+    made_of = type(module.model.model)
+    is_theirs = getattr(sys.modules[made_of.__module__], made_of.__name__, None) is made_of
+    differences.facts["head"] = "transformers" if is_theirs else "ours"
+    return differences
 
 
-def check_ppo(folder: Path) -> Found:
+def check_ppo(folder: Path) -> Differences:
     """Compares samples, log-probabilities, values, scores and export of an update of PPO."""
     policy_path, reward_path = folder / "sft" / "export", folder / "reward" / "export"
     settings = PPOSettings(
@@ -234,8 +251,9 @@ def check_ppo(folder: Path) -> Found:
         compare_samples(differences, policy, module.tokenizer.eos_token_id, *drawn)
     compare_rollout(differences, module.collected, policy, Scorer(reward_path))
     differences.add("ratio before the first step", module.ratio_deviation, torch.zeros(()))
+    differences.facts["sampling"] = SAMPLING[reader_for(module.actor_critic.policy)]
     compare_export(differences, "export of PPO", export, module.actor_critic.policy)
-    return differences.found
+    return differences
 
 
 def compare_samples(
@@ -285,7 +303,7 @@ def compare_rollout(differences: Differences, rollout: Rollout, policy: Truth, c
         differences.add("scores", rollout.scores[row], values[-1])
 
 
-STAGES: dict[str, Callable[[Path], Found]] = {"SFT": check_sft, "reward model": check_reward, "PPO": check_ppo}
+STAGES: dict[str, Callable[[Path], Differences]] = {"SFT": check_sft, "reward model": check_reward, "PPO": check_ppo}
 
 
 def check_type(model_type: str, folder: Path) -> TypeResult:
@@ -293,22 +311,24 @@ def check_type(model_type: str, folder: Path) -> TypeResult:
     result = TypeResult(model_type)
     write_task(model_type, folder)
     for name, check in STAGES.items():
-        result.stages[name] = stage = attempt(check, folder)
+        result.stages[name] = stage = attempt(check, folder, result)
         if stage.status in ("refused", "crashes"):
             break
     return result
 
 
-def attempt(check: Callable[[Path], Found], folder: Path) -> Result:
-    """Runs a check and says what became of it."""
+def attempt(check: Callable[[Path], Differences], folder: Path, result: TypeResult) -> Result:
+    """Runs a check and says what became of it; facts go into the result."""
     try:
-        found = check(folder)
+        differences = check(folder)
     except UserError as error:
         return Result("refused", str(error).replace(str(folder), "runs"))
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
         return Result("crashes", f"{type(error).__name__} in {place}: {str(error).splitlines()[:1]}")
+    found = differences.found
+    vars(result).update(differences.facts)
     name = max(found, key=lambda name: found[name])
     return Result("passes" if found[name] <= TOLERANCE else "wrong", name, found[name])
 
@@ -323,8 +343,7 @@ def write_task(model_type: str, folder: Path) -> None:
     """
     model = tiny_model(model_type)
     generator = torch.Generator().manual_seed(1)
-    vocabulary = model.config.get_text_config().vocab_size
-    contexts = torch.randint(FIRST_WORD, vocabulary, (16, 1, 24), generator=generator)
+    contexts = torch.randint(FIRST_WORD, model.config.get_text_config().vocab_size, (16, 1, 24), generator=generator)
     model.config.use_cache = False
     with torch.no_grad():
         likely = torch.cat([(model(input_ids=ids).logits[0] / TEMPERATURE).softmax(-1) for ids in contexts])
@@ -334,11 +353,10 @@ def write_task(model_type: str, folder: Path) -> None:
     if model.generation_config is not None:
         model.generation_config.eos_token_id = eos
     model.save_pretrained(folder / "base")
-    write_tokenizer(vocabulary, eos, folder / "base")
+    letters = write_tokenizer(eos, folder / "base")
 
     def text(length: int) -> str:
-        words = torch.randint(FIRST_WORD, vocabulary, (length,), generator=generator)
-        return " ".join(f"w{n + (n == eos)}" if n + 1 < vocabulary else "w6" for n in words.tolist())
+        return "".join(letters[n] for n in torch.randint(len(letters), (length,), generator=generator).tolist())
 
     rows = [{"prompt": text(n), "completion": " " + text(3 + n % 4)} for n in LENGTHS]
     (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -346,13 +364,16 @@ def write_task(model_type: str, folder: Path) -> None:
     (folder / "comparisons.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def write_tokenizer(vocabulary: int, eos: int, folder: Path) -> None:
-    """Writes a tokenizer of one token per word: `w7` is token 7."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def write_tokenizer(eos: int, folder: Path) -> str:
+    """Writes a tokenizer of one token per character, with special tokens, and returns the letters that it knows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = {n: f"w{n}" for n in range(vocabulary)} | {0: "[UNK]", 1: "[PAD]", 3: "[BOS]", eos: "[EOS]"}
-    words = Tokenizer(models.WordLevel({name: n for n, name in names.items()}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {0: "[UNK]", 1: "[PAD]", 3: "[BOS]", 5: "\u0120"}  # the last is how such tokenizers write a blank
+    names |= dict(enumerate(string.ascii_letters + string.digits, FIRST_WORD)) | {eos: "[EOS]"}
+    characters = Tokenizer(models.BPE({name: n for n, name in names.items()}, [], unk_token="[UNK]"))
+    characters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    characters.decoder = decoders.ByteLevel()
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=characters, **special).save_pretrained(folder)
+    return "".join(name for name in names.values() if name.isascii() and len(name) == 1)

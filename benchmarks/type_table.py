@@ -31,20 +31,14 @@ if TYPE_CHECKING:
     from type_checks import TypeResult
 
 LIMIT = 180  # seconds that a type may take
-PRELOAD = [
-    "torch",
-    "lightning.pytorch",
-    "transformers",
-    "datasets",
-    "rlhf.modules",
-]  # slow to import: done once, then forked
+PRELOAD = ["torch", "lightning.pytorch", "transformers", "datasets", "rlhf.modules"]  # imported once, then forked
 SERVER = multiprocessing.get_context("forkserver")
 COLOURS = {"passes": "green", "refused": "yellow", "wrong": "bold red", "crashes": "bold red"}
 INTRODUCTION = """\
 # Types of models
 
-Of transformers {version}'s {count} types of causal language models that read text alone, {passes} pass all three stages.
-The other types are refused in one sentence before a run begins, or as the last column says.
+Of the {count} types of causal language models that transformers {version} has for text alone, {passes} pass all three
+stages. The last column says what becomes of the others.
 
 Each was tried as a tiny model of random weights: a step of SFT, a step of the reward model, an update of PPO with
 queries of unequal lengths and responses that end early. Compared with plain transformers, row by row, without cache
