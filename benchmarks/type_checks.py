@@ -295,12 +295,12 @@ def compare_rollout(differences: Differences, rollout: Rollout, policy: Truth, c
         length, start = int(rollout.lengths[row]), len(query)
         ids = query + rollout.responses[row, :length].tolist()
         truth = policy.logprobs(ids, start, TEMPERATURE)[range(length), ids[start:]]
-        values = torch.stack([critic.read(ids[:n]) for n in range(start, len(ids) + 1)])
-        states = int(rollout.value_mask[row].sum())
+        columns = [0, length // 2, int(rollout.value_mask[row].sum()) - 1]
+        values = torch.stack([critic.read(ids[: start + column]) for column in columns])
         differences.add("log-probabilities", rollout.logprobs[row, :length], truth)
         differences.add("log-probabilities of the reference", rollout.ref_logprobs[row, :length], truth)
-        differences.add("values", rollout.values[row, :states], values[:states])
-        differences.add("scores", rollout.scores[row], values[-1])
+        differences.add("values", rollout.values[row, columns], values)
+        differences.add("scores", rollout.scores[row], critic.read(ids))
 
 
 STAGES: dict[str, Callable[[Path], Differences]] = {"SFT": check_sft, "reward model": check_reward, "PPO": check_ppo}
