@@ -35,9 +35,9 @@ SEEDS = 8  # of which one must give responses that end early and others that do 
 FIRST_WORD = 6  # token ids below are special
 
 SAMPLING: dict[type[Reader], str] = {
-    KeyValueReader: "keys and values",
+    KeyValueReader: "cache",
     StateReader: "own state",
-    WholeReader: "whole rows",
+    WholeReader: "no cache",
 }
 Status = Literal["passes", "refused", "wrong", "crashes"]
 
