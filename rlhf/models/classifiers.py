@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
 
-_ready: set[type] = set()  # classes of configurations whose reward models are known to fit
+_made: dict[type, bool] = {}  # by the class of a configuration: whether the class of its reward model was made here
 
 
 def register_reward_model(path: str) -> None:
     """Lets transformers' `AutoModelForSequenceClassification` load a reward model that was trained here.
 
-    Only types for which transformers has no fitting class need it (docs/models.md).
+    Only types for which transformers has no fitting class need it (docs/data.md).
 
     Args:
         path: the folder of an export, or a name on the hub.
@@ -39,16 +39,19 @@ def classifier_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return labelled
 
 
-def register_classifier(config: PreTrainedConfig) -> None:
+def register_classifier(config: PreTrainedConfig, setting: str = "model.model_path") -> bool:
     """Gives `AutoModelForSequenceClassification` a class for a type of language model, if it has no fitting one.
 
     A fitting class has a linear head named `score`, which transformers' own do nearly always. The class that is made
     has one too, on the last hidden states, and its weights have the names that they have in the language model.
+
+    Returns:
+        Whether the class was made here.
     """
     from transformers import AutoModelForSequenceClassification
 
-    if type(config) in _ready:
-        return
+    if type(config) in _made:
+        return _made[type(config)]
     try:
         with torch.device("meta"):
             fits = isinstance(getattr(AutoModelForSequenceClassification.from_config(config), "score", None), nn.Linear)
@@ -61,11 +64,12 @@ def register_classifier(config: PreTrainedConfig) -> None:
                 made(copy.deepcopy(config))
         except Exception as error:
             raise UserError(
-                f"No reward model or critic can be made for models of type {config.model_type} ({first_line(error)}); "
-                "of the stages only SFT works with them."
+                f"{setting}: a model of type {config.model_type} cannot be a reward model or PPO's critic, so only "
+                f"SFT works with it: {first_line(error)}"
             ) from error
         AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
-    _ready.add(type(config))
+    _made[type(config)] = not fits
+    return not fits
 
 
 def _new_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

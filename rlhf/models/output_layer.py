@@ -43,6 +43,8 @@ def logprobs_at(
     keep = torch.arange(first, last + 1, device=columns.device)
     inputs = causal_inputs(input_ids, attention_mask)
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    if logits.shape[1] != len(keep):  # the model does not know `logits_to_keep`
+        logits = logits[:, keep]
     return token_logprobs(logits[rows, columns - first], tokens, temperature)
 
 
