@@ -1,4 +1,4 @@
-"""A cache of keys and values with room for all steps of sampling."""
+"""Caches of keys and values with room for all steps of sampling."""
 
 from __future__ import annotations
 
@@ -47,4 +47,23 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
 
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def static_cache(model: PreTrainedModel, width: int) -> Cache:
+    """Returns an empty cache of fixed width, for models whose layers all see all tokens."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    class OwnPrecision(StaticLayer):
+        @override
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            super().lazy_initialization(key_states, value_states)
+            values: Any = self.values
+            self.values = values.to(value_states.dtype)  # under autocast only the rotated keys are float32
+
+    cache = StaticCache(config=model.config, max_cache_len=width)
+    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        raise ValueError("not all layers see all tokens")
+    cache.layers = [OwnPrecision(width) for _ in cache.layers]
     return cache

@@ -14,9 +14,10 @@ from typing_extensions import override
 from rlhf.errors import UserError
 from rlhf.models.arguments import accepted
 from rlhf.ops.sequences import model_inputs, response_lengths
+from rlhf.sampling.caches import static_cache
 from rlhf.sampling.paths import fault_of
-from rlhf.sampling.readers import Reader
 from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
+from rlhf.sampling.token_readers import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,13 +88,8 @@ class StaticReader(Reader):
 
     @override
     def __init__(self, model: PreTrainedModel, queries: Tensor, query_mask: Tensor, steps: int) -> None:
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
-
-        cache = StaticCache(config=model.config, max_cache_len=queries.shape[1] + steps)
-        if any(type(layer) is not StaticLayer for layer in cache.layers):
-            raise ValueError("not all layers see all tokens")  # the mask below has no windows
-        self.model, self.cache, self.queries, self.query_mask = model, cache, queries, query_mask
+        self.model, self.queries, self.query_mask = model, queries, query_mask
+        self.cache = static_cache(model, queries.shape[1] + steps)
         room = query_mask.new_zeros(len(queries), steps)
         self.mask = torch.cat([query_mask, room], 1).bool()[:, None, None]
         self.positions = query_mask.sum(1, keepdim=True) - 1

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.arguments import accepted
-from rlhf.sampling.readers import KeyValueReader, Reader, StateReader, WholeReader
+from rlhf.models.loading import quiet
+from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ def fault_of(model: PreTrainedModel, reader: type[Reader]) -> str | None:
     for enabled in sorted({autocast, autocast and not single}):
         exact = single and not enabled and not tf32
         try:
-            with torch.autocast(device, enabled=enabled):
+            with quiet(), torch.autocast(device, enabled=enabled):
                 error = _error(model, reader, torch.float32 if exact else torch.bfloat16)
         except torch.OutOfMemoryError:
             raise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf.hardware import accumulator_dtype
 from rlhf.ops.sequences import response_lengths, right_padded
 from rlhf.sampling.paths import reader_for
-from rlhf.sampling.readers import Reader
+from rlhf.sampling.token_readers import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

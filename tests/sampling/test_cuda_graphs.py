@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packing import packs
 from rlhf.ops.sequences import pad_sequences
-from rlhf.sampling.cuda_graphs import _captured, _Steps, sample_in_graph
+from rlhf.sampling.cuda_graphs import _captured, _Steps, replays, sample_in_graph
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 
 PAD, NEVER = 10_000, -1
@@ -48,6 +48,14 @@ def test_the_responses_are_those_of_plain_sampling(model: Any) -> None:
     ended, same = both(model, Decoding(0.7, (int(endless[1, 4]),), PAD))
     assert (ended == PAD).any()
     assert torch.equal(ended, same)
+
+
+def test_it_works_under_autocast(model: Any) -> None:
+    """There keys that are rotated have another precision than values."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replays(model)
+        found, _ = both(model, Decoding(0.7, (NEVER,), PAD))
+    assert found.shape == (3, 24)
 
 
 def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:

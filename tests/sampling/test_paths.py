@@ -14,8 +14,8 @@ from rlhf.errors import UserError
 from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling import paths
 from rlhf.sampling.paths import fault_of, reader_for
-from rlhf.sampling.readers import KeyValueReader, Reader, StateReader, WholeReader
 from rlhf.sampling.sampler import Decoding, choose, sample, uniforms
+from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
 PAD, EOS, ENDS = 10_000, 7, (7, 9)
 SHAPE = {
