@@ -24,7 +24,7 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.modules import PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.sampling.paths import reader_for
-from rlhf.sampling.readers import KeyValueReader, Reader, StateReader, WholeReader
+from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 from rlhf.sampling.rollout import Rollout
 
 TOLERANCE = 1e-4  # of every number, relative to the largest of its kind or to 1
