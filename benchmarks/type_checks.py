@@ -24,8 +24,8 @@ from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.modules import PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.sampling.paths import reader_for
-from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 from rlhf.sampling.rollout import Rollout
+from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
 TOLERANCE = 1e-4  # of every number, relative to the largest of its kind or to 1
 LENGTHS = (2, 11, 5, 17, 3, 8, 13, 4, 9, 2, 6, 15)  # of the queries, in tokens
