@@ -21,8 +21,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlhf.models.loading import load_tokenizer  # noqa: E402
 from rlhf.models.scalar_model import ScalarModel  # noqa: E402
+from rlhf.models.tokenizers import load_tokenizer  # noqa: E402
 from rlhf.report.curve_files import read_curves  # noqa: E402
 from rlhf.synthetic.posts import demonstrations  # noqa: E402
 from rlhf.synthetic.synthesize import train_tokenizer  # noqa: E402

@@ -23,7 +23,8 @@ from rich.table import Table
 from throughput.fixtures import SHAPES, TEMPERATURE, Regime, prompt_lengths, write
 from torch import Tensor
 
-from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 
@@ -50,7 +51,7 @@ def compare(folder: Path, rows: int, rounds: int, device: torch.device) -> list[
 
     def ours() -> Tensor:
         numbers = uniforms(rows, LENGTH, torch.Generator(device).manual_seed(0))
-        return sample(model, ids, mask, numbers, Decoding(TEMPERATURE, eos, pad))
+        return sample(model, ids, mask, numbers, Decoding(TEMPERATURE, (eos,), pad))
 
     def theirs() -> Tensor:
         torch.manual_seed(0)

@@ -26,8 +26,8 @@ from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.models import backbone
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.sampling import sampler
 from rlhf.studies.processes import Ended, stage_processes
 from rlhf.synthetic.domains import NEWS

@@ -78,7 +78,7 @@ def test_shapes_have_the_weights_of_the_pythias() -> None:
 
 
 def test_the_prompts_keep_their_length_as_text(task: Callable[..., Any]) -> None:
-    from rlhf.models.loading import load_tokenizer
+    from rlhf.models.tokenizers import load_tokenizer
 
     folder = Path(task().folder)
     tokenizer = load_tokenizer(str(folder / "policy"))

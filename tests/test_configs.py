@@ -13,8 +13,8 @@ import yaml
 
 import rlhf.studies.scaling
 from rlhf.cli.main import main
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.studies.runner import Job, Runner, Stage, filled, with_takes
 from rlhf.synthetic.posts import comparisons, demonstrations
 

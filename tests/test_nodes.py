@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rlhf import files
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 

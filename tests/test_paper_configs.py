@@ -15,8 +15,8 @@ import yaml
 import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.data.loaders import accumulation
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.report.curve_files import read_curves
 from rlhf.report.report import report
 from rlhf.report.runs import Baseline, Run

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 from rlhf.synthetic.synthesize import SmallModel, create_model

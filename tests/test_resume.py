@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.callbacks.checkpoint_io import read
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import comparisons, demonstrations
 

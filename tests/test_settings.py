@@ -17,8 +17,8 @@ from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.synthetic.gold_score import gold_scores
 

@@ -12,6 +12,7 @@ from rlhf import files
 from rlhf.callbacks.checkpoint_io import read
 from rlhf.errors import UserError
 from rlhf.models.loading import model_fingerprint
+from rlhf.models.tokenizers import eos_ids
 from rlhf.protocols import stage, stage_data
 
 KEY = "rlhf"
@@ -36,7 +37,7 @@ def _must_agree(trainer: Trainer, pl_module: LightningModule) -> dict[str, list[
         path = getattr(module, setting.removeprefix("model."), None)
         found[setting] = [str(path), model_fingerprint(path, setting) if path else ""]
     tokenizer = module.tokenizer
-    tokens = f"{len(tokenizer)} tokens, PAD {tokenizer.pad_token_id}, EOS {tokenizer.eos_token_id}"
+    tokens = f"{len(tokenizer)} tokens, PAD {tokenizer.pad_token_id}, EOS {', '.join(map(str, eos_ids(tokenizer)))}"
     rows = data.splits["train"]
     some = files.fingerprint(repr(rows[n]) for n in sorted({0, len(rows) // 2, len(rows) - 1}))
     return found | {

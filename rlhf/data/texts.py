@@ -9,6 +9,8 @@ from pydantic import ConfigDict, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from rlhf.models.tokenizers import encode, eos_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -57,12 +59,6 @@ class UnfittableError(BadRecordError):
     """No allowed cut makes a query short enough."""
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the token ids of a text, without an EOS that the tokenizer may append."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
 def join_response(
     tokenizer: PreTrainedTokenizerBase, query: str, query_ids: list[int], response: str, max_response_length: int
 ) -> Record:
@@ -76,7 +72,7 @@ def join_response(
     start = len(query_ids)
     if ids[:start] != query_ids:  # a token spans the border: it belongs to the response
         start = next(i for i, (a, b) in enumerate(zip(ids, query_ids, strict=False)) if a != b)
-    ids = [*ids, tokenizer.eos_token_id]
+    ids = [*ids, eos_ids(tokenizer)[0]]
     limit = start + max_response_length
     return {"input_ids": ids[:limit], "response_start": start, "truncated": len(ids) > limit}
 

@@ -18,14 +18,13 @@ from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
 from rlhf.hardware import best_device
 from rlhf.models.loading import (
-    PAD_TOKEN,
     check_context,
     check_language_model,
     check_reward_model,
     load_causal_lm,
-    load_tokenizer,
     model_fingerprint,
 )
+from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer
 from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
@@ -99,7 +98,7 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 def _sampler(
     path: str, tokenizer: Any, response_length: int, temperature: float, seed: int
 ) -> Callable[[list[Row]], pd.DataFrame]:
-    device, decoding = best_device(), Decoding(temperature, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model").to(str(device)).eval()  # type: ignore[arg-type]
 
     def respond(rows: list[Row]) -> pd.DataFrame:
@@ -108,11 +107,11 @@ def _sampler(
         generators = [torch.Generator().manual_seed(derive_seed(seed, row["number"])) for row in rows]
         drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
         tokens = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
-        lengths, has_eos = response_lengths(tokens, tokenizer.eos_token_id)
+        lengths, has_eos = response_lengths(tokens, eos_ids(tokenizer))
         return pd.DataFrame({
             "id": [_id_of(row) for row in rows],
             "query": [row["query"] for row in rows],
-            "response": tokenizer.batch_decode(tokens, skip_special_tokens=True),
+            "response": decode_responses(tokenizer, [row["query_ids"] for row in rows], tokens.tolist()),
             "reference": [row["reference"] for row in rows],
             "tokens": lengths.tolist(),
             "reference_tokens": [len(row["input_ids"]) - row["response_start"] for row in rows],

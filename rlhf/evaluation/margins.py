@@ -13,7 +13,8 @@ from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
-from rlhf.models.loading import check_reward_model, load_tokenizer, model_fingerprint
+from rlhf.models.loading import check_reward_model, model_fingerprint
+from rlhf.models.tokenizers import load_tokenizer
 
 _BATCHES = 16  # per part
 

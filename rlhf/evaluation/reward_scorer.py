@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from rlhf.data.texts import encode
 from rlhf.hardware import best_device
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import encode, eos_ids, load_tokenizer
 from rlhf.ops.sequences import pad_sequences
 from rlhf.synthetic.gold_score import gold_scores
 
@@ -27,7 +26,7 @@ class RewardScorer:
     def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Computes the reward of each response, ended with EOS, to its query."""
         texts = [q + r for q, r in zip(queries, responses, strict=True)]
-        sequences = [[*encode(self.tokenizer, text), self.tokenizer.eos_token_id] for text in texts]
+        sequences = [[*encode(self.tokenizer, text), eos_ids(self.tokenizer)[0]] for text in texts]
         scores: list[float] = []
         for start in range(0, len(sequences), self.batch_size):
             ids, mask = pad_sequences(sequences[start : start + self.batch_size], self.tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models from a local folder or the hub, and checks of them."""
+"""Causal language models from a local folder or the hub, and checks of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from rlhf import files
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-PAD_TOKEN = "[PAD]"
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def check_model_path(path: str, setting: str) -> None:
@@ -44,48 +42,7 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} is not a model that can be loaded: {_first_line(error)}") from error
-
-
-def load_tokenizer(
-    path: str, pad_token: str | None = None, setting: str = "model.model_path"
-) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model, and makes sure that its PAD is not EOS (D05).
-
-    Args:
-        pad_token: token to pad with, added if the tokenizer does not have it. None keeps the tokenizer's own PAD, or
-            adds `[PAD]` if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    check_model_path(path, setting)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {_first_line(error)}") from error
-    if not tokenizer.encode("a", add_special_tokens=False):
-        raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: it holds no vocabulary.")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{setting}: the tokenizer of {path} has no EOS token, so no response could ever end.")
-    if pad_token is not None or tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": pad_token or PAD_TOKEN})
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"{setting}: the tokenizer of {path} pads with its EOS token {tokenizer.eos_token!r}, which would hide the "
-            f"end of every response; set model.pad_token to another token, for example '{PAD_TOKEN}'."
-        )
-    return tokenizer
-
-
-def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str) -> None:
-    """Refuses a PAD or EOS without a row in the embedding matrix, which is not resized (D05)."""
-    vocab_size = config.get_text_config().vocab_size
-    if max(tokenizer.pad_token_id, tokenizer.eos_token_id) >= vocab_size:
-        raise UserError(
-            f"PAD {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, outside the embedding of {path} with its "
-            f"{vocab_size} rows; set model.pad_token to a token of the tokenizer that no text uses, or "
-            "model.resize_embeddings to true in the SFT stage."
-        )
+        raise UserError(f"{setting}: {path} is not a model that can be loaded: {first_line(error)}") from error
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
@@ -149,7 +106,7 @@ def from_pretrained(
         with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
             model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{setting}: the model {path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{setting}: the model {path} cannot be loaded: {first_line(error)}") from error
     missing = sorted(set(report["missing_keys"]) - {new})
     if missing:
         raise UserError(
@@ -183,15 +140,6 @@ def quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a model and its tokenizer in Hugging Face format, with PAD and EOS in the configuration."""
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    with quiet():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
     return str(error).strip().split("\n")[0]

@@ -17,8 +17,9 @@ from rlhf.errors import UserError
 from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
-from rlhf.models.loading import load_causal_lm, save_pretrained
+from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import eos_ids, save_pretrained
 from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
 from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
@@ -225,7 +226,7 @@ class PPOModule(StageModule):
                 seed from them.
         """
         draw = sample_in_graph if self.ppo.cuda_graphs else sample
-        decoding = Decoding(temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        decoding = Decoding(temperature, eos_ids(self.tokenizer), self.tokenizer.pad_token_id)
         return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:

@@ -10,15 +10,9 @@ from lightning.pytorch import Trainer
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.frozen import Placement
-from rlhf.models.loading import (
-    check_language_model,
-    check_pad_in_embedding,
-    check_reward_model,
-    checkpoint_activations,
-    load_causal_lm,
-    load_tokenizer,
-)
+from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import check_pad_in_embedding, load_tokenizer
 from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:

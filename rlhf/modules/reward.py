@@ -10,8 +10,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
-from rlhf.models.loading import check_pad_in_embedding, checkpoint_activations, is_classifier
+from rlhf.models.loading import checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import check_pad_in_embedding
 from rlhf.modules.settings import NonNegative, Optimization
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total, pairwise_losses

@@ -10,14 +10,9 @@ from typing_extensions import override
 
 from rlhf.callbacks.sample_table import SampleTable
 from rlhf.evaluation.rouge import rouge
-from rlhf.models.loading import (
-    check_language_model,
-    check_pad_in_embedding,
-    checkpoint_activations,
-    load_causal_lm,
-    save_pretrained,
-)
+from rlhf.models.loading import check_language_model, checkpoint_activations, load_causal_lm
 from rlhf.models.output_layer import logprobs_at
+from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids, save_pretrained
 from rlhf.modules.settings import Optimization, Positive
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
@@ -121,10 +116,11 @@ class SFTModule(StageModule):
         """Samples a text for each of the left-padded `queries (B, P)` of a batch."""
         random = generator(self.device, self.global_rank, batch_idx)
         numbers = uniforms(len(batch["queries"]), self.response_length, random)
-        decoding = Decoding(self.temperature, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        decoding = Decoding(self.temperature, eos_ids(self.tokenizer), self.tokenizer.pad_token_id)
         with self.autocast():
             responses = sample(self.model, batch["queries"], batch["query_mask"], numbers, decoding)
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        queries = [row[kept].tolist() for row, kept in zip(batch["queries"], batch["query_mask"].bool(), strict=True)]
+        return decode_responses(self.tokenizer, queries, responses.tolist())
 
     @override
     def default_callbacks(self) -> list[Callback]:

@@ -18,8 +18,9 @@ from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
 from rlhf.models.frozen import FrozenModel
-from rlhf.models.loading import load_config, load_tokenizer
+from rlhf.models.loading import load_config
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules.epoch_means import EpochMeans
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed

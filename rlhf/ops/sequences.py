@@ -65,9 +65,9 @@ def last_real_token(attention_mask: Mask) -> PerRow:
     return (positions * attention_mask).argmax(-1)
 
 
-def response_lengths(responses: Int[Tensor, "B R"], eos_id: int) -> tuple[PerRow, Bool[Tensor, " B"]]:
+def response_lengths(responses: Int[Tensor, "B R"], eos_ids: Sequence[int]) -> tuple[PerRow, Bool[Tensor, " B"]]:
     """Returns the length of each response up to and including its first EOS (else R), and whether there is one."""
-    is_eos = responses == eos_id
+    is_eos = torch.isin(responses, responses.new_tensor(eos_ids))
     has_eos = is_eos.any(-1)
     lengths = torch.where(has_eos, is_eos.long().argmax(-1) + 1, responses.shape[-1])
     return lengths, has_eos
@@ -78,9 +78,9 @@ def length_mask(lengths: PerRow, width: int) -> Bool[Tensor, "B {width}"]:
     return torch.arange(width, device=lengths.device) < lengths.unsqueeze(-1)
 
 
-def truncate_after_eos(responses: Int[Tensor, "B R"], eos_id: int, pad_id: int) -> Int[Tensor, "B R"]:
+def truncate_after_eos(responses: Int[Tensor, "B R"], eos_ids: Sequence[int], pad_id: int) -> Int[Tensor, "B R"]:
     """Replaces everything after the first EOS by PAD (D25)."""
-    lengths, _ = response_lengths(responses, eos_id)
+    lengths, _ = response_lengths(responses, eos_ids)
     return torch.where(length_mask(lengths, responses.shape[-1]), responses, pad_id)
 
 

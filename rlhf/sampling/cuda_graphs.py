@@ -50,7 +50,7 @@ def sample_in_graph(
                 with torch.cuda.graph(graph):  # records the step without running it
                     steps.decode()
                 advance = graph.replay
-    lengths, _ = response_lengths(steps.responses, decoding.eos_id)
+    lengths, _ = response_lengths(steps.responses, decoding.eos_ids)
     return steps.responses[:, : int(lengths.max())]
 
 
@@ -64,6 +64,7 @@ class _Steps:
         self, forward: Callable[..., Any], queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding
     ) -> None:
         self.forward, self.uniforms, self.decoding, self.start = forward, uniforms, decoding, queries.shape[1]
+        self.eos_ids = queries.new_tensor(decoding.eos_ids)
         self.mask = torch.cat([query_mask, torch.zeros_like(uniforms, dtype=query_mask.dtype)], 1).bool()[:, None, None]
         self.positions = query_mask.sum(1, keepdim=True) - 1
         self.tokens = queries[:, :1].clone()
@@ -82,7 +83,7 @@ class _Steps:
         drawn = choose(logits.float() / self.decoding.temperature, numbers)
         kept = torch.where(self.alive, drawn, self.decoding.pad_id)
         self.responses.index_copy_(1, self.column, kept.unsqueeze(1))
-        self.alive.logical_and_(drawn != self.decoding.eos_id)
+        self.alive.logical_and_(~torch.isin(drawn, self.eos_ids))
         self.mask.index_fill_(3, self.start + self.column, True)
         self.tokens.copy_(drawn.unsqueeze(1))
         self.positions.add_(1)

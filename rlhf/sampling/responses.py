@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf.models.tokenizers import decode_responses, eos_ids
 from rlhf.ops.sequences import response_lengths, truncate_after_eos
 from rlhf.ops.token_rewards import ScorePosition
 from rlhf.sampling.grouping import by_length
@@ -34,7 +35,7 @@ def respond(
         tokens: the most tokens that are sampled together, counting padding and responses of R tokens.
     """
     queries, query_mask, longest = batch["queries"], batch["query_mask"], numbers.shape[1]
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends, pad_id = eos_ids(tokenizer), tokenizer.pad_token_id
     responses = torch.full((len(queries), longest), pad_id, device=queries.device)
     width = 1
     for rows in by_length((query_mask.sum(1) + longest).tolist(), tokens, shortest=0):
@@ -42,13 +43,14 @@ def respond(
         part = draw(queries[rows, first:], query_mask[rows, first:], numbers[rows])
         responses[rows, : part.shape[1]] = part
         width = max(width, part.shape[1])
-    responses = truncate_after_eos(responses, eos_id, pad_id)
-    lengths, has_eos = response_lengths(responses[:, :width], eos_id)
+    responses = truncate_after_eos(responses, ends, pad_id)
+    lengths, has_eos = response_lengths(responses[:, :width], ends)
     # One more column than the longest response needs, unless it has all: the score can land on it.
     responses = responses[:, : max(width, min(int(lengths.max()) + 1, longest))]
     mask, value_mask = response_masks(lengths, responses.shape[1], score_position)
-    real = [row[keep].tolist() for row, keep in zip(responses, mask, strict=True)]
-    decoded = tokenizer.batch_decode(real, skip_special_tokens=True)
+    sides = ((queries, query_mask.bool()), (responses, mask))
+    real = ([row[keep].tolist() for row, keep in zip(ids, kept, strict=True)] for ids, kept in sides)
+    decoded = decode_responses(tokenizer, *real)
     texts = [{**text, "response": response} for text, response in zip(batch["texts"], decoded, strict=True)]
     inputs = {"queries": queries, "query_mask": query_mask, "responses": responses}
     return Rollout(texts, **inputs, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask)

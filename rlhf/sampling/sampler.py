@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +23,10 @@ BLOCK = 256
 
 
 class Decoding(NamedTuple):
-    """The temperature at which tokens are drawn, EOS, which ends a response, and PAD, which fills it up."""
+    """The temperature at which tokens are drawn, the tokens that end a response, and PAD, which fills it up."""
 
     temperature: float
-    eos_id: int
+    eos_ids: Sequence[int]
     pad_id: int
 
 
@@ -62,7 +62,7 @@ def sample(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms
     Returns:
         Token ids `(B, r)` with r at most R.
     """
-    temperature, eos_id, pad_id = decoding
+    temperature, eos_ids, pad_id = decoding.temperature, queries.new_tensor(decoding.eos_ids), decoding.pad_id
     steps = uniforms.shape[1]
     mask, position = F.pad(query_mask.long(), (0, steps), value=1), query_mask.sum(1, keepdim=True) - 1
     cache = _cache_with_room(model, steps)
@@ -74,7 +74,7 @@ def sample(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms
         for step in range(steps):
             tokens = choose(logits.float() / temperature, uniforms[rows, step])
             responses[rows, step] = torch.where(alive, tokens, pad_id)
-            alive = alive & (tokens != eos_id)
+            alive = alive & ~torch.isin(tokens, eos_ids)
             left = int(alive.sum())
             if not left or step == steps - 1:
                 break

@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 from rlhf import files
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.errors import UserError
-from rlhf.models.loading import load_tokenizer, quiet
+from rlhf.models.loading import quiet
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.synthetic.domains import NEWS
 from rlhf.synthetic.posts import comparisons, demonstrations, pretraining
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf.callbacks.findings import INVARIANTS, Finding, tolerance
 from rlhf.callbacks.invariants import ExampleCounter, Invariants, fingerprints
 from rlhf.errors import UserError
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.ops.sequences import move_padding
 from rlhf.sampling.rollout import Rollout

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlhf.cli.main import main
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import PPOModule
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.synthetic.domains import REDDIT
 from rlhf.synthetic.gold_score import gold_score
 from rlhf.synthetic.posts import demonstrations

@@ -10,14 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from rlhf.errors import UserError
-from rlhf.models.loading import (
-    check_model_path,
-    check_pad_in_embedding,
-    load_causal_lm,
-    load_config,
-    load_tokenizer,
-    save_pretrained,
-)
+from rlhf.models.loading import check_model_path, load_causal_lm, load_config
+from rlhf.models.tokenizers import check_pad_in_embedding, load_tokenizer, save_pretrained
 
 SETTING = "model.some_path"
 

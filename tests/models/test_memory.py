@@ -284,7 +284,7 @@ def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str]) -> Non
     models = build(CONFIGS[kind](), how)
     queries, mask = (tensor[:, :QUERY] for tensor in batch(4))
     with PeakMemory(models) as measured, autocast(how):
-        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), Decoding(0.7, -1, 0))
+        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), Decoding(0.7, (-1,), 0))
     found = made(estimate(CONFIGS[kind](), workload("sft", how))["sampling"])
     assert 0.9 < found / measured.peak < 1.45
 

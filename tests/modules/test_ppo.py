@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.callbacks.export import Export
 from rlhf.errors import UserError
-from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.sampling.rollout import Rollout
 

@@ -140,23 +140,23 @@ def test_responses_end_with_their_first_eos(
     response: list[int], length: int, has_eos: bool, truncated: list[int]
 ) -> None:
     rows = torch.tensor([response])
-    lengths, found = response_lengths(rows, EOS)
+    lengths, found = response_lengths(rows, (EOS,))
     assert (lengths.tolist(), found.tolist()) == ([length], [has_eos])
-    assert truncate_after_eos(rows, EOS, PAD).tolist() == [truncated]
+    assert truncate_after_eos(rows, (EOS,), PAD).tolist() == [truncated]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_truncated_on_their_own(seed: int) -> None:
     """Random rows, some without EOS and some with several, against Python lists."""
     rows = torch.from_numpy(np.random.default_rng(seed).integers(5, 12, (40, 6)))
-    lengths, has_eos = response_lengths(rows, EOS)
-    truncated = truncate_after_eos(rows, EOS, PAD)
+    lengths, has_eos = response_lengths(rows, (EOS,))
+    truncated = truncate_after_eos(rows, (EOS,), PAD)
     for row, tokens in enumerate(rows.tolist()):
         end = tokens.index(EOS) + 1 if EOS in tokens else 6
         assert (lengths[row].item(), has_eos[row].item()) == (end, EOS in tokens)
         assert truncated[row].tolist() == tokens[:end] + [PAD] * (6 - end)
     assert 0 < has_eos.sum() < 40
-    assert torch.equal(truncate_after_eos(truncated, EOS, PAD), truncated)
+    assert torch.equal(truncate_after_eos(truncated, (EOS,), PAD), truncated)
 
 
 def test_length_mask() -> None:

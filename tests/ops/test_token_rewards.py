@@ -165,7 +165,7 @@ def test_from_tokens_to_rewards(position: str, estimator: str) -> None:
         column = end + 1 if position == "after_eos" and end + 1 < len(tokens) else end
         expected[row, column] += scores[row] if EOS in tokens else -1.0
 
-    lengths, has_eos = response_lengths(RESPONSES, EOS)
+    lengths, has_eos = response_lengths(RESPONSES, (EOS,))
     kl = kl_estimate(torch.from_numpy(logprobs).float(), torch.from_numpy(ref_logprobs).float(), estimator)
     final = penalise_missing_eos(torch.from_numpy(scores).float(), has_eos, -1.0)
     mask, _ = response_masks(lengths, RESPONSES.shape[1])

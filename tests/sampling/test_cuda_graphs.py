@@ -37,20 +37,20 @@ def both(model: Any, decoding: Decoding, queries: list[list[int]] = QUERIES, ste
 
 
 def test_the_responses_are_those_of_plain_sampling(model: Any) -> None:
-    endless, same = both(model, Decoding(0.7, NEVER, PAD))
+    endless, same = both(model, Decoding(0.7, (NEVER,), PAD))
     assert endless.shape == (3, 24)
     assert torch.equal(endless, same)
-    ended, same = both(model, Decoding(0.7, int(endless[1, 4]), PAD))
+    ended, same = both(model, Decoding(0.7, (int(endless[1, 4]),), PAD))
     assert (ended == PAD).any()
     assert torch.equal(ended, same)
 
 
 def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:
     alone = QUERIES[:1]
-    endless, _ = both(model, Decoding(0.7, NEVER, PAD), alone)
+    endless, _ = both(model, Decoding(0.7, (NEVER,), PAD), alone)
     pad_id = int(endless[0, 5])
     assert endless[0, -1] != pad_id
-    assert torch.equal(endless, both(model, Decoding(0.7, NEVER, pad_id), alone)[0])
+    assert torch.equal(endless, both(model, Decoding(0.7, (NEVER,), pad_id), alone)[0])
 
 
 def test_its_own_steps_are_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_its_own_steps_are_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(_Steps, "decode", fail)
     with pytest.raises(ArithmeticError):
-        both(model, Decoding(0.7, NEVER, PAD))
+        both(model, Decoding(0.7, (NEVER,), PAD))
 
 
 def test_it_stops_soon_after_all_rows_have_ended(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_it_stops_soon_after_all_rows_have_ended(model: Any, monkeypatch: pytest
     monkeypatch.setattr(_Steps, "decode", lambda self: calls.append(1) or decode(self))
     monkeypatch.setattr(rlhf.sampling.cuda_graphs, "choose", lambda logits, _: torch.full((len(logits),), 7))
     numbers = uniforms(3, 40, torch.Generator())
-    found = sample_in_graph(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.0, 7, PAD))
+    found = sample_in_graph(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.0, (7,), PAD))
     assert torch.equal(found, torch.full((3, 1), 7))
     assert not calls
 
@@ -80,5 +80,5 @@ def test_a_model_with_sliding_windows_is_sampled_plainly(monkeypatch: pytest.Mon
     )  # fmt: skip
     seen: list[Any] = []
     monkeypatch.setattr(rlhf.sampling.cuda_graphs, "sample", lambda *args: seen.append(args) or args[1])
-    both(MistralForCausalLM(config).eval(), Decoding(0.7, NEVER, PAD))
+    both(MistralForCausalLM(config).eval(), Decoding(0.7, (NEVER,), PAD))
     assert len(seen) == 1

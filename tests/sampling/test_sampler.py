@@ -41,7 +41,9 @@ def small_vocabulary() -> Any:
 
 def draw(model: Any, queries: list[list[int]], seed: int = 0, **settings: Any) -> Tensor:
     numbers = uniforms(len(queries), settings.pop("max_new_tokens", 12), torch.Generator().manual_seed(seed))
-    return sample(model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(0.7, NEVER, PAD)._replace(**settings))
+    return sample(
+        model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(0.7, (NEVER,), PAD)._replace(**settings)
+    )
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
@@ -73,7 +75,7 @@ def test_eos_ends_a_row_and_changes_nothing_before_it(small_vocabulary: Any, eos
     endless = draw(small_vocabulary, queries)
     assert endless.shape == (60, 12)
     assert (endless == eos_id).any()
-    assert torch.equal(draw(small_vocabulary, queries, eos_id=eos_id), truncate_after_eos(endless, eos_id, PAD))
+    assert torch.equal(draw(small_vocabulary, queries, eos_ids=(eos_id,)), truncate_after_eos(endless, (eos_id,), PAD))
 
 
 def test_sampling_stops_when_all_rows_have_ended(small_vocabulary: Any) -> None:
@@ -81,7 +83,7 @@ def test_sampling_stops_when_all_rows_have_ended(small_vocabulary: Any) -> None:
     endless = draw(small_vocabulary, queries, max_new_tokens=60, temperature=2.0)
     ends = (endless == eos_id).long().argmax(1) + 1
     assert (endless == eos_id).any(1).all()
-    responses = draw(small_vocabulary, queries, max_new_tokens=60, temperature=2.0, eos_id=eos_id)
+    responses = draw(small_vocabulary, queries, max_new_tokens=60, temperature=2.0, eos_ids=(eos_id,))
     assert responses.shape == (2, ends.max())
     assert ends.min() < ends.max() < 60
     assert (responses != PAD).sum(1).tolist() == ends.tolist()
@@ -104,7 +106,7 @@ def test_left_padding_changes_nothing(model: Any) -> None:
     ids, mask = pad_sequences(QUERIES, PAD, "left")
     wide = torch.nn.functional.pad(ids, (20, 0), value=PAD), torch.nn.functional.pad(mask, (20, 0))
     numbers = uniforms(3, 12, torch.Generator().manual_seed(4))
-    tight, padded = (sample(model, *inputs, numbers, Decoding(0.7, NEVER, PAD)) for inputs in ((ids, mask), wide))
+    tight, padded = (sample(model, *inputs, numbers, Decoding(0.7, (NEVER,), PAD)) for inputs in ((ids, mask), wide))
     assert torch.equal(tight, padded)
 
 
@@ -128,7 +130,7 @@ def test_a_response_depends_on_its_own_row_alone(
     """Not on the rows beside it, nor on when those that have ended leave the batch: at once, late, or never."""
     monkeypatch.setattr(sampler, "LEAVING", leaving)
     numbers = uniforms(len(MANY), 16, torch.Generator().manual_seed(6))  # none within 5e-4 of another token
-    decoding = Decoding(1.0, 7, PAD)
+    decoding = Decoding(1.0, (7,), PAD)
     alone = one_by_one(small_vocabulary, MANY, numbers, decoding)
     lengths = (alone != PAD).sum(1)
     assert lengths.unique().numel() > 5
@@ -141,7 +143,7 @@ def test_rows_that_have_ended_leave_the_batch(small_vocabulary: Any, monkeypatch
     rows: list[int] = []
     chosen = sampler.choose
     monkeypatch.setattr(sampler, "choose", lambda logits, u: rows.append(len(logits)) or chosen(logits, u))
-    responses = draw(small_vocabulary, MANY, max_new_tokens=40, temperature=1.0, eos_id=7)
+    responses = draw(small_vocabulary, MANY, max_new_tokens=40, temperature=1.0, eos_ids=(7,))
     lengths = (responses != PAD).sum(1)
     assert rows == sorted(rows, reverse=True)
     assert len(rows) == lengths.max()
@@ -165,7 +167,7 @@ def test_a_sliding_window_sees_what_it_sees_without_a_cache(kind: str, temperatu
         model = AutoModelForCausalLM.from_config(config).eval()
     queries = [[(3 * n + k) % 12 for k in range(1 + (4 * n) % 9)] for n in range(12)]
     numbers = uniforms(len(queries), 14, torch.Generator().manual_seed(2))
-    together = sample(model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(temperature, 7, PAD))
+    together = sample(model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(temperature, (7,), PAD))
     lengths = (together != PAD).sum(1)
     assert lengths.unique().numel() > 3
     for row, query in enumerate(queries):

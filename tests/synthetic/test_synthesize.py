@@ -17,7 +17,8 @@ from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons, load_demonstrations
 from rlhf.errors import UserError
-from rlhf.models.loading import check_pad_in_embedding, load_causal_lm, load_config, load_tokenizer
+from rlhf.models.loading import load_causal_lm, load_config
+from rlhf.models.tokenizers import check_pad_in_embedding, load_tokenizer
 from rlhf.synthetic.synthesize import MANIFEST, Sizes, SmallModel, create_model, synthesize, train_tokenizer
 
 SIZES = Sizes(pretraining=60, train=8, validation=4, comparisons=9, comparisons_validation=6, comparisons_news=3)

@@ -10,18 +10,11 @@ from pydantic import PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
-from rlhf.data.texts import encode
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Verdict
 from rlhf.hardware import best_device
-from rlhf.models.loading import (
-    PAD_TOKEN,
-    check_context,
-    check_language_model,
-    load_causal_lm,
-    load_tokenizer,
-    model_fingerprint,
-)
+from rlhf.models.loading import check_context, check_language_model, load_causal_lm, model_fingerprint
+from rlhf.models.tokenizers import PAD_TOKEN, encode, load_tokenizer
 from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 
 TEMPLATE = """Below are a post and two summaries of it. The better summary tells the points of the post that matter \
