@@ -11,8 +11,8 @@ import gzip
 import io
 import json
 import lzma
-import os
 import re
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
@@ -77,7 +77,7 @@ def read_files(files: Sequence[Path], field: str | None, setting: str) -> Datase
     if not target.is_file():
         schema = _features(_chunks(files, field, setting)).arrow_schema
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
+        partial = target.with_suffix(f".{uuid.uuid4().hex}")  # another process may write the same
         try:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
                 for chunk in _chunks(files, field, setting):
@@ -132,7 +132,7 @@ def _form(kind: pa.DataType) -> Any:
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if isinstance(kind, pa.ExtensionType | pa.BaseExtensionType):
+    if isinstance(kind, pa.BaseExtensionType):
         texts = [None if value is None else _json_text(value) for value in values]
         return pa.ExtensionArray.from_storage(kind, pa.array(texts, pa.string()))
     if pa.types.is_floating(kind):
