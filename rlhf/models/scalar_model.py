@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models.backbone import hidden_states
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config
-from rlhf.models.tokenizers import save_pretrained
+from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
 if TYPE_CHECKING:

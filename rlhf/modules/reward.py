@@ -29,6 +29,8 @@ class RewardModule(StageModule):
             keeps the rewards of different queries at one level; the pairwise loss alone does not. The paper has none.
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
+        eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
+            those of the model's `generation_config.json`.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
@@ -40,9 +42,10 @@ class RewardModule(StageModule):
         centering: NonNegative = 0.0,
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
+        eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         self.centre: Tensor | None = None  # mean reward of the demonstrations, known at the export
