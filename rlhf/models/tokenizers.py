@@ -129,7 +129,7 @@ def content(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items()}
         found = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "settings": settings}
-    return json.dumps(found | {"eos": tokenizer.eos_token_id}, sort_keys=True)
+    return json.dumps(found | {"eos": eos_ids(tokenizer), "chat": tokenizer.chat_template}, sort_keys=True)
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
