@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rlhf.data.sources import Schemas, Source, find_columns, load_records
 from rlhf.data.texts import BadRecordError, Record, TextFormat, UnfittableError, comparison, demonstration
 from rlhf.errors import UserError
+from rlhf.models.tokenizers import content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,17 +89,10 @@ def _load(
         with_indices=True,
         remove_columns=raw.column_names,
         features=features,
-        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, schemas[schema], text, _content(tokenizer))),
+        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, schemas[schema], text, content(tokenizer))),
         desc=f"Tokenising {source.path} ({source.split})",
     )
     return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})")
-
-
-def _content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides a tokenizer's output, for the cache key; padding and truncation change with every use."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content |= {"padding": None, "truncation": None, "eos": tokenizer.eos_token_id}
-    return json.dumps(content, sort_keys=True)
 
 
 def _name(record: Record, index: int) -> str:

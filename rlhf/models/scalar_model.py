@@ -15,7 +15,7 @@ from rlhf.models.backbone import hidden_states
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config
 from rlhf.models.probes import takes_left_padding
-from rlhf.models.tokenizers import save_pretrained
+from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
 if TYPE_CHECKING:
