@@ -145,9 +145,10 @@ def _without_bad_records(raw: Dataset, done: Dataset, name: str, control: bool) 
             f"{reason}: {count}, first in {_name(raw[problems.index(reason)], problems.index(reason))}"
             for reason, count in counts.most_common(5)
         )
+        reasons += "; records count from 1"
         if counts.total() == len(problems):
-            raise UserError(f"{name}: none of the {len(problems)} records can be used ({reasons}; records count from 1).")
-        rank_zero_warn(f"{name}: left out {counts.total()} of {len(problems)} records ({reasons}; records count from 1).")
+            raise UserError(f"{name}: none of the {len(problems)} records can be used ({reasons}).")
+        rank_zero_warn(f"{name}: left out {counts.total()} of {len(problems)} records ({reasons}).")
         done = done.select([i for i, problem in enumerate(problems) if not problem])
     if truncated := sum(done["truncated"][:]):
         share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
