@@ -1,6 +1,6 @@
 """PPO: one Trainer epoch is one update; `rollout` collects the experience, `training_step` is the loss."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids, save_pretrained
 from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
-from rlhf.modules.reward_functions import RewardFunction, call_reward_function
+from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae
@@ -49,7 +49,8 @@ class PPOModule(StageModule):
         reward_path: the reward model, from which the critic starts too. Null: the reward is `reward_function` alone,
             and the critic starts from the policy's backbone with a new head.
         reward_function: a function `(queries, responses, records) -> rewards`, one number per episode, by its import
-            path (`my_package.my_reward`). With `reward_path` it is added to the model's reward.
+            path (`my_package.my_reward`). With `reward_path` it is added to the model's reward. It is called once per
+            rollout and process, with all episodes.
         evaluation_function: a score for validation only, of the same form; never trained on.
         reference_path: the reference policy, by default `model_path`.
         reference_placement: `device`; `cpu` to keep the reference in CPU memory between its uses; `zero3` to shard it
@@ -80,6 +81,7 @@ class PPOModule(StageModule):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        check_reward_functions(reward_function=reward_function, evaluation_function=evaluation_function)
         self.reward_path = reward_path
         self.reward_function = reward_function
         self.evaluation_function = evaluation_function
@@ -183,8 +185,7 @@ class PPOModule(StageModule):
         tokens = batch["chunk"] * (batch["queries"].shape[1] + self.ppo.response_length)
         with self._timed("sampling"):
             episodes = self._respond(batch, self.ppo.temperature, tokens, update)
-        mask, value_mask = episodes.mask, episodes.value_mask
-        groups = self._groups(episodes, tokens)
+        mask, value_mask, groups = episodes.mask, episodes.value_mask, episodes.groups
         # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
         with self._timed("values"), self.autocast():
             episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
@@ -195,7 +196,7 @@ class PPOModule(StageModule):
             )
         # 3. One score per response; the EOS trick.
         with self._timed("reward"):
-            episodes.scores = self._score(episodes, groups)
+            episodes.scores = self._score(episodes)
             if (penalty := self.ppo.missing_eos_score) is not None:
                 episodes.scores = penalise_missing_eos(episodes.scores, episodes.has_eos, penalty, self.ppo.missing_eos)
         with self._timed("advantages"):
@@ -232,15 +233,16 @@ class PPOModule(StageModule):
         """Computes the reward of every episode, `(N,)`: by model, function, or both. Override it for your own.
 
         Args:
-            episodes: with `queries`, `responses`, their masks, `lengths`, `has_eos`, and `texts`.
+            episodes: all that were sampled together, with `queries`, `responses`, their masks, `lengths`, `has_eos`,
+                `texts`, and `groups`, those that fit through a model together (see `in_groups`).
         """
         scores = torch.zeros(len(episodes), device=self.device)
         if self.reward_model is not None:
-            ids, mask = join(*episodes.inputs)
             with self.reward_model.on(self.device) as model, self.autocast():
-                scores = model.score(ids, mask)
+                (scores,) = in_groups(episodes, episodes.groups, lambda part: (model.score(*join(*part.inputs)),))
         if self.reward_function is not None:
-            scores = scores + call_reward_function(self.reward_function, episodes.texts, self.device)
+            texts, setting = episodes.texts, "model.reward_function"
+            scores = scores + call_reward_function(self.reward_function, texts, self.device, setting)
         return scores
 
     def keep_episodes(self, episodes: Rollout) -> Tensor:
@@ -259,7 +261,7 @@ class PPOModule(StageModule):
         """Samples responses at the evaluation temperature and scores them, without the EOS trick."""
         tokens = len(batch["queries"]) * (batch["queries"].shape[1] + self.ppo.response_length)
         episodes = self._respond(batch, self.ppo.evaluation_temperature, tokens, 0, seed)
-        episodes.scores = self._score(episodes, self._groups(episodes, tokens))
+        episodes.scores = self._score(episodes)
         return episodes
 
     def _respond(self, batch: dict[str, Any], temperature: float, tokens: int, *seed: int) -> Rollout:
@@ -271,7 +273,9 @@ class PPOModule(StageModule):
 
         random = generator(self.device, *seed, self.global_rank)
         numbers = uniforms(len(batch["queries"]), self.ppo.response_length, random)
-        return respond(draw, batch, numbers, tokens, self.tokenizer, self.ppo.score_position)
+        episodes = respond(draw, batch, numbers, tokens, self.tokenizer, self.ppo.score_position)
+        episodes.groups = self._groups(episodes, tokens)
+        return episodes
 
     def _groups(self, episodes: Rollout, tokens: int) -> list[list[int]]:
         lengths = episodes.total_lengths()
@@ -285,15 +289,11 @@ class PPOModule(StageModule):
     def _networks(self, part: Rollout) -> Evaluation:
         return self.actor_critic(*part.inputs, self.ppo.temperature)
 
-    def _score(self, episodes: Rollout, groups: list[list[int]]) -> Tensor:
-        def scores(part: Rollout) -> tuple[Tensor]:
-            values = self.score_responses(part).to(self.device, torch.float32)
-            if values.shape != (len(part),):
-                raise UserError(f"score_responses returned shape {tuple(values.shape)} for {len(part)} episodes.")
-            return (values,)
-
-        with self.reward_model.on(self.device) if self.reward_model is not None else nullcontext():
-            return in_groups(episodes, groups, scores)[0]
+    def _score(self, episodes: Rollout) -> Tensor:
+        scores = self.score_responses(episodes).to(self.device, torch.float32)
+        if scores.shape != (len(episodes),):
+            raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
+        return scores
 
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.
@@ -361,8 +361,8 @@ class PPOModule(StageModule):
         episodes = self.respond(batch, batch_idx)
         values = {"score": episodes.scores, "eos": episodes.has_eos.float(), "length": episodes.lengths.float()}
         if self.evaluation_function is not None:
-            name = self.evaluation_function.__name__
-            values[name] = call_reward_function(self.evaluation_function, episodes.texts, self.device)
+            function, setting = self.evaluation_function, "model.evaluation_function"
+            values[name_of(function)] = call_reward_function(function, episodes.texts, self.device, setting)
         means = {f"{split}/{name}": value.mean() for name, value in values.items()}
         self.log_dict(means, batch_size=len(episodes), sync_dist=True)
         return {"samples": episodes.samples()}

@@ -26,6 +26,7 @@ class Rollout:
     Attributes:
         texts: per episode a dict with `query`, `response`, `reference` and the `record`.
         rows: the rows of the whole rollout that a slice holds.
+        groups: rows that fit through a network together; none of a slice: all of it.
         policy_share, value_share: average real tokens per micro-batch of the global minibatch (D14), set on slices.
     """
 
@@ -49,6 +50,7 @@ class Rollout:
         self.texts = texts or []
         self.policy_share = self.value_share = 0.0
         self.rows: list[int] = []
+        self.groups: list[list[int]] = []
         for name, tensor in tensors.items():
             if name not in Rollout.__annotations__:
                 raise TypeError(f"a Rollout has no field {name!r}")
@@ -110,10 +112,11 @@ def in_groups(
 ) -> tuple[Tensor, ...]:
     """Evaluates groups of rows, without the columns that a group does not use, and puts the results together.
 
-    Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`.
+    Results `(n, r)` are padded with 0 to the width of the rollout, `(N, R)`; results `(n,)` become `(N,)`. Without
+    groups, all rows go together.
     """
     width = episodes.responses.shape[1]
-    parts = []
+    parts, groups = [], groups or [list(range(len(episodes)))]
     for rows in groups:
         out = evaluate(episodes.select(rows))
         parts.append([F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])

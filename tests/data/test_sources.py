@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ def csv(folder: Path) -> Source:
     return Source(str(folder / "a.csv"))
 
 
+def tsv(folder: Path) -> Source:
+    dataset().to_csv(folder / "a.tsv", index=False, sep="\t")
+    return Source(str(folder / "a.tsv"))
+
+
+def wrapped(folder: Path) -> Source:
+    (folder / "a.json").write_text(json.dumps({"version": 1, "data": {"rows": ROWS}}, indent=1))
+    return Source(str(folder / "a.json"), field="data.rows")
+
+
 def split_file(folder: Path) -> Source:
     dataset(ROWS[:1]).to_json(folder / "train.jsonl")
     dataset().to_json(folder / "validation.jsonl")
@@ -54,6 +65,26 @@ def split_shards(folder: Path) -> Source:
     return Source(str(folder))
 
 
+def data_folder(folder: Path) -> Source:
+    (folder / "data").mkdir()
+    dataset(ROWS[:1]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    dataset().to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return Source(str(folder))
+
+
+def folder_of_a_configuration(folder: Path) -> Source:
+    (folder / "helpful").mkdir()
+    dataset().to_json(folder / "helpful" / "train.jsonl.gz", compression="gzip")
+    return Source(str(folder), name="helpful")
+
+
+def folder_of_a_split(folder: Path) -> Source:
+    (folder / "train").mkdir()
+    dataset(ROWS[:2]).to_json(folder / "train" / "0.jsonl")
+    dataset(ROWS[2:]).to_json(folder / "train" / "1.jsonl")
+    return Source(str(folder))
+
+
 def saved_dataset(folder: Path) -> Source:
     dataset().save_to_disk(folder / "saved")
     return Source(str(folder / "saved"))
@@ -64,7 +95,13 @@ def saved_dict(folder: Path) -> Source:
     return Source(str(folder / "saved"), split="test")
 
 
-@pytest.mark.parametrize("write", [jsonl, json_file, parquet, csv, split_file, split_shards, saved_dataset, saved_dict])
+KINDS_OF_SOURCE = [
+    jsonl, json_file, wrapped, parquet, csv, tsv, split_file, split_shards, data_folder, folder_of_a_configuration,
+    folder_of_a_split, saved_dataset, saved_dict,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", KINDS_OF_SOURCE)
 def test_every_kind_of_source_gives_the_same_records(tmp_path: Path, write: Callable[[Path], Source]) -> None:
     assert load_records(write(tmp_path), "data.train").to_list() == ROWS
 
@@ -124,16 +161,36 @@ def wrong_column(folder: Path) -> Source:
     return Source(jsonl(folder).path, columns={"prompt": "question"})
 
 
+def wrong_inner_column(folder: Path) -> Source:
+    dataset([{"data": {"prompt": "p"}}]).to_json(folder / "a.jsonl")
+    return Source(str(folder / "a.jsonl"), columns={"prompt": "data.question"})
+
+
+def field_of_a_table(folder: Path) -> Source:
+    return Source(csv(folder).path, field="data")
+
+
+def two_formats(folder: Path) -> Source:
+    dataset().to_json(folder / "train.jsonl")
+    dataset().to_json(folder / "train.jsonl.gz", compression="gzip")
+    return Source(str(folder))
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (missing, r"there is no file .*a\.jsonl"),
         (file_with("a.jsonl", ""), r"a\.jsonl is empty"),
-        (file_with("a.csv", "prompt,completion\n"), r"a\.csv"),
-        (file_with("a.txt", "text"), r"a\.txt is none of \.jsonl, \.json, \.parquet, \.csv"),
-        (file_with("a.jsonl", '{"a": 1}\n{"a": '), r"a\.jsonl \(train\) cannot be read: .*JSON"),
+        (file_with("a.jsonl", "\n \n"), r"a\.jsonl \(train\) is empty"),
+        (file_with("a.json", "[]"), r"a\.json \(train\) is empty"),
+        (file_with("a.csv", "prompt,completion\n"), r"a\.csv \(train\) is empty"),
+        (file_with("a.txt", "text"), r"a\.txt is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+        (file_with("a.parquet", "text"), r"a\.parquet cannot be read: .*Parquet"),
         (missing_split, r"has no test\.jsonl, \.parquet or \.csv; it has train\.jsonl, validation\.jsonl"),
         (missing_saved_split, "has no split 'valid'; it has train, test"),
+        (field_of_a_table, r"\.field is for JSON files, and .*a\.csv is none"),
+        (two_formats, r"has train\.jsonl, train\.jsonl\.gz; keep one format per split"),
+        (wrong_inner_column, "has no column 'data.question'; it has data"),
         (wrong_column, "has no column 'question'; it has prompt, completion"),
     ],
 )
@@ -168,6 +225,79 @@ def test_missing_columns_are_reported_beside_those_that_are_there() -> None:
     there = r"data\.train: a\.jsonl has the columns text, prompt, but needs post, summary or prompt, completion"
     with pytest.raises(UserError, match=rf"{there}.*data\.train\.columns"):
         find_columns(dataset([{"text": "x", "prompt": "y"}]), CHOICES, "data.train", "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        ([{"chosen": "a", "rejected": "b"}], None),
+        ([{"prompt": "a"}], None),
+        ([{"question": "a", "answer": "b", "id": 1}], "rename columns with data.train.columns"),
+        (
+            [{"data": {"prompt": "a", "x": 1}, "id": 1}],
+            "take columns out of 'data' with data.train.columns: {prompt: data.prompt}",
+        ),
+        ([{"rows": [{"prompt": "a"}]}], "if the records are in 'rows', set data.train.field: rows"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], None),
+    ],
+)
+def test_advice_for_missing_columns_is_given_only_where_it_helps(rows: list[Any], advice: str | None) -> None:
+    choices = {"tldr": ("post", "title", "summary"), "plain": ("prompt", "chosen", "rejected")}
+    with pytest.raises(UserError) as caught:
+        find_columns(dataset(rows), choices, "data.train", "a.jsonl")
+    assert str(caught.value).partition("chosen, rejected; ")[2].rstrip(".") == (advice or "")
+
+
+def test_columns_inside_of_others_are_taken_out(write_jsonl: Writer) -> None:
+    rows = [{"data": {"prompt": "a", "more": {"answer": "2"}}, "id": 1}, {"data": {"prompt": "b", "more": None}}]
+    columns = {"prompt": "data.prompt", "completion": "data.more.answer", "identity": "id"}
+    records = load_records(Source(write_jsonl("a.jsonl", rows), columns=columns), "data.train")
+    assert records["prompt"][:] == ["a", "b"]
+    assert records["completion"][:] == ["2", None]
+    assert records["identity"][:] == [1, None]
+    assert records["data"][0] == rows[0]["data"]
+
+
+def test_columns_are_taken_out_of_records_that_differ_in_form(write_jsonl: Writer) -> None:
+    rows = [{"data": {"prompt": "2", "x": 1}}, {"data": {"prompt": "true", "x": "y"}}, {"data": ["no object"]}, {}]
+    records = load_records(Source(write_jsonl("a.jsonl", rows), columns={"prompt": "data.prompt"}), "data.train")
+    assert records["prompt"][:] == ["2", "true", None, None]
+    assert records["data"][:] == [row.get("data") for row in rows]
+
+
+def parquet_shards(folder: Path, *shards: list[dict[str, Any]]) -> Source:
+    for number, rows in enumerate(shards):
+        dataset(rows).to_parquet(folder / f"train-{number}.parquet")
+    return Source(str(folder))
+
+
+def json_shards(folder: Path, *shards: list[dict[str, Any]]) -> Source:
+    for number, rows in enumerate(shards):
+        (folder / f"train-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(folder))
+
+
+@pytest.mark.parametrize("write", [parquet_shards, json_shards])
+def test_files_of_a_folder_may_differ_in_columns(tmp_path: Path, write: Callable[..., Source]) -> None:
+    records = load_records(write(tmp_path, [{"prompt": "a", "x": [1]}], [{"y": 0.5, "prompt": "b"}]), "data.train")
+    assert records["prompt"][:] == ["a", "b"]
+    assert records["x"][:] == [[1], None]
+    assert records["y"][:] == [None, 0.5]
+
+
+@pytest.mark.parametrize("write", [parquet_shards, json_shards])
+def test_files_of_a_folder_may_differ_in_types(tmp_path: Path, write: Callable[..., Source]) -> None:
+    shards = [[{"prompt": "a", "id": 7, "n": 1}], [{"prompt": "b", "id": "007", "n": 0.5}]]
+    records = load_records(write(tmp_path, *shards), "data.train")
+    assert records["prompt"][:] == ["a", "b"]
+    assert [str(name) for name in records["id"]] == ["7", "007"]
+    assert records["n"][:] == [1, 0.5]
+
+
+def test_parquet_files_that_differ_in_the_form_of_a_column_name_it(tmp_path: Path) -> None:
+    source = parquet_shards(tmp_path, [{"prompt": "a"}], [{"prompt": [{"role": "user"}]}])
+    with pytest.raises(UserError, match=r"^data\.train: the files of .* differ in the form of 'prompt'"):
+        load_records(source, "data.train")
 
 
 def test_a_hub_data_set_with_a_script_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.sampling.rollout import Rollout
 
@@ -110,7 +111,7 @@ def test_rows_of_a_rollout_have_random_numbers_of_their_own(fitted: Make) -> Non
 
 
 class Spy(PPOModule):
-    """Keeps the shapes that go through a model, and the random numbers."""
+    """Keeps the shapes that go through a model, and the calls of `score_responses`."""
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, numbers: Tensor) -> Tensor:
         assert query_mask.any(0).all()  # no column without a token
@@ -119,20 +120,25 @@ class Spy(PPOModule):
         return super().sample_responses(queries, query_mask, temperature, numbers)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
-        self.scored.append(len(episodes) * max(episodes.total_lengths()))
+        self.called.append(len(episodes))
         return super().score_responses(episodes)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(fitted: Make, batch_of: Make, chunk: int) -> None:
+def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(
+    fitted: Make, batch_of: Make, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, _ = fitted(PPOModule)
+    score, scored = ScalarModel.score, []
+    monkeypatch.setattr(ScalarModel, "score", lambda self, *args: scored.append(args[0].numel()) or score(self, *args))
     module.__class__ = Spy
-    module.sampled, module.scored = [], []
+    module.sampled, module.called = [], []
     batch = batch_of(module.trainer.datamodule, "train", list(range(16)))
     module.rollout({**batch, "chunk": chunk}, 0)
     limit = chunk * (batch["queries"].shape[1] + SETTINGS.response_length)
     assert max(module.sampled) <= limit
-    assert max(module.scored) <= limit
+    assert max(scored) <= limit
+    assert module.called == [16]
     assert len(module.sampled) >= 16 * 8 / limit
     assert len(module.sampled) <= -(-16 // chunk)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -133,6 +134,22 @@ def test_reward_function(run: Make, model_path: str, reward_path: str, alone: bo
         mask = torch.cat([rollout.query_mask, rollout.mask.long()], 1)
         model = ScalarModel.from_pretrained(reward_path, "model")
         torch.testing.assert_close(rollout.scores, words + model.score(ids, mask).detach(), atol=1e-4, rtol=0)
+
+
+def test_a_reward_function_is_called_once_per_rollout_with_all_its_episodes(
+    run: Make, rollout_data: Make, model_path: str, reward_path: str
+) -> None:
+    called: list[int] = []
+
+    def ranked(queries: list[str], responses: list[str]) -> Any:  # depends on the responses beside it
+        called.append(len(responses))
+        return np.argsort(np.argsort([hash(response) for response in responses])).reshape(-1, 1)
+
+    settings = replace(SETTINGS, missing_eos_score=None)
+    module = PPOModule(model_path, None, ranked, ppo=settings, optimization=FAST)
+    _, spy = run(module, rollout_data(rollout_batch_size=1))
+    assert called == [8, 8]
+    assert sorted(spy.rollouts[0].scores.tolist()) == list(range(8))
 
 
 def test_filtered_episodes_teach_nothing(run: Make, model_path: str, reward_path: str) -> None:

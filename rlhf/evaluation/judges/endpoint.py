@@ -36,8 +36,9 @@ Preferred: B
 Preferred: tie"""
 AGAIN = """An earlier answer to this could not be read. The last line of your answer must be exactly `Preferred: A`, \
 `Preferred: B` or `Preferred: tie`, and nothing may follow it."""
-_VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "tie": "tie"}
-_LINE = re.compile(r"Preferred: (A|B|tie)")
+_VERDICTS: dict[str, Verdict] = {"a": "first", "b": "second", "tie": "tie"}
+_MARKS = re.compile(r"[\s*_`~#>•\-\"'“”<\[\](){}]+")  # emphasis, code, brackets, lists: they say nothing
+_LINE = re.compile(r"preferred:(a|b|tie)[.!]?", re.IGNORECASE)
 _REFUSED = (400, 413, 422)  # this prompt is too long or against the rules, others may not be
 _CONNECT = 5.0  # seconds
 _PROBE = 10.0  # seconds
@@ -46,14 +47,14 @@ _PROBE = 10.0  # seconds
 def read_verdict(answer: str) -> Verdict | None:
     """Reads the verdict in the last line of an answer: `Preferred: A`, `Preferred: B` or `Preferred: tie`.
 
+    Emphasis, code fences, brackets, a full stop, blanks and the case of letters do not matter.
+
     Returns:
         None if the last line is anything else, or if an earlier such line contradicts it.
     """
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    labels = {match[1] for line in lines if (match := _LINE.fullmatch(line))}
-    if len(labels) != 1 or not _LINE.fullmatch(lines[-1]):
-        return None
-    return _VERDICTS[labels.pop()]
+    lines = [_LINE.fullmatch(line) for text in answer.splitlines() if (line := _MARKS.sub("", text))]
+    labels = {match[1].lower() for match in lines if match}
+    return _VERDICTS[labels.pop()] if len(labels) == 1 and lines[-1] else None
 
 
 class OpenAIJudge(AskingJudge):

@@ -53,16 +53,33 @@ def summary(folder: Path) -> dict[str, Any]:
         ("Preferred: A\nPreferred: A", "first"),
         ("Preferred: A\nPreferred: B", None),
         ("Preferred: A\nThat is all.", None),
-        ("preferred: A", None),
+        ("preferred: b", "second"),
+        ("PREFERRED: TIE", "tie"),
         ("Preferred: C", None),
         ("Preferred: A or B", None),
-        ("**Preferred: A**", None),
-        ("Preferred: <A>", None),
+        ("Preferred: both", None),
+        ("Preferred: a tie-break for B", None),
+        ("**Preferred: A**", "first"),
+        ("**Preferred:** B", "second"),
+        ("Preferred: **B**", "second"),
+        ("Preferred: A.", "first"),
+        ("**Preferred: A.**", "first"),
+        ("Preferred:A", "first"),
+        ("Preferred: [A]", "first"),
+        ("Preferred: <B>", "second"),
+        ("Preferred: (tie)", "tie"),
+        ("- Preferred: `A`", "first"),
+        ("### Preferred: 'B'", "second"),
+        ("```\nPreferred: A\n```", "first"),
+        ("```text\nBoth are good.\nPreferred: tie\n```\n", "tie"),
+        ("**Preferred: A**\nPreferred: B", None),
+        ("**Preferred: A**\nI am sure.", None),
+        ("***", None),
         ("A", None),
         ("", None),
     ],
 )
-def test_an_answer_is_read_strictly(answer: str, verdict: str | None) -> None:
+def test_an_answer_is_read_whatever_stands_around_its_last_line(answer: str, verdict: str | None) -> None:
     assert read_verdict(answer) == verdict
 
 
