@@ -14,13 +14,18 @@ def parse(parser: Any, words: list[str]) -> Any:
     Raises:
         UserError: the parser refuses it.
     """
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, get_loader, set_loader
 
+    load = get_loader("yaml")
+    # jsonargparse hands a typed `null` on to the settings of a class as the text None.
+    set_loader("yaml", lambda text: None if text == "None" else load(text))
     try:
         return parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         broken = next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None)
         raise UserError(_not_utf8(broken, words) if broken else explain(error)) from error
+    finally:
+        set_loader("yaml", load)
 
 
 def _not_utf8(error: UnicodeDecodeError, words: list[str]) -> str:
