@@ -8,12 +8,15 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
+from jsonargparse import ArgumentParser
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 import rlhf
 import rlhf.cli.main
 from rlhf.cli.main import main
+from rlhf.cli.parsing import parse
+from rlhf.modules import StageModule
 
 MODULE = """
 from typing import Annotated, Literal
@@ -115,6 +118,22 @@ def test_of_a_command(words: list[str], sentence: str, refused: Any) -> None:
     assert refused("command", *words) == sentence
 
 
+@pytest.mark.parametrize("verb", ["command", "fit"])
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize(
+    ("content", "byte"), [(b"rows: 1\n# caf\xe9\n", "0xe9 at 13"), (b"PK\x03\x04\xff\x00", "0xff at 4")]
+)
+def test_a_config_that_is_no_text(
+    verb: str, form: str, content: bytes, byte: str, refused: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "good.yaml").write_text("{}")
+    (tmp_path / "bad.yaml").write_bytes(content)
+    words = [f"--config={tmp_path / 'good.yaml'}", *form.format(tmp_path / "bad.yaml").split()]
+    assert (
+        refused(verb, *words) == f"config: {tmp_path / 'bad.yaml'} is no text in UTF-8 (byte {byte}); is it a config?"
+    )
+
+
 def test_constraints_reach_the_parser() -> None:
     """jsonargparse reads no constraint of a postponed annotation: a file with such arguments does not postpone them."""
     constrained = re.compile(r"\b(Annotated|(Positive|NonNegative)(Int|Float)?)\b")
@@ -125,3 +144,11 @@ def test_constraints_reach_the_parser() -> None:
             arguments = [argument for node in functions for argument in [*node.args.args, *node.args.kwonlyargs]]
             hints = [ast.unparse(argument.annotation) for argument in arguments if argument.annotation]
             assert not [hint for hint in hints if constrained.search(hint)], file
+
+
+@pytest.mark.parametrize("setting", ["ppo.missing_eos_score", "ppo.value_clip", "reward_path"])
+def test_null_can_be_typed(setting: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(StageModule, "model")
+    found = parse(parser, ["--model=PPOModule", "--model.model_path=x", f"--model.{setting}=null"])
+    assert found[f"model.init_args.{setting}"] is None
