@@ -87,6 +87,43 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> Any:
+    """A tokenizer of the Llama-2 kind: a blank before every text, byte fallback, BOS, no PAD."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE())
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [record["post"] for record in demonstrations(16, 1, "train")]
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=200, special_tokens=special))
+    model = json.loads(trained.to_str())["model"]
+    known = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *list(model["vocab"])[3:]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    bpe = models.BPE({token: n for n, token in enumerate(known)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizer
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(to_text)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory, llama_tokenizer: Any, from_config: Callable[..., Any]) -> str:
+    """Folder of a tiny Llama with random weights, that tokenizer, and a row for a PAD."""
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=len(llama_tokenizer) + 1, max_position_embeddings=512, **shape)
+    folder = tmp_path_factory.mktemp("llama")
+    from_config(config).save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[[str, Iterable[dict[str, Any]]], str]:
     """Writes records to a JSONL file below the test's folder and returns its path."""

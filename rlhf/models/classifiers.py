@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,23 +54,26 @@ def register_classifier(config: PreTrainedConfig, setting: str = "model.model_pa
     if type(config) in _made:
         return _made[type(config)]
     try:
-        with torch.device("meta"):
-            fits = isinstance(getattr(AutoModelForSequenceClassification.from_config(config), "score", None), nn.Linear)
+        fits = _has_head(AutoModelForSequenceClassification.from_config, config)
     except ValueError:  # there is none
         fits = False
     if not fits:
-        made = _new_class(config)
         try:
-            with torch.device("meta"):
-                made(copy.deepcopy(config))
-        except Exception as error:
+            made = _new_class(config)
+            _has_head(made, copy.deepcopy(config))
+        except Exception as error:  # whatever the classes of a type do that has other parts
             raise UserError(
-                f"{setting}: a model of type {config.model_type} cannot be a reward model or PPO's critic, so only "
-                f"SFT works with it: {first_line(error)}"
+                f"{setting}: a model of type {config.model_type} can be no reward model and no critic of PPO, only SFT "
+                f"can do without: {first_line(error)}"
             ) from error
         AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
     _made[type(config)] = not fits
     return not fits
+
+
+def _has_head(make: Callable[[Any], Any], config: PreTrainedConfig) -> bool:
+    with torch.device("meta"):
+        return isinstance(getattr(make(config), "score", None), nn.Linear)
 
 
 def _new_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models.probes import is_causal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 def check_model_path(path: str, setting: str) -> None:
@@ -44,6 +44,21 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} is not a model that can be loaded: {first_line(error)}") from error
+
+
+def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[GenerationConfig, bool]:
+    """Loads the generation configuration of a model, and tells whether it is the model's own.
+
+    Otherwise there is none, or one that transformers made from `config`.
+    """
+    from transformers import GenerationConfig
+
+    with quiet():
+        try:
+            found = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError):
+            found = GenerationConfig.from_model_config(config)
+    return found, not found._from_model_config or isinstance(found.eos_token_id, list)
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:

@@ -49,14 +49,14 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def takes_left_padding(model: PreTrainedModel) -> bool:
+def takes_left_padding(model: PreTrainedModel, device: torch.device) -> bool:
     """Tells whether a model gives a row its states behind padding, too; recurrent ones often do not.
 
     A forward of a short row shows it, once per model.
     """
     if model not in _left:
         backbone: Any = backbone_of(model)
-        row = torch.tensor([[0, 1, 0, 0, 1, 1]], device=next(model.parameters()).device)
+        row = torch.tensor([[0, 1, 0, 0, 1, 1]], device=device)
         inputs = model_inputs(F.pad(row, (3, 0)), F.pad(torch.ones_like(row), (3, 0)))
         with torch.autocast(row.device.type, enabled=False):
             behind, alone = (backbone(**x, use_cache=False).last_hidden_state for x in (inputs, {"input_ids": row}))

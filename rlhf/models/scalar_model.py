@@ -15,7 +15,7 @@ from rlhf.models.backbone import hidden_states
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config
 from rlhf.models.probes import takes_left_padding
-from rlhf.models.tokenizers import save_pretrained
+from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ScalarModel(nn.Module):
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads a trained reward model or critic."""
         config = check_reward_model(path, setting)
-        register_classifier(config)
+        register_classifier(config, setting)
         return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype))
 
     @property
@@ -90,7 +90,7 @@ class ScalarModel(nn.Module):
         The unit is the largest reward (at least 1). Eight columns of padding are added, so that every row has some.
         """
         ids, mask = F.pad(input_ids, (0, 8)), F.pad(attention_mask.long(), (0, 8))
-        if takes_left_padding(self.model):
+        if takes_left_padding(self.model, ids.device):
             left = self(*move_padding(ids, mask, "left"))[:, -1]
         else:  # nothing here pads it on the left; its rows are scored without padding instead
             rows = zip(ids, mask.bool(), strict=True)

@@ -12,7 +12,8 @@ from rlhf.callbacks.sample_table import SampleTable
 from rlhf.evaluation.rouge import rouge
 from rlhf.models.loading import check_language_model, checkpoint_activations, load_causal_lm
 from rlhf.models.output_layer import logprobs_at
-from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids, save_pretrained
+from rlhf.models.saving import save_pretrained
+from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids
 from rlhf.modules.settings import Optimization, Positive
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
@@ -27,11 +28,14 @@ class SFTModule(StageModule):
     Args:
         model_path: the base model; a folder or a hub name.
         loss_on: `all` takes the cross-entropy of query and response alike, as the paper does (D15); `response` that of
-            the response only.
+            the response only. Conversations have `assistant_turns` instead.
+        assistant_turns: the turns of a conversation that the loss is on: the assistant's `last` one, or `every` one.
         response_length: longest sample in validation, in tokens.
         temperature: of the samples in validation (D16).
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own, or `[PAD]`.
+        eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
+            those of the model's `generation_config.json`.
         resize_embeddings: add rows to the embedding if PAD has none. The paper does not need it.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
@@ -42,15 +46,18 @@ class SFTModule(StageModule):
         self,
         model_path: str,
         loss_on: Literal["all", "response"] = "all",
+        assistant_turns: Literal["last", "every"] = "last",
         response_length: PositiveInt = 53,
         temperature: Positive = 0.01,
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
+        eos_tokens: list[str] | None = None,
         resize_embeddings: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         self.loss_on = loss_on
+        self.assistant_turns = assistant_turns
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings

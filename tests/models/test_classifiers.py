@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, T5Config
 
 from rlhf.errors import UserError
 from rlhf.models.classifiers import register_classifier
@@ -152,8 +152,10 @@ def test_the_critic_starts_from_a_policy_without_a_class(folder: Callable[[str],
 
 
 def test_types_that_make_no_reward_model_are_named(tiny: Any) -> None:
-    with pytest.raises(UserError, match=r"model\.model_path: a model of type blt cannot .* so only SFT works with it"):
+    with pytest.raises(UserError, match=r"model\.model_path: a model of type blt can be no reward model .* only SFT"):
         register_classifier(tiny.tiny_config("blt"))
+    with pytest.raises(UserError, match=r"reward: a model of type t5 can be no reward model"):
+        register_classifier(T5Config(num_layers=1), "reward")
 
 
 def test_a_model_whose_tokens_see_later_ones_is_refused(folder: Callable[[str], str]) -> None:
