@@ -65,8 +65,10 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
     ) -> Any:
         datamodule.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
-                tokenizer=tokenizer,
-                **({"response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()} | module),
+                **(
+                    {"tokenizer": tokenizer, "response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()}
+                    | module
+                ),
             ),
             state=SimpleNamespace(fn=stage),
             global_rank=rank,
