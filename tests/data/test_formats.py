@@ -164,19 +164,15 @@ def test_a_separator_stands_between_prompt_and_completion(demos_of: Load, pairs_
 
 
 def test_odd_pairs_are_counted(pairs_of: Load) -> None:
-    rows = pairs_of(
-        {"prompt": "P", "chosen": " good", "rejected": " good "},
-        {"prompt": "P", "chosen": " x", "rejected": " y"},
-        {"prompt": "P", "chosen": " y", "rejected": " x"},
-        {"prompt": "P", "chosen": " one two three four", "rejected": " one two three five"},
-        max_response_length=4,
-    )
-    found = {doubt.what: doubt.found for doubt in doubts(rows, control=False)}
-    assert found == {
-        "pairs differ in blanks only": 1,
-        "pairs contradict another one": 2,
-        "pairs are equal after truncation": 1,
-    }
+    def found(*records: Any, **text: Any) -> dict[str, int]:
+        return {doubt.what: doubt.found for doubt in doubts(pairs_of(*records, **text), control=False)}
+
+    pairs = [(" good", " good "), (" x", " y"), (" y", " x"), (" z", " x")]
+    records = [{"prompt": "P", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    assert found(*records) == {"pairs differ in blanks only": 1, "pairs contradict another one": 2}
+    long = {"prompt": "P", "chosen": " one two three four", "rejected": " one two three five"}
+    assert found(long) == {}
+    assert found(long, max_response_length=2) == {"pairs are equal after truncation": 1}
 
 
 def test_records_that_stand_in_training_and_validation_are_counted(
@@ -185,7 +181,7 @@ def test_records_that_stand_in_training_and_validation_are_counted(
     records = [{"prompt": f"P{n}", "completion": " yes"} for n in range(4)]
     train, validation = (
         write_jsonl("t.jsonl", records),
-        write_jsonl("v.jsonl", records[3:] + [{"prompt": "Q", "completion": " yes"}]),
+        write_jsonl("v.jsonl", [*records[3:], {"prompt": "Q", "completion": " yes"}]),
     )
     data = SFTDataModule(Source(train), Source(validation), batch_size=2, micro_batch_size=1)
     with pytest.warns(UserWarning, match=r"data\.validation: 1 of 2 records stand in data\.train, too"):
