@@ -30,7 +30,7 @@ from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.models import backbone
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.sampling import sampler
+from rlhf.sampling import token_readers
 from rlhf.studies.processes import Ended, stage_processes
 from rlhf.synthetic.domains import NEWS
 from rlhf.synthetic.posts import comparisons, demonstrations
@@ -66,7 +66,7 @@ def from_config() -> Callable[[Any], Any]:
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Models get packed rows, as they do on a CPU, or padded ones, as they do on a GPU."""
     if request.param == "padded":
-        for user in (backbone, sampler):
+        for user in (backbone, token_readers):
             monkeypatch.setattr(user, "packs", lambda _: False)
     return str(request.param)
 
@@ -104,6 +104,43 @@ def chat_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     )
     folder = tmp_path_factory.mktemp("chat")
     create_model(folder, chat, SmallModel(hidden_size=32, layers=2, heads=2, context=512), seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> Any:
+    """A tokenizer of the Llama-2 kind: a blank before every text, byte fallback, BOS, no PAD."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE())
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [record["post"] for record in demonstrations(16, 1, "train")]
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=200, special_tokens=special))
+    model = json.loads(trained.to_str())["model"]
+    known = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *list(model["vocab"])[3:]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    bpe = models.BPE({token: n for n, token in enumerate(known)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizer
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(to_text)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory, llama_tokenizer: Any, from_config: Callable[..., Any]) -> str:
+    """Folder of a tiny Llama with random weights, that tokenizer, and a row for a PAD."""
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=len(llama_tokenizer) + 1, max_position_embeddings=512, **shape)
+    folder = tmp_path_factory.mktemp("llama")
+    from_config(config).save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
     return str(folder)
 
 

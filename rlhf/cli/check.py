@@ -19,7 +19,9 @@ from rlhf.data.doubts import doubts, overlap
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
+from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory, peak_memory_gib
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.memory import estimate
 from rlhf.modules import StageModule
 
@@ -63,6 +65,7 @@ class StageTrainer(Trainer):
                 raise
         rows = [
             *_token_rows(model, datamodule),
+            *_later_rows(model),
             *_data_rows(datamodule),
             *_batch_rows(self, model, datamodule),
             *_finding_rows(invariants),
@@ -120,6 +123,16 @@ def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
         spaces = sum(query != query.rstrip() for query in queries)
         text = f"; {spaces} of {len(queries)} end in white space" if spaces else ""
         yield Row("tokens", "end of a query", f"{queries[0][-12:]!r}{text}", "look" if spaces else "ok")
+
+
+def _later_rows(module: StageModule) -> Iterator[Row]:
+    if module.kind != "sft":
+        return
+    try:
+        whose = "this package" if register_classifier(module.model_config) else "transformers"
+        yield Row("later stages", "reward model and critic", f"their class is from {whose}")
+    except UserError as error:
+        yield Row("later stages", "reward model and critic", str(error), "look")
 
 
 def _data_rows(data: StageDataModule) -> Iterator[Row]:

@@ -134,6 +134,8 @@ def one_leading_space(text: str) -> str:
 def required_text(record: Record, column: str) -> str:
     """Returns the text in a column that must hold some."""
     text = record.get(column)
+    if isinstance(text, bool | int | float):  # a text in a CSV file, whose cells have no types
+        raise BadRecordError(f"{column} is a {'truth value' if isinstance(text, bool) else 'number'} and no text")
     if not isinstance(text, str) or not text.strip():
         raise BadRecordError(f"empty {column}")
     return text

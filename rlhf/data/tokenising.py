@@ -25,7 +25,7 @@ from rlhf.data.formats import (
 from rlhf.data.sources import Schemas, Source, find_columns, load_records
 from rlhf.data.texts import BadRecordError, Record, TextFormat, UnfittableError, fields_of
 from rlhf.errors import UserError
-from rlhf.models.tokenizers import eos_ids
+from rlhf.models.tokenizers import content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def _load(
         with_indices=True,
         remove_columns=raw.column_names,
         features=features,
-        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, wanted, text, _content(tokenizer))),
+        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, wanted, text, content(tokenizer))),
         desc=f"Tokenising {source.path} ({source.split})",
     )
     control = text.special_tokens == "control"
@@ -124,13 +124,6 @@ def _check_formats(raw: Dataset, text: TextFormat, schema: str, setting: str, pa
             )
         if missing:
             rank_zero_warn(f"data.text.{name}: {setting}, {path}, has no column {', '.join(missing)}: no text there.")
-
-
-def _content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides a tokenizer's output, for the cache key; padding and truncation change with every use."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content |= {"padding": None, "truncation": None, "eos": eos_ids(tokenizer), "chat": tokenizer.chat_template}
-    return json.dumps(content, sort_keys=True)
 
 
 def _name(record: Record, index: int) -> str:

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.models.probes import is_causal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 def check_model_path(path: str, setting: str) -> None:
@@ -43,6 +44,21 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} is not a model that can be loaded: {first_line(error)}") from error
+
+
+def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[GenerationConfig, bool]:
+    """Loads the generation configuration of a model, and tells whether it is the model's own.
+
+    Otherwise there is none, or one that transformers made from `config`.
+    """
+    from transformers import GenerationConfig
+
+    with quiet():
+        try:
+            found = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError):
+            found = GenerationConfig.from_model_config(config)
+    return found, not found._from_model_config or isinstance(found.eos_token_id, list)
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
@@ -113,6 +129,16 @@ def from_pretrained(
             f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
             f"{missing[0]}."
         )
+    try:
+        causal = is_causal(model)
+    except Exception as error:  # whatever a model may do that does not take token ids alone
+        if not torch.cuda.is_available():
+            raise UserError(f"{setting}: {path} cannot read a row of token ids: {first_line(error)}") from error
+        causal = True  # not tested: kernels may need the GPU that the model is moved to later
+    if not causal:
+        raise UserError(
+            f"{setting}: {path} is no causal language model: in {type(model).__name__} a token depends on later ones."
+        )
     return model
 
 
@@ -121,6 +147,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
     transformers does so in training mode, which differs from evaluation mode in nothing else once dropout is off.
     """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"model.activation_checkpointing: {type(model).__name__} cannot compute activations again; set it to false."
+        )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 

@@ -18,8 +18,9 @@ from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import load_causal_lm
+from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import eos_ids, save_pretrained
+from rlhf.models.tokenizers import eos_ids
 from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
 from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
@@ -59,6 +60,8 @@ class PPOModule(StageModule):
         ppo: the details of PPO.
         optimization: learning rate, schedule (stepping once per update), loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
+        eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
+            those of the model's `generation_config.json`.
         activation_checkpointing: of policy and critic: compute activations again in the backward pass instead of
             keeping them.
     """
@@ -78,9 +81,10 @@ class PPOModule(StageModule):
         ppo: PPOSettings = PPOSettings(),
         optimization: Optimization = Optimization(schedule="linear"),
         pad_token: str | None = None,
+        eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         check_reward_functions(reward_function=reward_function, evaluation_function=evaluation_function)
         self.reward_path = reward_path
         self.reward_function = reward_function

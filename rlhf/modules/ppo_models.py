@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.frozen import Placement
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
@@ -25,9 +26,12 @@ def check_models(
     model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Refuses models that PPO cannot use together, before any of them is loaded."""
-    check_pad_in_embedding(tokenizer, check_language_model(model_path, POLICY), model_path)
+    config = check_language_model(model_path, POLICY)
+    check_pad_in_embedding(tokenizer, config, model_path)
     check_language_model(reference_path, REFERENCE)
-    if reward_path is not None:
+    if reward_path is None:
+        register_classifier(config, POLICY)  # refuses types of which there is no critic
+    else:
         check_reward_model(reward_path, REWARD)
         if load_tokenizer(reward_path, tokenizer.pad_token, REWARD).get_vocab() != tokenizer.get_vocab():
             raise UserError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import check_pad_in_embedding
@@ -29,6 +30,8 @@ class RewardModule(StageModule):
             keeps the rewards of different queries at one level; the pairwise loss alone does not. The paper has none.
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own.
+        eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
+            those of the model's `generation_config.json`.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
@@ -40,11 +43,13 @@ class RewardModule(StageModule):
         centering: NonNegative = 0.0,
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
+        eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
+        register_classifier(self.model_config, "model.model_path")  # refuses types of which there is no reward model
         self.centre: Tensor | None = None  # mean reward of the demonstrations, known at the export
         self.model: Any = None
 

@@ -12,7 +12,8 @@ from rlhf.callbacks.sample_table import SampleTable
 from rlhf.evaluation.rouge import rouge
 from rlhf.models.loading import check_language_model, checkpoint_activations, load_causal_lm
 from rlhf.models.output_layer import logprobs_at
-from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids, save_pretrained
+from rlhf.models.saving import save_pretrained
+from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids
 from rlhf.modules.settings import Optimization, Positive
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
@@ -33,6 +34,8 @@ class SFTModule(StageModule):
         temperature: of the samples in validation (D16).
         optimization: learning rate, schedule, loss reduction.
         pad_token: token to pad with; by default the tokenizer's own, or `[PAD]`.
+        eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
+            those of the model's `generation_config.json`.
         resize_embeddings: add rows to the embedding if PAD has none. The paper does not need it.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
     """
@@ -48,10 +51,11 @@ class SFTModule(StageModule):
         temperature: Positive = 0.01,
         optimization: Optimization = Optimization(),
         pad_token: str | None = None,
+        eos_tokens: list[str] | None = None,
         resize_embeddings: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         self.loss_on = loss_on
         self.assistant_turns = assistant_turns
         self.response_length = response_length

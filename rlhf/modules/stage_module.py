@@ -19,6 +19,7 @@ from rlhf.callbacks.invariants import Invariants
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
+from rlhf.models.saving import rehearse_export
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules.epoch_means import EpochMeans
@@ -35,7 +36,7 @@ class StageModule(LightningModule):
     Args:
         model_path: folder of a Hugging Face model (for example an export of an earlier stage), or a hub name.
         optimization: learning rate, schedule, loss reduction.
-        pad_token: token to pad with, see `rlhf.models.loading.load_tokenizer`.
+        pad_token, eos_tokens: see `rlhf.models.tokenizers.load_tokenizer`.
         activation_checkpointing: keep only the inputs of layers and compute the rest again in the backward pass: a
             third more computation for far less memory.
     """
@@ -44,14 +45,20 @@ class StageModule(LightningModule):
     schedule_interval: Literal["step", "epoch"] = "step"
 
     def __init__(
-        self, model_path: str, optimization: Optimization, pad_token: str | None, activation_checkpointing: bool
+        self,
+        model_path: str,
+        optimization: Optimization,
+        pad_token: str | None,
+        activation_checkpointing: bool,
+        eos_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.model_path = model_path
         self.optimization = optimization
         self.activation_checkpointing = activation_checkpointing
-        self.tokenizer = load_tokenizer(model_path, pad_token)
+        self.tokenizer = load_tokenizer(model_path, pad_token, eos_tokens=eos_tokens)
         self.model_config = load_config(model_path, "model.model_path")
+        rehearse_export(model_path, self.tokenizer)
         self.epoch_means = EpochMeans()
 
     @override

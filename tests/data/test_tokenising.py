@@ -236,3 +236,16 @@ def test_other_settings_data_or_tokens_are_processed_anew(
     assert len(processed) == 3 * len(demos)
     Path(path).write_text(Path(path).read_text().replace("flatmate", "roommate"))
     assert "roommate" in demonstrations_of(path, tokenizer)["query"][0]
+
+
+def test_answers_that_are_numbers_are_texts_in_csv_and_refused_by_name_in_json(
+    tokenizer: Any, write_jsonl: Writer, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\n1 + 1 =,2\nIs 3 odd?,True\nWhat?,None\n")
+    rows = demonstrations_of(str(tmp_path / "a.csv"), tokenizer)
+    assert rows["reference"][:] == ["2", "True", "None"]
+    path = write_jsonl("a.jsonl", [{"prompt": "1 + 1 =", "completion": 2}, {"prompt": "3?", "completion": True}])
+    with pytest.raises(
+        UserError, match=r"completion is a number and no text: 1, first in record 1.*truth value.*record 2"
+    ):
+        demonstrations_of(path, tokenizer)

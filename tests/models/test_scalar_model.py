@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, GPTNeoXConfig, GPTN
 
 from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
+from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import save_pretrained
 from rlhf.ops.sequences import last_real_token, pad_sequences
 
 PAD = 10_000
