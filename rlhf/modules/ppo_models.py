@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.frozen import Placement
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import check_pad_in_embedding, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, load_tokenizer, same_tokens
 from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:
@@ -23,17 +24,25 @@ POLICY, REFERENCE, REWARD = "model.model_path", "model.reference_path", "model.r
 
 def check_models(
     model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuses models that PPO cannot use together, before any of them is loaded."""
+) -> PreTrainedTokenizerBase | None:
+    """Refuses models that PPO cannot use together, before any of them is loaded.
+
+    Returns:
+        The tokenizer of the reward model if it is another one than that of the policy.
+    """
     check_pad_in_embedding(tokenizer, check_language_model(model_path, POLICY), model_path)
     check_language_model(reference_path, REFERENCE)
-    if reward_path is not None:
-        check_reward_model(reward_path, REWARD)
-        if load_tokenizer(reward_path, tokenizer.pad_token, REWARD).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}; train it from the same "
-                "SFT model."
-            )
+    if reward_path is None:
+        return None
+    check_reward_model(reward_path, REWARD)
+    found = load_tokenizer(reward_path, PAD_TOKEN, REWARD)
+    if same_tokens(found, tokenizer):
+        return None
+    rank_zero_info(
+        f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}: it reads texts that are "
+        "tokenised anew, and the critic starts from the policy's backbone with a new head."
+    )
+    return found
 
 
 def check_placements(trainer: Trainer, placements: tuple[Placement, Placement]) -> None:
