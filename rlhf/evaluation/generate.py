@@ -135,7 +135,7 @@ def _id_of(row: Row) -> str:
 
 def _scores(scorer: RewardScorer, tokenizer: Any, rows: list[Row]) -> pd.DataFrame:
     # The very tokens that were sampled: PPO scores them too, and tokens of their text could be others.
-    scores = scorer.score_ids([[*row["query_ids"], *row["response_ids"]] for row in rows])
+    scores = scorer.score_ids([[*row["query_ids"], *map(int, row["response_ids"])] for row in rows])
     references = scorer.score_ids(whole_sequences(tokenizer, rows, "input_ids", "reference"))
     return pd.DataFrame({"score": scores, "reference_score": references})
 
