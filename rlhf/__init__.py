@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlhf.data.prompts import RolloutDataModule
     from rlhf.data.sources import Source
     from rlhf.data.texts import TextFormat
+    from rlhf.models.classifiers import register_reward_model
     from rlhf.modules.ppo import PPOModule
     from rlhf.modules.reward import RewardModule
     from rlhf.modules.settings import Optimization, PPOSettings
@@ -40,6 +41,7 @@ _HOME = {
     "Source": "data.sources",
     "TextFormat": "data.texts",
     "Zero2Strategy": "strategies",
+    "register_reward_model": "models.classifiers",
 }
 __all__ = [*_HOME]
 

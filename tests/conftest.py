@@ -28,7 +28,7 @@ from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.models import backbone
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.sampling import sampler
+from rlhf.sampling import token_readers
 from rlhf.studies.processes import Ended, stage_processes
 from rlhf.synthetic.domains import NEWS
 from rlhf.synthetic.posts import comparisons, demonstrations
@@ -64,7 +64,7 @@ def from_config() -> Callable[[Any], Any]:
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Models get packed rows, as they do on a CPU, or padded ones, as they do on a GPU."""
     if request.param == "padded":
-        for user in (backbone, sampler):
+        for user in (backbone, token_readers):
             monkeypatch.setattr(user, "packs", lambda _: False)
     return str(request.param)
 

@@ -82,6 +82,13 @@ SETTINGS: dict[type, Settings] = {
         "max_article_length": [400],
         "max_response_length": [31],
         "max_article_response_length": [33],
+        "prompt": ["{question}", None],
+        "completion": ["{answer}", None],
+        "separator": [" "],
+        "join": [" ", None],
+        "last_turn": ["ASSISTANT:"],
+        "chat_template": ["{{ messages }}", None],
+        "special_tokens": ["control", "text"],
         "drop_unfittable": [True, False],
     },
     Source: {
@@ -95,6 +102,7 @@ SETTINGS: dict[type, Settings] = {
     SFTModule: MODULE
     | {
         "loss_on": ["response", "all"],
+        "assistant_turns": ["every", "last"],
         "response_length": [9],
         "temperature": [0.5],
         "resize_embeddings": [True, False],

@@ -1,6 +1,7 @@
 """Dropout off, enforced and verified (D10)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -46,10 +47,52 @@ def draws_random_numbers(model: nn.Module) -> bool:
     Comparing two forwards would miss small probabilities; a dropout that is on always draws random numbers.
     """
     device = next(model.parameters()).device
+    before = _random_state(device)
+    return not torch.equal(before, _after_forward(model, device))
+
+
+def calm(model: nn.Module) -> int:
+    """Keeps the parts of a model that still draw random numbers in evaluation mode, and returns how many there are.
+
+    These are routers of experts: they add noise to their input, or choose experts at random, in training mode only. The
+    size of the noise is no use: PhiMoE's `router_jitter_noise` also decides what its router computes in evaluation.
+    """
+    device = next(model.parameters()).device
+    before: list[tuple[torch.Tensor, int]] = []
+    found: list[nn.Module] = []
+
+    def enter(*_: Any) -> None:
+        before.append((_random_state(device), len(found)))
+
+    def leave(part: nn.Module, *_: Any) -> None:
+        state, inside = before.pop()
+        if len(found) == inside and not torch.equal(state, _random_state(device)):  # itself, no part of it
+            found.append(part)
+
+    hooks = [
+        hook
+        for part in model.modules()
+        for hook in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
+    ]
+    try:
+        _after_forward(model, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for part in found:
+        part.register_forward_pre_hook(_evaluate)
+    return len(found)
+
+
+def _evaluate(part: nn.Module, _: Any) -> None:
+    part.training = False  # at every forward: `.train()` of the whole model sets it again
+
+
+def _after_forward(model: nn.Module, device: torch.device) -> torch.Tensor:
+    """Returns the random state after a train-mode forward, and leaves state and modes as they were."""
     ids = torch.ones(1, 16, dtype=torch.long, device=device)
     was_training = {m: m.training for m in model.modules()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        before = _random_state(device)
         model.train()
         try:
             with torch.no_grad():
@@ -57,7 +100,7 @@ def draws_random_numbers(model: nn.Module) -> bool:
         finally:
             for module, training in was_training.items():
                 module.training = training
-        return not torch.equal(before, _random_state(device))
+        return _random_state(device)
 
 
 def _random_state(device: torch.device) -> torch.Tensor:
@@ -81,13 +124,15 @@ def _networks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 class DisableDropout(Callback):
-    """Switches all dropout off before training, and proves that none is left."""
+    """Switches all dropout and other noise off before training, and proves that none is left."""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if found := disable_dropout(pl_module):
             rank_zero_info(f"Dropout: switched off in {found} places.")
         for network in _networks(pl_module):
+            if draws_random_numbers(network) and (noisy := calm(network)):
+                rank_zero_info(f"Random routing of experts: {noisy} parts stay in evaluation mode.")
             if draws_random_numbers(network):
                 raise UserError(
                     f"{type(network).__name__} still draws random numbers in a training forward after all known "

@@ -15,10 +15,13 @@ from typing_extensions import override
 from rlhf.callbacks.findings import INVARIANTS
 from rlhf.callbacks.invariants import Invariants
 from rlhf.cli.parsing import message_of
+from rlhf.data.doubts import doubts, overlap
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
+from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory, peak_memory_gib
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.memory import estimate
 from rlhf.modules import StageModule
 
@@ -62,6 +65,7 @@ class StageTrainer(Trainer):
                 raise
         rows = [
             *_token_rows(model, datamodule),
+            *_later_rows(model),
             *_data_rows(datamodule),
             *_batch_rows(self, model, datamodule),
             *_finding_rows(invariants),
@@ -121,6 +125,16 @@ def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
         yield Row("tokens", "end of a query", f"{queries[0][-12:]!r}{text}", "look" if spaces else "ok")
 
 
+def _later_rows(module: StageModule) -> Iterator[Row]:
+    if module.kind != "sft":
+        return
+    try:
+        whose = "this package" if register_classifier(module.model_config) else "transformers"
+        yield Row("later stages", "reward model and critic", f"their class is from {whose}")
+    except UserError as error:
+        yield Row("later stages", "reward model and critic", str(error), "look")
+
+
 def _data_rows(data: StageDataModule) -> Iterator[Row]:
     for name, split in data.splits.items():
         if not len(split):
@@ -132,6 +146,10 @@ def _data_rows(data: StageDataModule) -> Iterator[Row]:
         yield Row("data", name, "; ".join(parts))
         cut = sum(split["truncated"][:])
         share = cut / len(split)
+        for doubt in doubts(split, data.text.special_tokens == "control"):
+            yield Row("data", f"{name}: {doubt.what}", f"{doubt.found} ({doubt.found / len(split):.1%})", "look")
+        if name not in ("train", "demonstrations") and (again := overlap(split, data.splits["train"])):
+            yield Row("data", f"{name}: records of train", f"{again} ({again / len(split):.1%})", "look")
         yield Row("data", f"{name}: responses cut off", f"{cut} ({share:.1%})", "look" if share > 0.05 else "ok")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError, causes, find_user_error
@@ -18,7 +19,17 @@ def parse(parser: Any, words: list[str]) -> Any:
     try:
         return parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
-        raise UserError(explain(error)) from error
+        broken = next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None)
+        raise UserError(_not_utf8(broken, words) if broken else explain(error)) from error
+
+
+def _not_utf8(error: UnicodeDecodeError, words: list[str]) -> str:
+    """Names the file of a command line that holds what cannot be decoded."""
+    files = [path for word in words if (path := Path(word.rpartition("=")[2])).is_file()]
+    name = next((str(path) for path in files if error.object in path.read_bytes()), "a file of the command line")
+    return (
+        f"config: {name} is no text in UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}); is it a config?"
+    )
 
 
 def message_of(error: Exception) -> str | None:

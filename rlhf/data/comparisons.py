@@ -19,7 +19,7 @@ _PAIR_COLUMNS = ("batch", "confidence", "chosen_policy", "rejected_policy")
 
 
 class PreferenceDataModule(StageDataModule):
-    """Loads comparisons in OpenAI's format (`info, summaries, choice`) or generic ones (`prompt, chosen, rejected`).
+    """Loads comparisons in OpenAI's format (`info, summaries, choice`) or TRL's (`chosen, rejected`, maybe `prompt`).
 
     Pairs of CNN/DM batches (those with `cnndm` in their name) form an out-of-distribution split of their own (D08). The
     default batch size is the paper's.

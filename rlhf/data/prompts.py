@@ -21,7 +21,7 @@ from rlhf.seeding import permutation
 
 
 class RolloutDataModule(StageDataModule):
-    """Loads prompts: TL;DR records or generic ones (`prompt`); references (`summary`, `completion`) may be missing.
+    """Loads TL;DR records, prompts or conversations; references (`summary`, `completion`, last turn) may be missing.
 
     One pass over `train_dataloader()` is one PPO update: it draws the next prompts, asks the module for a rollout, and
     yields it in micro-batches. Prompts are used over and over, reshuffled on each pass (D23). The default batch size

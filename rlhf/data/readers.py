@@ -11,8 +11,8 @@ import gzip
 import io
 import json
 import lzma
-import os
 import re
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
@@ -77,7 +77,7 @@ def read_files(files: Sequence[Path], field: str | None, setting: str) -> Datase
     if not target.is_file():
         schema = _features(_chunks(files, field, setting)).arrow_schema
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
+        partial = target.with_suffix(f".{uuid.uuid4().hex}")  # another process may write the same
         try:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
                 for chunk in _chunks(files, field, setting):
@@ -109,18 +109,30 @@ def _features(chunks: Iterator[list[Record]]) -> Features:
 
 
 def _common(known: pa.DataType | None, values: list[Any]) -> pa.DataType | None:
-    """Returns a type for earlier values and these; None if there is none."""
+    """Returns a type that gives earlier values and these back as they are; None if there is none."""
     if known is None:
         return None
     try:
-        both = [pa.schema([("x", known)]), pa.schema([("x", pa.array(values).type)])]
-        return pa.unify_schemas(both, promote_options="permissive").field("x").type
+        array = pa.array(values)
+        both = [pa.schema([("x", known)]), pa.schema([("x", array.type)])]
+        common = pa.unify_schemas(both, promote_options="permissive").field("x").type
     except (pa.ArrowException, OverflowError):
         return None
+    if not pa.types.is_nested(common):
+        return common
+    same_form = pa.types.is_null(known) or _form(known) == _form(common)  # else None would fill what they lack
+    return common if same_form and array.to_pylist() == values else None
+
+
+def _form(kind: pa.DataType) -> Any:
+    """Returns the names inside of a nested type."""
+    if pa.types.is_struct(kind):
+        return {field.name: _form(field.type) for field in kind}
+    return [_form(kind.value_type)] if pa.types.is_list(kind) else None
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if isinstance(kind, pa.ExtensionType | pa.BaseExtensionType):
+    if isinstance(kind, pa.BaseExtensionType):
         texts = [None if value is None else _json_text(value) for value in values]
         return pa.ExtensionArray.from_storage(kind, pa.array(texts, pa.string()))
     if pa.types.is_floating(kind):
@@ -173,9 +185,10 @@ def _json(file: Path, field: str | None, setting: str) -> Iterator[Record]:
     if field is None and (named_as_lines or _is_json(first)):
         for number, line in chain([(start, first)], lines):
             if line.strip():
-                yield _record(_parsed(line, number, where), f"{where}, line {number}")
+                yield _record(_parsed(line, number, where), _HALF.search(line), f"{where}, line {number}")
         return
-    document = _parsed("".join([first, *(line for _, line in lines)]), start, where)
+    text = "".join([first, *(line for _, line in lines)])
+    document, halves = _parsed(text, start, where), _HALF.search(text)
     for name in field.split(".") if field else ():
         if not isinstance(document, dict) or name not in document:
             has = f"it has {', '.join(document)}" if isinstance(document, dict) else f"it is {_kind(document)}"
@@ -184,7 +197,7 @@ def _json(file: Path, field: str | None, setting: str) -> Iterator[Record]:
     if field and not isinstance(document, list):
         raise UserError(f"{setting}.field: {field} in {file} is {_kind(document)}, and no list of records.")
     for number, value in enumerate(document if isinstance(document, list) else [document], 1):
-        yield _record(value, f"{where}, record {number} (counting from 1)")
+        yield _record(value, halves, f"{where}, record {number} (counting from 1)")
 
 
 def _is_json(line: str) -> bool:
@@ -203,11 +216,13 @@ def _parsed(text: str, line: int, where: str) -> Any:
         raise UserError(f"{where}, {place}.") from error
 
 
-def _record(value: Any, where: str) -> Record:
+def _record(value: Any, halves: object, where: str) -> Record:
+    """Returns a record, unless it is none; with `halves`, there may be half characters in it."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is {_kind(value)}, and no object with named columns.")
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        if halves:
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("unicode_escape").decode()
         raise UserError(

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import PositiveInt
 from typing_extensions import override
 
+from rlhf.data.doubts import overlap
 from rlhf.data.loaders import Collate, Loader, Plan, Plans, accumulation, global_batches, loader, rank_rows, train_plans
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
@@ -97,6 +99,12 @@ class StageDataModule(LightningDataModule):
         for name, source in self.sources.items():
             if source is not None and name not in self.splits:
                 self.splits |= self.load_split(name, source)
+                self._warn_of_overlap(name)
+
+    def _warn_of_overlap(self, name: str) -> None:
+        for split in {name, name + NEWS} & self.splits.keys() - {"train", "demonstrations"}:
+            if count := overlap(self.splits[split], self.splits["train"]):
+                rank_zero_warn(f"data.{name}: {count} of {len(self.splits[split])} records stand in data.train, too.")
 
     @override
     def prepare_data(self) -> None:

@@ -13,28 +13,35 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from rlhf.data.chat import take_chat_template
+from rlhf.data.doubts import doubts
+from rlhf.data.formats import (
+    comparison,
+    comparison_schemas,
+    demonstration,
+    demonstration_schemas,
+    prompt_schemas,
+)
 from rlhf.data.sources import Schemas, Source, find_columns, load_records
-from rlhf.data.texts import BadRecordError, Record, TextFormat, UnfittableError, comparison, demonstration
+from rlhf.data.texts import BadRecordError, Record, TextFormat, UnfittableError, fields_of
 from rlhf.errors import UserError
 from rlhf.models.tokenizers import content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEMONSTRATIONS: Schemas = {"tldr": ("subreddit", "title", "post", "summary"), "plain": ("prompt", "completion")}
-PROMPTS: Schemas = {"tldr": ("subreddit", "title", "post"), "plain": ("prompt",)}
-COMPARISONS: Schemas = {"openai": ("info", "summaries", "choice"), "plain": ("prompt", "chosen", "rejected")}
-
 # Arrow would guess the types from the first rows, which may all be empty.
 TEXT, NUMBER, FLAG, IDS = Value("string"), Value("int64"), Value("bool"), List(Value("int64"))
 DEMONSTRATION_COLUMNS = {
-    "query": TEXT, "reference": TEXT, "query_ids": IDS, "input_ids": IDS, "response_start": NUMBER, "truncated": FLAG,
+    "query": TEXT, "reference": TEXT, "query_ids": IDS, "input_ids": IDS, "response_start": NUMBER, "turns": IDS,
+    "truncated": FLAG, "glued": FLAG, "special": FLAG,
 }  # fmt: skip
 COMPARISON_COLUMNS = {
     "query": TEXT, "chosen_text": TEXT, "rejected_text": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
-    "truncated": FLAG, "batch": TEXT, "confidence": NUMBER, "chosen_policy": TEXT, "rejected_policy": TEXT,
+    "truncated": FLAG, "glued": FLAG, "special": FLAG, "equal": FLAG, "blanks": FLAG,
+    "batch": TEXT, "confidence": NUMBER, "chosen_policy": TEXT, "rejected_policy": TEXT,
 }  # fmt: skip
-_VERSION = 2  # part of the cache key: raise it when the processing of a record changes
+_VERSION = 3  # part of the cache key: raise it when the processing of a record changes
 
 
 def load_demonstrations(
@@ -42,13 +49,13 @@ def load_demonstrations(
 ) -> Dataset:
     """Loads demonstrations (without `need_response`, prompts): `DEMONSTRATION_COLUMNS`, and the `record` as JSON."""
     process = partial(demonstration, need_response=need_response)
-    schemas = DEMONSTRATIONS if need_response else PROMPTS
+    schemas = demonstration_schemas(text) if need_response else prompt_schemas(text)
     return _load(source, setting, tokenizer, text, schemas, process, DEMONSTRATION_COLUMNS)
 
 
 def load_comparisons(source: Source, setting: str, tokenizer: PreTrainedTokenizerBase, text: TextFormat) -> Dataset:
     """Loads comparisons: `COMPARISON_COLUMNS`, and the `record` as JSON."""
-    return _load(source, setting, tokenizer, text, COMPARISONS, comparison, COMPARISON_COLUMNS)
+    return _load(source, setting, tokenizer, text, comparison_schemas(text), comparison, COMPARISON_COLUMNS)
 
 
 def lengths(rows: Dataset, column: str) -> list[int]:
@@ -67,18 +74,22 @@ def _load(
 ) -> Dataset:
     raw = load_records(source, setting)
     schema = find_columns(raw, schemas, setting, source.path)
+    _check_formats(raw, text, schema, setting, source.path)
+    take_chat_template(tokenizer, text.chat_template)
     features = Features({**columns, "record": TEXT, "problem": TEXT})
 
     def one(record: Record, index: int) -> Record:
         row = dict.fromkeys(features)
         try:
             row |= process(record, tokenizer, text, schema)
-            return row | {"record": json.dumps(dict(record), default=str), "problem": ""}
+            messages = row.pop("messages", None)
+            whole = dict(record) if messages is None else {**record, "prompt": messages}
+            return row | {"record": json.dumps(whole, default=str), "problem": ""}
         except BadRecordError as error:
             if isinstance(error, UnfittableError) and not text.drop_unfittable:
                 raise UserError(
-                    f"{setting}: {_name(record, index)}: {error}; raise data.text.max_query_length, or set "
-                    "data.text.drop_unfittable to true."
+                    f"{setting}: {_name(record, index)}, counting from 1: {error}; raise "
+                    "data.text.max_query_length, or set data.text.drop_unfittable to true."
                 ) from error
             return row | {"problem": str(error)}
         except (AttributeError, TypeError, ValueError) as error:
@@ -92,7 +103,26 @@ def _load(
         new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, schemas[schema], text, content(tokenizer))),
         desc=f"Tokenising {source.path} ({source.split})",
     )
-    return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})")
+    control = text.special_tokens == "control"
+    return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})", control)
+
+
+def _check_formats(raw: Dataset, text: TextFormat, schema: str, setting: str, path: str) -> None:
+    """Refuses formats that nothing would use, and names columns of formats that are not there."""
+    if schema not in ("tldr", "openai") and text.query != TextFormat.query:
+        raise UserError(
+            f"data.text.query is a format of TL;DR records, and {setting}, {path}, holds none; for its columns "
+            f"{', '.join(raw.column_names)} set data.text.prompt."
+        )
+    for name, template in (("prompt", text.prompt), ("completion", text.completion)):
+        missing = [field for field in fields_of(template or "") if field not in raw.column_names]
+        if missing and len(missing) == len(fields_of(template or "")):
+            raise UserError(
+                f"data.text.{name}: {setting}, {path}, has none of the columns {', '.join(missing)}; it has "
+                f"{', '.join(raw.column_names)}."
+            )
+        if missing:
+            rank_zero_warn(f"data.text.{name}: {setting}, {path}, has no column {', '.join(missing)}: no text there.")
 
 
 def _name(record: Record, index: int) -> str:
@@ -100,7 +130,7 @@ def _name(record: Record, index: int) -> str:
     return f"record {index + 1}" + (f" (id {known})" if known else "")
 
 
-def _without_bad_records(raw: Dataset, done: Dataset, name: str) -> Dataset:
+def _without_bad_records(raw: Dataset, done: Dataset, name: str, control: bool) -> Dataset:
     problems = done["problem"][:]
     counts = collections.Counter(filter(None, problems))
     if counts:
@@ -108,6 +138,7 @@ def _without_bad_records(raw: Dataset, done: Dataset, name: str) -> Dataset:
             f"{reason}: {count}, first in {_name(raw[problems.index(reason)], problems.index(reason))}"
             for reason, count in counts.most_common(5)
         )
+        reasons += "; records count from 1"
         if counts.total() == len(problems):
             raise UserError(f"{name}: none of the {len(problems)} records can be used ({reasons}).")
         rank_zero_warn(f"{name}: left out {counts.total()} of {len(problems)} records ({reasons}).")
@@ -115,4 +146,6 @@ def _without_bad_records(raw: Dataset, done: Dataset, name: str) -> Dataset:
     if truncated := sum(done["truncated"][:]):
         share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
         rank_zero_info(f"{name}: {share} are longer than their maximum; they lost their end and EOS.")
+    for doubt in doubts(done, control):
+        rank_zero_warn(f"{name}: {doubt.sentence}")
     return done.remove_columns("problem")

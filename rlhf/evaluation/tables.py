@@ -40,7 +40,7 @@ def read_table(path: str | Path, setting: str, needed: Sequence[str] = ()) -> pd
     if "query" in needed and (repeated := table["query"].duplicated()).any():
         raise UserError(
             f"{setting}: {file} has {repeated.sum()} rows with the query of an earlier row, the first is row "
-            f"{repeated.argmax() + 1}; keep one row per query."
+            f"{repeated.argmax() + 1} (counting from 1); keep one row per query."
         )
     return table
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.packing import packed, packs
+from rlhf.models.probes import backbone_of
 from rlhf.ops.sequences import causal_inputs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def hidden_states(
     rows, columns = torch.broadcast_tensors(rows, columns)
     lengths = attention_mask.sum(1)
     first = (lengths - 1).scatter_reduce(0, rows.flatten(), columns.flatten(), "amin")
-    backbone: Any = model.base_model
+    backbone = backbone_of(model)
     if not packs(model):
         with _last_mlp_on(backbone, torch.arange(input_ids.shape[1], device=input_ids.device) >= first.min()):
             states = backbone(**causal_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.models.probes import is_causal
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -128,6 +129,16 @@ def from_pretrained(
             f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
             f"{missing[0]}."
         )
+    try:
+        causal = is_causal(model)
+    except Exception as error:  # whatever a model may do that does not take token ids alone
+        if not torch.cuda.is_available():
+            raise UserError(f"{setting}: {path} cannot read a row of token ids: {first_line(error)}") from error
+        causal = True  # not tested: kernels may need the GPU that the model is moved to later
+    if not causal:
+        raise UserError(
+            f"{setting}: {path} is no causal language model: in {type(model).__name__} a token depends on later ones."
+        )
     return model
 
 
@@ -136,6 +147,10 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
     transformers does so in training mode, which differs from evaluation mode in nothing else once dropout is off.
     """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"model.activation_checkpointing: {type(model).__name__} cannot compute activations again; set it to false."
+        )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 

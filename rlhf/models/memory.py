@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +11,9 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
+from rlhf.models.classifiers import classifier_config
 from rlhf.models.frozen import Placement
+from rlhf.models.probes import backbone_of
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.logprobs import LOGITS
 
@@ -106,16 +107,20 @@ class Network:
         self.matrices = {name: p.numel() for name, p in own if p.dim() == 2}
 
 
-def networks(config: PreTrainedConfig) -> tuple[Network, Network, Network]:
-    """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded."""
+def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, Network, Network]:
+    """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded.
+
+    SFT, which some types allow alone, gets the language model twice.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    labelled = copy.deepcopy(config)
-    labelled.num_labels = 1
     with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(config)
-        scalar_model = ScalarModel(AutoModelForSequenceClassification.from_config(labelled))
-    return Network(language_model), Network(scalar_model), Network(language_model.base_model)
+        language_model = scalar_model = AutoModelForCausalLM.from_config(config)
+    if stage != "sft":
+        labelled = classifier_config(config)
+        with torch.device("meta"):
+            scalar_model = ScalarModel(AutoModelForSequenceClassification.from_config(labelled))
+    return Network(language_model), Network(scalar_model), Network(backbone_of(language_model))
 
 
 class _Formula:
@@ -123,7 +128,7 @@ class _Formula:
 
     def __init__(self, config: PreTrainedConfig, run: Workload) -> None:
         self.run, self.config = run, config.get_text_config()
-        self.language_model, self.scalar_model, self.backbone = networks(config)
+        self.language_model, self.scalar_model, self.backbone = networks(config, run.stage)
         both = [self.language_model, self.scalar_model]
         self.trained = {"sft": both[:1], "reward": both[1:], "ppo": both}[run.stage]
         self.zero = run.strategy == "zero2"
@@ -192,9 +197,13 @@ class _Formula:
 
     def kv_cache(self, rows: int) -> int:
         # Keys and values of every token; under autocast in float32, the precision of rotated keys.
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return rows * self.tokens * self.config.num_hidden_layers * 2 * heads * size * self.stored
+        # Recurrent layers have a state instead, whose size does not grow with the row.
+        values = 0
+        for layer in self.config.per_layer_config:
+            if heads := getattr(layer, "num_attention_heads", None):
+                size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+                values += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * size
+        return rows * self.tokens * values * self.stored
 
     def frozen(self, placement: Placement) -> int:
         # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.backbone import hidden_states
+from rlhf.models.probes import backbone_of
 from rlhf.ops.logprobs import linear_logprobs
 from rlhf.ops.sequences import causal_inputs, token_logprobs
 
@@ -42,6 +43,8 @@ def logprobs_at(
     keep = torch.arange(first, last + 1, device=columns.device)
     inputs = causal_inputs(input_ids, attention_mask)
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    if logits.shape[1] != len(keep):  # the model does not know `logits_to_keep`
+        logits = logits[:, keep]
     return token_logprobs(logits[rows, columns - first], tokens, temperature)
 
 
@@ -74,7 +77,7 @@ def _is_plain(model: PreTrainedModel, layer: nn.Linear) -> bool:
     try:
         with torch.autocast(ids.device.type, enabled=False):
             logits = model(input_ids=ids, use_cache=False).logits
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
     return torch.equal(logits.float(), large.float().expand_as(logits)) and torch.allclose(received[0], hidden)

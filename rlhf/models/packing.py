@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.models.loading import quiet
+from rlhf.models.probes import backbone_of, near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +117,7 @@ def _use_attention(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     """Tells whether a row has the same states behind two different rows, to the last bit, and nearly the same alone."""
-    backbone: Any = model.base_model
+    backbone = backbone_of(model)
 
     def states(*first: int) -> Tensor:
         ids = torch.tensor([first, (0, 1, 0)])
@@ -129,5 +130,4 @@ def _keeps_rows_apart(model: PreTrainedModel) -> bool:
         except TypeError:  # the model takes no extra arguments for its attention
             return False
         alone = backbone(input_ids=torch.tensor([[0, 1, 0]]), use_cache=False).last_hidden_state[0].float()
-    near = (behind - alone).abs().max() <= 0.02 * alone.abs().max()
-    return torch.equal(behind, behind_another) and bool(near)
+    return torch.equal(behind, behind_another) and near(behind, alone)

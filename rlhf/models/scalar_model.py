@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.backbone import hidden_states
+from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
 from rlhf.models.loading import check_reward_model, from_pretrained, load_config
+from rlhf.models.probes import takes_left_padding
 from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 SHIFT = "reward_shift"
 HEAD = "score.weight"
-AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
 class ScalarModel(nn.Module):
@@ -43,8 +44,7 @@ class ScalarModel(nn.Module):
     def from_policy(cls, path: str, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads the backbone of a language model and adds a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
         setting = "model.model_path"
-        config = load_config(path, setting)
-        config.num_labels = 1
+        config = classifier_config(load_config(path, setting))
         model = cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new=HEAD))
         weight = model.head_weight
         generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,9 @@ class ScalarModel(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
         """Loads a trained reward model or critic."""
-        return cls(from_pretrained(AUTO_CLASS, path, check_reward_model(path, setting), setting, dtype))
+        config = check_reward_model(path, setting)
+        register_classifier(config, setting)
+        return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype))
 
     @property
     def head_weight(self) -> Tensor:
@@ -88,7 +90,11 @@ class ScalarModel(nn.Module):
         The unit is the largest reward (at least 1). Eight columns of padding are added, so that every row has some.
         """
         ids, mask = F.pad(input_ids, (0, 8)), F.pad(attention_mask.long(), (0, 8))
-        left = self(*move_padding(ids, mask, "left"))[:, -1]
+        if takes_left_padding(self.model, ids.device):
+            left = self(*move_padding(ids, mask, "left"))[:, -1]
+        else:  # nothing here pads it on the left; its rows are scored without padding instead
+            rows = zip(ids, mask.bool(), strict=True)
+            left = torch.cat([self(row[real][None], real[real][None])[:, -1] for row, real in rows])
         right = self.score(ids, mask)
         return (left - right).abs().max() / right.abs().max().clamp(min=1)
 

@@ -139,10 +139,30 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
     return ours == theirs
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the token ids of a text, without an EOS that the tokenizer may append."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, control: bool = False) -> list[int]:
+    """Returns the token ids of a text, with what the tokenizer puts in front, without an EOS that it may append.
+
+    A text that begins with BOS gets no second one.
+
+    Args:
+        control: whether other special tokens in the text become their ids; otherwise they are text.
+    """
+    front, bos = _front(tokenizer), tokenizer.bos_token
+    if bos and text.startswith(bos):
+        text, front = text.removeprefix(bos), front or [tokenizer.bos_token_id]
+    return front + tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
+
+
+def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids that a tokenizer puts in front of a text."""
+    bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return next((full[:n] for n in range(len(full)) if full[n : n + len(bare)] == bare), [])
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Returns the texts and ids of the special tokens of a tokenizer, but that of unknown ones."""
+    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {token: number for token, number in tokens.items() if token != tokenizer.unk_token}
 
 
 def decode_responses(

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.frozen import Placement
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
@@ -30,13 +31,16 @@ def check_models(
     Returns:
         The tokenizer of the reward model if it is another one than that of the policy.
     """
-    check_pad_in_embedding(tokenizer, check_language_model(model_path, POLICY), model_path)
+    config = check_language_model(model_path, POLICY)
+    check_pad_in_embedding(tokenizer, config, model_path)
     check_language_model(reference_path, REFERENCE)
+    if reward_path is not None:
+        check_reward_model(reward_path, REWARD)
+        found = load_tokenizer(reward_path, PAD_TOKEN, REWARD)
+        if same_tokens(found, tokenizer):
+            return None
+    register_classifier(config, POLICY)  # refuses types of which there is no critic
     if reward_path is None:
-        return None
-    check_reward_model(reward_path, REWARD)
-    found = load_tokenizer(reward_path, PAD_TOKEN, REWARD)
-    if same_tokens(found, tokenizer):
         return None
     rank_zero_info(
         f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}: it reads texts that are "

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import check_pad_in_embedding
@@ -48,6 +49,7 @@ class RewardModule(StageModule):
         super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
+        register_classifier(self.model_config, "model.model_path")  # refuses types of which there is no reward model
         self.centre: Tensor | None = None  # mean reward of the demonstrations, known at the export
         self.model: Any = None
 

@@ -28,7 +28,8 @@ class SFTModule(StageModule):
     Args:
         model_path: the base model; a folder or a hub name.
         loss_on: `all` takes the cross-entropy of query and response alike, as the paper does (D15); `response` that of
-            the response only.
+            the response only. Conversations have `assistant_turns` instead.
+        assistant_turns: the turns of a conversation that the loss is on: the assistant's `last` one, or `every` one.
         response_length: longest sample in validation, in tokens.
         temperature: of the samples in validation (D16).
         optimization: learning rate, schedule, loss reduction.
@@ -45,6 +46,7 @@ class SFTModule(StageModule):
         self,
         model_path: str,
         loss_on: Literal["all", "response"] = "all",
+        assistant_turns: Literal["last", "every"] = "last",
         response_length: PositiveInt = 53,
         temperature: Positive = 0.01,
         optimization: Optimization = Optimization(),
@@ -55,6 +57,7 @@ class SFTModule(StageModule):
     ) -> None:
         super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
         self.loss_on = loss_on
+        self.assistant_turns = assistant_turns
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings

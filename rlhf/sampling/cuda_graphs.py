@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from typing_extensions import override
 
-from rlhf.models.packing import ATTENTION
+from rlhf.errors import UserError
+from rlhf.models.arguments import accepted
 from rlhf.ops.sequences import model_inputs, response_lengths
+from rlhf.sampling.caches import static_cache
+from rlhf.sampling.paths import fault_of
 from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
+from rlhf.sampling.token_readers import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOOK_EVERY = 8  # steps between two looks whether all rows have ended: a look waits for the device
+
+_replays: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what was found, while a model lives
 
 
 @torch.no_grad()
@@ -25,66 +33,113 @@ def sample_in_graph(
 ) -> Tensor:
     """Samples as `sampler.sample` does, with a cache of fixed size; a GPU captures one step and replays it.
 
-    A step is then one launch instead of hundreds. Rows that have ended stay in the batch. A model with sliding windows
-    or another attention than SDPA is sampled by `sample`.
-    """
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer
+    A step is then one launch instead of hundreds. Rows that have ended stay in the batch. A model for which such a
+    cache is not right is sampled by `sample`.
 
-    cache = StaticCache(config=model.config, max_cache_len=queries.shape[1] + uniforms.shape[1])
-    plain = all(type(layer) is StaticLayer for layer in cache.layers)
-    if not plain or model.config._attn_implementation not in ("sdpa", ATTENTION):
-        return sample(model, queries, query_mask, uniforms, decoding)
-    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    steps = _Steps(forward, queries, query_mask, uniforms, decoding)
+    Raises:
+        UserError: if the GPU cannot capture a step.
+    """
     with evaluation_mode(model):
-        steps.draw(**model_inputs(queries, query_mask))
+        if not replays(model):
+            return sample(model, queries, query_mask, uniforms, decoding)
+        steps = _Steps(StaticReader(model, queries, query_mask, uniforms.shape[1]), uniforms, decoding)
         advance: Callable[[], None] = steps.decode
         for step in range(1, uniforms.shape[1]):
             if step % LOOK_EVERY == 1 and not steps.alive.any():
                 break
             advance()
             if step == 1 and queries.is_cuda:
-                graph = torch.cuda.CUDAGraph()
-                torch.cuda.synchronize()
-                with torch.cuda.graph(graph):  # records the step without running it
-                    steps.decode()
-                advance = graph.replay
+                advance = _captured(steps, type(model).__name__)
     lengths, _ = response_lengths(steps.responses, decoding.eos_ids)
     return steps.responses[:, : int(lengths.max())]
 
 
-class _Steps:
-    """The state of sampling, in tensors that are changed in place.
+def _captured(steps: _Steps, name: str) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):  # records the step without running it
+            steps.decode()
+    except RuntimeError as error:
+        reason = (str(error) or "?").splitlines()[0]
+        raise UserError(
+            f"A CUDA graph cannot hold a step of {name}: {reason}; set ppo.cuda_graphs to false."
+        ) from error
+    return graph.replay
 
-    `mask (B, 1, 1, W)` says which columns of the cache hold real tokens, `column (1,)` which token comes next.
+
+def replays(model: PreTrainedModel) -> bool:
+    """Tells whether the steps of a model in evaluation mode can have the same shapes, by a test once per model."""
+    if model not in _replays:
+        fault = fault_of(model, StaticReader)
+        _replays[model] = fault is None
+        if fault is not None:
+            rank_zero_info(f"ppo.cuda_graphs has no effect on {type(model).__name__}: {fault}.")
+    return _replays[model]
+
+
+class StaticReader(Reader):
+    """Keeps keys and values in a cache of fixed size and changes its tensors in place; all rows stay.
+
+    `mask (B, 1, 1, W)` says which columns of the cache hold real tokens, `column (1,)` which one comes next.
     """
 
-    def __init__(
-        self, forward: Callable[..., Any], queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding
-    ) -> None:
-        self.forward, self.uniforms, self.decoding, self.start = forward, uniforms, decoding, queries.shape[1]
-        self.eos_ids = queries.new_tensor(decoding.eos_ids)
-        self.mask = torch.cat([query_mask, torch.zeros_like(uniforms, dtype=query_mask.dtype)], 1).bool()[:, None, None]
+    loses_rows = False
+
+    @override
+    def __init__(self, model: PreTrainedModel, queries: Tensor, query_mask: Tensor, steps: int) -> None:
+        self.model, self.queries, self.query_mask = model, queries, query_mask
+        self.cache = static_cache(model, queries.shape[1] + steps)
+        room = query_mask.new_zeros(len(queries), steps)
+        self.mask = torch.cat([query_mask, room], 1).bool()[:, None, None]
         self.positions = query_mask.sum(1, keepdim=True) - 1
-        self.tokens = queries[:, :1].clone()
-        self.responses = torch.full_like(uniforms, decoding.pad_id, dtype=queries.dtype)
-        self.alive = torch.ones_like(queries[:, 0], dtype=torch.bool)
-        self.column = queries.new_zeros(1)
+        self.column = torch.full((1,), queries.shape[1], device=queries.device)
+
+    @override
+    def read_queries(self) -> Tensor:
+        return self._logits(**model_inputs(self.queries, self.query_mask))
+
+    @override
+    def read(self, tokens: Tensor) -> Tensor:
+        self.mask.index_fill_(3, self.column, True)
+        self.positions.add_(1)
+        self.column.add_(1)
+        return self._logits(input_ids=tokens.unsqueeze(1), attention_mask=self.mask, position_ids=self.positions)
+
+    def _logits(self, **inputs: Any) -> Tensor:
+        inputs = accepted(self.model, **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = self.model(**inputs).logits[:, -1]
+        return logits
+
+    @override
+    def keep(self, rows: Tensor) -> None:
+        raise NotImplementedError("all rows stay")
+
+
+class _Steps:
+    """The state of sampling, in tensors that are changed in place; the first tokens are drawn at once.
+
+    `column (1,)` says which token of the responses comes next.
+    """
+
+    def __init__(self, reader: Reader, uniforms: Tensor, decoding: Decoding) -> None:
+        self.reader, self.uniforms, self.decoding = reader, uniforms, decoding
+        self.responses = torch.full(uniforms.shape, decoding.pad_id, device=uniforms.device)
+        self.eos_ids = self.responses.new_tensor(decoding.eos_ids)
+        self.tokens = torch.zeros_like(self.responses[:, 0])
+        self.alive = torch.ones_like(self.tokens, dtype=torch.bool)
+        self.column = self.tokens.new_zeros(1)
+        self._draw(reader.read_queries())
 
     def decode(self) -> None:
         """Reads the last tokens and draws the next ones."""
-        self.draw(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions)
+        self._draw(self.reader.read(self.tokens))
 
-    def draw(self, **inputs: Tensor) -> None:
-        """Reads the inputs and draws a token for each row."""
-        logits = self.forward(**inputs).logits[:, -1]
+    def _draw(self, logits: Tensor) -> None:
         numbers = self.uniforms.index_select(1, self.column).squeeze(1)
         drawn = choose(logits.float() / self.decoding.temperature, numbers)
         kept = torch.where(self.alive, drawn, self.decoding.pad_id)
         self.responses.index_copy_(1, self.column, kept.unsqueeze(1))
         self.alive.logical_and_(~torch.isin(drawn, self.eos_ids))
-        self.mask.index_fill_(3, self.start + self.column, True)
-        self.tokens.copy_(drawn.unsqueeze(1))
-        self.positions.add_(1)
+        self.tokens.copy_(drawn)
         self.column.add_(1)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
 from rlhf.hardware import accumulator_dtype
-from rlhf.models.packing import packed, packs
-from rlhf.ops.sequences import model_inputs
+from rlhf.ops.sequences import response_lengths, right_padded
+from rlhf.sampling.paths import reader_for
+from rlhf.sampling.token_readers import Reader
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 LEAVING = 0.25  # share of the rows that must have ended before they leave the batch: the cache is copied then
 BLOCK = 256
+DRAWN, OVER = -1, -2  # what `given` says of columns without a given token
 
 
 class Decoding(NamedTuple):
@@ -62,46 +63,59 @@ def sample(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms
     Returns:
         Token ids `(B, r)` with r at most R.
     """
-    temperature, eos_ids, pad_id = decoding.temperature, queries.new_tensor(decoding.eos_ids), decoding.pad_id
-    steps = uniforms.shape[1]
-    mask, position = F.pad(query_mask.long(), (0, steps), value=1), query_mask.sum(1, keepdim=True) - 1
-    cache = _cache_with_room(model, steps)
-    responses = torch.full((len(queries), steps), pad_id, device=queries.device)
-    rows = torch.arange(len(queries), device=queries.device)  # those that are in the batch
-    alive = torch.ones_like(rows, dtype=torch.bool)
     with evaluation_mode(model):
-        logits = _read_queries(model, queries, query_mask, cache)
-        for step in range(steps):
-            tokens = choose(logits.float() / temperature, uniforms[rows, step])
-            responses[rows, step] = torch.where(alive, tokens, pad_id)
-            alive = alive & ~torch.isin(tokens, eos_ids)
-            left = int(alive.sum())
-            if not left or step == steps - 1:
-                break
-            if left <= (1 - LEAVING) * len(rows):
-                cache.batch_select_indices(alive)
-                rows, mask, position, tokens = (x[alive] for x in (rows, mask, position, tokens))
-                alive = alive[alive]
-            position = position + 1
-            width = queries.shape[1] + step + 1
-            inputs = {"input_ids": tokens.unsqueeze(1), "attention_mask": mask[:, :width], "position_ids": position}
-            logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        reader = reader_for(model)
+        if reader.takes_padding:
+            return _draw(reader(model, queries, query_mask, uniforms.shape[1]), uniforms, decoding)
+        return _sample_without_padding(reader, model, *right_padded(queries, query_mask), uniforms, decoding)
+
+
+def _draw(reader: Reader, uniforms: Tensor, decoding: Decoding, given: Tensor | None = None) -> Tensor:
+    """Draws responses `(B, r)`; `given (B, R)` has tokens that are not drawn, else `DRAWN`, and `OVER` at the end."""
+    steps, device = uniforms.shape[1], uniforms.device
+    eos_ids, pad_id = torch.tensor(decoding.eos_ids, device=device), decoding.pad_id
+    responses = torch.full(uniforms.shape, pad_id, device=device)
+    rows = torch.arange(len(uniforms), device=device)  # those that are in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    logits = reader.read_queries()
+    for step in range(steps):
+        tokens = choose(logits.float() / decoding.temperature, uniforms[rows, step])
+        ended = torch.isin(tokens, eos_ids)
+        if given is not None:
+            known = given[rows, step]
+            tokens, ended = torch.where(known >= 0, known, tokens), ended & (known == DRAWN)
+            alive = alive & (known != OVER)
+        responses[rows, step] = torch.where(alive, tokens, pad_id)
+        alive = alive & ~ended
+        left = int(alive.sum())
+        if not left or step == steps - 1:
+            break
+        if left <= (1 - LEAVING) * len(rows):
+            reader.keep(alive)
+            rows, tokens, alive = rows[alive], tokens[alive], alive[alive]
+        logits = reader.read(tokens)
     return responses[:, : step + 1]
 
 
-def _read_queries(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, cache: Cache) -> Tensor:
-    """Returns the logits of every first token, `(B, V)`, and puts the keys and values of the queries into the cache."""
-    layers: list[Any] = cache.layers
-    if not packs(model) or not all(hasattr(layer, "unpack") for layer in layers):
-        inputs = model_inputs(queries, query_mask)
-        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    lengths = query_mask.sum(1)
-    inputs = packed(queries, query_mask, first=lengths - 1)
-    last = lengths.cumsum(0) - 1
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
-    for layer in layers:
-        layer.unpack(query_mask)
-    return logits
+def _sample_without_padding(
+    reader: type[Reader], model: PreTrainedModel, ids: Tensor, mask: Tensor, uniforms: Tensor, decoding: Decoding
+) -> Tensor:
+    """Reads as many tokens of each query as the shortest has, and the others as if they began the response.
+
+    Args:
+        ids, mask: the queries `(B, P)`, padded on the right.
+    """
+    lengths, steps = mask.sum(1, keepdim=True), uniforms.shape[1]
+    shortest = int(lengths.min())
+    start, rest = ids[:, :shortest], F.pad(ids[:, shortest:], (0, steps))
+    column = torch.arange(rest.shape[1], device=ids.device) - (lengths - shortest)  # of each row's response
+    given = torch.where(column < 0, rest, torch.where(column < steps, DRAWN, OVER))
+    own = lengths - shortest + torch.arange(steps, device=ids.device)
+    numbers = uniforms.new_zeros(rest.shape).scatter(1, own, uniforms)
+    drawn = _draw(reader(model, start, torch.ones_like(start), rest.shape[1]), numbers, decoding, given)
+    responses = F.pad(drawn, (0, rest.shape[1] - drawn.shape[1]), value=decoding.pad_id).gather(1, own)
+    longest, _ = response_lengths(responses, decoding.eos_ids)
+    return responses[:, : int(longest.max())]
 
 
 def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -138,42 +152,3 @@ def _cumulative(values: Tensor) -> Tensor:
     """Computes the sums up to each column by a matrix product: `cumsum` is not deterministic on GPUs."""
     ones = torch.ones(values.shape[1], values.shape[1], dtype=values.dtype, device=values.device)
     return values @ ones.triu()
-
-
-def _cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
-    """Returns an empty cache whose plain layers allocate room for all steps at once, and so are never copied."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        @override
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            start, width = self.get_seq_length(), key_states.shape[2]
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self._buffers = [
-                    x.new_empty(*x.shape[:2], width + steps, x.shape[3]) for x in (key_states, value_states)
-                ]
-            for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-                buffer[:, :, start : start + width] = new
-            self.keys, self.values = (buffer[:, :, : start + width] for buffer in self._buffers)
-            return self.keys, self.values
-
-        def unpack(self, mask: Tensor) -> None:
-            """Turns packed rows, `(1, heads, N, d)`, into rows with the padding of a mask `(B, W)`."""
-            rows, width = mask.shape
-            before = [buffer[0, :, : self.get_seq_length()] for buffer in self._buffers]
-            self._buffers = [x.new_zeros(rows, len(x), width + steps, x.shape[2]) for x in before]
-            self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
-            for padded, states in zip((self.keys, self.values), before, strict=True):
-                padded.transpose(1, 2)[mask.bool()] = states.transpose(0, 1)
-
-        @override
-        def batch_select_indices(self, indices: Tensor) -> None:
-            width = self.get_seq_length()
-            self._buffers = [buffer[indices] for buffer in self._buffers]
-            self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
-
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache

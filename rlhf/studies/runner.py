@@ -184,7 +184,7 @@ class Runner:
     def _made_from(self, stage: Stage) -> dict[str, Any]:
         """Returns a fingerprint of a stage's settings, without paths, and identities of the stages it takes from."""
         takes = json.dumps(stage.takes, sort_keys=True)
-        settings = [stage.command, takes, *(config.read_text() for config in self._configs(stage))]
+        settings = [stage.command, takes, *(config.read_text(errors="replace") for config in self._configs(stage))]
         if stage.command == "fit":
             settings += self.arguments
         if stage.command in SEED or "{seed}" in takes:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from rlhf.callbacks.dropout import DisableDropout, disable_dropout, draws_random_numbers
+from rlhf.callbacks.dropout import DisableDropout, calm, disable_dropout, draws_random_numbers
 from rlhf.errors import UserError
 from rlhf.models.scalar_model import ScalarModel
 
@@ -107,11 +107,47 @@ def test_the_callback_switches_off_what_it_finds(wrap: Any) -> None:
     assert not draws_random_numbers(model)
 
 
+DBRX_ATTENTION = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}
+ROUTERS: list[tuple[str, dict[str, Any]]] = [
+    ("phimoe", {"num_local_experts": 4}),  # draws its experts
+    ("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.1}),
+    (
+        "dbrx",
+        {
+            "ffn_config": {"ffn_hidden_size": 8, "moe_jitter_eps": 0.1},
+            "attn_config": DBRX_ATTENTION,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings"), ROUTERS)
+@torch.no_grad()
+def test_routers_are_deterministic_and_compute_what_they_do_in_evaluation(
+    architecture: str, settings: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape: dict[str, Any] = (
+        SHAPE | dict.fromkeys(OFF, 0.0) | {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 32}
+    )
+    shape["initializer_range"] = 0.2
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape | settings))
+    ids = torch.arange(12).unsqueeze(0)
+    expected = model.eval()(ids).logits
+    assert disable_dropout(model) == 0
+    assert draws_random_numbers(model)
+    DisableDropout().on_fit_start(None, Module(model))  # type: ignore[arg-type]
+    assert not draws_random_numbers(model)
+    assert torch.equal(model.train()(ids).logits, expected)
+    assert calm(model) == 0
+
+
 class Hidden(nn.Module):
-    """Noise under a name that says nothing."""
+    """Noise that is always on."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(x, 1e-5, self.training)
+        return nn.functional.dropout(x, 1e-5, training=True)
 
 
 def test_the_callback_refuses_what_it_cannot_switch_off() -> None:

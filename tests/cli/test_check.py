@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf.cli.main import main
+from rlhf.errors import UserError
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import PPOModule
@@ -178,6 +179,20 @@ def test_a_sound_sft_config(check: Check, demonstration_file: str) -> None:
     assert status == 0, shown
     assert "for 4 steps" in shown
     assert re.search(r"train: responses cut off │ [1-9]\d* \([0-9.]+%\) │ look", shown)
+    assert "reward model and critic │ their class is from transformers │ ok" in shown
+
+
+def test_sft_is_told_what_no_later_stage_can_do(
+    check: Check, demonstration_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Any) -> bool:
+        raise UserError("so only SFT works")
+
+    monkeypatch.setattr("rlhf.cli.check.register_classifier", refuse)
+    data = [f"--data.{split}={{path: {demonstration_file}}}" for split in ("train", "validation")]
+    status, shown = check("sft", *data, "--model.response_length=4")
+    assert status == 0
+    assert "reward model and critic │ so only SFT works │ look" in shown
 
 
 def test_a_sound_reward_config(check: Check, comparison_file: str, demonstration_file: str) -> None:

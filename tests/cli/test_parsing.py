@@ -115,6 +115,22 @@ def test_of_a_command(words: list[str], sentence: str, refused: Any) -> None:
     assert refused("command", *words) == sentence
 
 
+@pytest.mark.parametrize("verb", ["command", "fit"])
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize(
+    ("content", "byte"), [(b"rows: 1\n# caf\xe9\n", "0xe9 at 13"), (b"PK\x03\x04\xff\x00", "0xff at 4")]
+)
+def test_a_config_that_is_no_text(
+    verb: str, form: str, content: bytes, byte: str, refused: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "good.yaml").write_text("{}")
+    (tmp_path / "bad.yaml").write_bytes(content)
+    words = [f"--config={tmp_path / 'good.yaml'}", *form.format(tmp_path / "bad.yaml").split()]
+    assert (
+        refused(verb, *words) == f"config: {tmp_path / 'bad.yaml'} is no text in UTF-8 (byte {byte}); is it a config?"
+    )
+
+
 def test_constraints_reach_the_parser() -> None:
     """jsonargparse reads no constraint of a postponed annotation: a file with such arguments does not postpone them."""
     constrained = re.compile(r"\b(Annotated|(Positive|NonNegative)(Int|Float)?)\b")

@@ -117,6 +117,15 @@ def test_values_of_any_type_stand_in_one_column(tmp_path: Path, values: list[Any
         assert [type(value) for value in found] == [type(value) for value in column] or values == [1, 0.5]
 
 
+@pytest.mark.parametrize("between", [0, 1500])
+def test_values_of_unlike_form_keep_it(tmp_path: Path, between: int) -> None:
+    """None for what a value lacks would get into chat templates and into the records of reward functions."""
+    calls = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b", "tool_calls": ["c"]}]
+    column = [calls[0], *[calls[0]] * between, calls[1], [], None]
+    records = read(tmp_path / "a.jsonl", "".join(json.dumps({"x": value}) + "\n" for value in column))
+    assert [record["x"] for record in records] == column
+
+
 def test_columns_that_a_record_lacks_are_none(tmp_path: Path) -> None:
     rows = [{"a": 1}, *[{}] * 1200, {"b": [{"c": "d"}]}]
     records = read(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -9,18 +9,17 @@ import pytest
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
+from rlhf.data.formats import comparison, demonstration
 from rlhf.data.texts import (
     BadRecordError,
     TextFormat,
     UnfittableError,
-    comparison,
-    demonstration,
-    encode,
     join_response,
     one_leading_space,
     plain_query,
     tldr_query,
 )
+from rlhf.models.tokenizers import encode
 
 EOS = "<|endoftext|>"
 LIMITED = ["query", "response", "article", "article_response"]
@@ -117,7 +116,7 @@ def test_what_no_cut_can_make_fit_is_unfittable(tokenizer: Any) -> None:
     with pytest.raises(UnfittableError, match="more than 10"):
         tldr_query(RECORD, tokenizer, TextFormat(max_query_length=10))
     with pytest.raises(UnfittableError, match="more than 3"):
-        plain_query({"prompt": "a prompt is never cut"}, tokenizer, TextFormat(max_query_length=3))
+        plain_query("a prompt is never cut", tokenizer, TextFormat(max_query_length=3))
 
 
 def test_articles_have_a_format_and_a_maximum_of_their_own(tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ from rlhf.models.memory import Phase, Workload, estimate, networks
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import model_inputs
-from rlhf.sampling import sampler
+from rlhf.sampling import token_readers
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ BFLOAT16 = {"strategy": "zero2", "precision": "bf16-mixed"}
 @pytest.fixture(autouse=True)
 def padded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate is of padded rows; packed ones need less."""
-    for user in (backbone, sampler):
+    for user in (backbone, token_readers):
         monkeypatch.setattr(user, "packs", lambda _: False)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPTNeoXConfig, MambaConfig, MistralConfig
 
 import rlhf.sampling.cuda_graphs
+from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packing import packs
 from rlhf.ops.sequences import pad_sequences
-from rlhf.sampling.cuda_graphs import _Steps, sample_in_graph
+from rlhf.sampling.cuda_graphs import _captured, _Steps, replays, sample_in_graph
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 
 PAD, NEVER = 10_000, -1
@@ -45,6 +50,14 @@ def test_the_responses_are_those_of_plain_sampling(model: Any) -> None:
     assert torch.equal(ended, same)
 
 
+def test_it_works_under_autocast(model: Any) -> None:
+    """There keys that are rotated have another precision than values."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replays(model)
+        found, _ = both(model, Decoding(0.7, (NEVER,), PAD))
+    assert found.shape == (3, 24)
+
+
 def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:
     alone = QUERIES[:1]
     endless, _ = both(model, Decoding(0.7, (NEVER,), PAD), alone)
@@ -73,12 +86,38 @@ def test_it_stops_soon_after_all_rows_have_ended(model: Any, monkeypatch: pytest
     assert not calls
 
 
-def test_a_model_with_sliding_windows_is_sampled_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MistralConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=16, sliding_window=4,
-    )  # fmt: skip
+SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1}
+HEADS: dict[str, Any] = SHAPE | {"num_attention_heads": 2, "intermediate_size": 16}
+OTHERS = {
+    "sliding windows": MistralConfig(**HEADS, num_key_value_heads=1, sliding_window=4),
+    "an attention that adds its mask": GPTNeoXConfig(**HEADS, attn_implementation="eager"),
+    "a state without columns": MambaConfig(**SHAPE, state_size=4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_has_no_such_cache_is_sampled_plainly(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, from_config: Any
+) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(rlhf.sampling.cuda_graphs, "sample", lambda *args: seen.append(args) or args[1])
-    both(MistralForCausalLM(config).eval(), Decoding(0.7, (NEVER,), PAD))
-    assert len(seen) == 1
+    monkeypatch.setattr(rlhf.sampling.cuda_graphs, "sample", lambda *args: seen.append(args) or sample(*args))
+    model = from_config(OTHERS[name])
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        found, same = both(model, Decoding(0.7, (NEVER,), PAD))
+        both(model, Decoding(0.7, (NEVER,), PAD))
+    assert torch.equal(found, same)
+    assert len(seen) == 2
+    assert sum("ppo.cuda_graphs has no effect" in record.message for record in caplog.records) == 1
+
+
+def test_a_step_that_cannot_be_captured_is_named(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capture(_: Any) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might ...")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    with pytest.raises(UserError, match=r"GPT.*: operation not permitted when stream is capturing; set ppo"):
+        _captured(SimpleNamespace(decode=lambda: None), type(model).__name__)  # type: ignore[arg-type]
