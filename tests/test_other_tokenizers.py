@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from rlhf import Export, PPOModule, PPOSettings, RolloutDataModule, SFTDataModule, SFTModule
 from rlhf.callbacks.invariants import Invariants
 from rlhf.data.sources import Source
+from rlhf.data.texts import TextFormat
 from rlhf.errors import UserError
 from rlhf.evaluation import generate as module
 from rlhf.evaluation.generate import generate
@@ -136,3 +138,28 @@ def test_a_reward_model_that_pads_with_eos_scores(model_path: str, tmp_path: Pat
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "r")
     assert RewardScorer(str(tmp_path / "r"))(["a b", "c"], [" d", ""]) == expected
+
+
+def test_a_token_without_a_row_is_named_before_the_training(
+    llama_tokenizer: Any, from_config: Callable[..., Any], prompts: str, trainer: Any, tmp_path: Path
+) -> None:
+    rows = len(llama_tokenizer) - 150
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    from_config(LlamaConfig(vocab_size=rows, **shape)).save_pretrained(tmp_path / "base")
+    llama_tokenizer.save_pretrained(tmp_path / "base")
+    data = SFTDataModule(Source(prompts), batch_size=8, micro_batch_size=8)
+    with pytest.raises(UserError, match=rf"data\.train holds the token '.*' with id \d+, but .* has {rows} rows"):
+        trainer().fit(SFTModule(str(tmp_path / "base"), pad_token="<unk>"), datamodule=data)
+
+
+def test_conversations_need_the_tokenizer_of_the_policy(
+    llama_path: str, reward_path: str, write_jsonl: Callable[..., str], trainer: Any, tmp_path: Path
+) -> None:
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    source = Source(write_jsonl("talk.jsonl", [{"messages": talk}] * 8))
+    text = TextFormat(chat_template="{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    data = RolloutDataModule(source, batch_size=8, micro_batch_size=4, text=text)
+    with pytest.raises(UserError, match=r"model\.reward_path: the reward model has another tokenizer"):
+        trainer().fit(PPOModule(llama_path, reward_path, ppo=SETTINGS), datamodule=data)
+    with pytest.raises(UserError, match="reward: the reward model has another tokenizer"):
+        generate(str(tmp_path / "t.csv"), llama_path, source, text, reward=reward_path)

@@ -11,6 +11,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf import files
+from rlhf.data.chat import refuse_conversations
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_demonstrations
@@ -24,7 +25,7 @@ from rlhf.models.loading import (
     load_causal_lm,
     model_fingerprint,
 )
-from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer, same_tokens
 from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
@@ -84,6 +85,8 @@ def generate(
         parts = Parts(output, settings, rows, batch_size, processes)
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
+            if not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
+                refuse_conversations(json.loads(rows[0]["record"]), "reward")
             load = partial(RewardScorer, reward, "reward", batch_size, tokenizer)
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         return parts.merge(finish=_with_gold)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from rlhf.data.chat import answered_ids, conversation_of
 from rlhf.hardware import best_device
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, encode, eos_ids, load_tokenizer, retokenise, same_tokens
@@ -35,10 +36,18 @@ class RewardScorer:
         self.model = ScalarModel.from_pretrained(path, setting).to(self.device).eval()
         self.batch_size = batch_size
 
-    def __call__(self, queries: Sequence[str], responses: Sequence[str]) -> list[float]:
-        """Computes the reward of each response, ended with EOS, to its query."""
-        texts = [q + r for q, r in zip(queries, responses, strict=True)]
-        return self._score([[*encode(self.tokenizer, text), eos_ids(self.tokenizer)[0]] for text in texts])
+    def __call__(
+        self, queries: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[float]:
+        """Computes the reward of each response, ended with EOS, to its query, or to the conversation of its record."""
+        rows = zip(queries, responses, records or [{}] * len(queries), strict=True)
+        return self._score([self._ids(*row) for row in rows])
+
+    def _ids(self, query: str, response: str, record: Mapping[str, Any]) -> list[int]:
+        messages = conversation_of(dict(record))
+        if messages is not None:
+            return answered_ids(self.tokenizer, messages, response)
+        return [*encode(self.tokenizer, query + response), eos_ids(self.tokenizer)[0]]
 
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
         """Computes the reward of each sequence of token ids at its end, EOS or not, as PPO does."""

@@ -22,7 +22,7 @@ from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
 from rlhf.models.translated import TranslatedModel
-from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
+from rlhf.modules.ppo_models import REFERENCE, check_models, check_run, load_actor_critic, load_reward_model
 from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
@@ -127,7 +127,7 @@ class PPOModule(StageModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_placements(self.trainer, self.placements)
+        check_run(self.trainer, self.placements, self.reward_tokenizer)
 
     @override
     def on_fit_start(self) -> None:
@@ -136,9 +136,7 @@ class PPOModule(StageModule):
             reference = load_causal_lm(self.reference_path, REFERENCE, dtype)
             self.reference = FrozenModel(reference, self.reference_placement)
         if self.reward_model is None and self.reward_path is not None:
-            reward_model: Any = ScalarModel.from_pretrained(self.reward_path, REWARD, dtype)
-            if self.reward_tokenizer is not None:
-                reward_model = TranslatedModel(reward_model, self.tokenizer, self.reward_tokenizer)
+            reward_model = load_reward_model(self.reward_path, dtype, self.tokenizer, self.reward_tokenizer)
             self.reward_model = FrozenModel(reward_model, self.reward_placement)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

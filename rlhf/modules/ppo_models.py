@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from rlhf.data.chat import refuse_conversations
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.classifiers import register_classifier
@@ -15,6 +17,8 @@ from rlhf.models.frozen import Placement
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, load_tokenizer, same_tokens
+from rlhf.models.translated import TranslatedModel
+from rlhf.protocols import stage_data
 from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:
@@ -49,12 +53,29 @@ def check_models(
     return found
 
 
-def check_placements(trainer: Trainer, placements: tuple[Placement, Placement]) -> None:
-    """Refuses ZeRO-3 for frozen models without the process group of DeepSpeed's strategy."""
+def check_run(
+    trainer: Trainer, placements: tuple[Placement, Placement], reward_tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuses what the Trainer or the data cannot do.
+
+    ZeRO-3 for frozen models needs the process group of DeepSpeed's strategy; conversations need a reward model with the
+    tokenizer of the policy, `reward_tokenizer` None.
+    """
+    for rows in stage_data(trainer).splits.values() if reward_tokenizer is not None else ():
+        if len(rows):
+            refuse_conversations(json.loads(rows[0]["record"]), REWARD)
     if "zero3" in placements and not isinstance(trainer.strategy, Zero2Strategy):
         raise UserError(
             "model.reference_placement and model.reward_placement zero3 need trainer.strategy zero2; use cpu."
         )
+
+
+def load_reward_model(
+    path: str, dtype: torch.dtype, own: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase | None
+) -> ScalarModel | TranslatedModel:
+    """Loads the reward model for sequences of the policy's tokens; `reward` is its tokenizer if it has another one."""
+    model = ScalarModel.from_pretrained(path, REWARD, dtype)
+    return model if reward is None else TranslatedModel(model, own, reward)
 
 
 def load_actor_critic(

@@ -77,6 +77,11 @@ class StageModule(LightningModule):
     def save_export(self, folder: Path) -> None:
         """Writes what the next stage needs into `folder`. Called on rank 0 only."""
 
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids the model has a row for."""
+        return int(self.model_config.get_text_config().vocab_size)
+
     def prepare_export(self) -> None:
         """Does what all ranks must do before an export."""
 

@@ -66,7 +66,10 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
         datamodule.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
                 tokenizer=tokenizer,
-                **({"response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()} | module),
+                **(
+                    {"response_room": 4, "model_config": GPTNeoXConfig(), "embedding_rows": 512, "placements": ()}
+                    | module
+                ),
             ),
             state=SimpleNamespace(fn=stage),
             global_rank=rank,

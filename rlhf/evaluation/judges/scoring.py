@@ -55,5 +55,5 @@ class RewardJudge(ScoringJudge):
         scores: list[float] = []
         for start in track(range(0, len(queries), self._batch_size), f"Scoring with {self._model}", transient=True):
             part = slice(start, start + self._batch_size)
-            scores += self._scorer(queries[part], responses[part])
+            scores += self._scorer(queries[part], responses[part], records[part])
         return scores
