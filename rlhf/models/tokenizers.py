@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from typing import TYPE_CHECKING
 

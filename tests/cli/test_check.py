@@ -221,5 +221,3 @@ def test_tokens_that_deserve_a_look(
     assert "PAD │ '<s>', id 1; it is BOS, too │ look" in shown
     _, shown = check("sft", *words, "--model.eos_tokens=['</s>', '<0x0A>']", "--model.resize_embeddings=true")
     assert "EOS │ '</s>', id 2; '<0x0A>', id 13; but the" in shown
-    _, shown = check("sft", *words, "--model.pad_token=<new>", "--model.eos_tokens=['<|end|>']")
-    assert "model.eos_tokens: '<|end|>' is" in shown
