@@ -2,6 +2,7 @@
 
 import errno
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ def parse(parser: Any, words: list[str]) -> Any:
     Raises:
         UserError: the parser refuses it.
     """
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, get_loader, set_loader
+    from yaml import YAMLError
 
+    load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
+    # jsonargparse hands a typed `null` on to the settings of a class as the text None.
+    set_yaml(lambda text: None if text == "None" else load(text))
     try:
         return parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         broken = next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None)
         raise UserError(_not_utf8(broken, words) if broken else explain(error)) from error
+    finally:
+        set_yaml(load)
 
 
 def _not_utf8(error: UnicodeDecodeError, words: list[str]) -> str:

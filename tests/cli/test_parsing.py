@@ -8,12 +8,15 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
+from jsonargparse import ArgumentParser
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 import rlhf
 import rlhf.cli.main
 from rlhf.cli.main import main
+from rlhf.cli.parsing import parse
+from rlhf.modules import StageModule
 
 MODULE = """
 from typing import Annotated, Literal
@@ -141,3 +144,11 @@ def test_constraints_reach_the_parser() -> None:
             arguments = [argument for node in functions for argument in [*node.args.args, *node.args.kwonlyargs]]
             hints = [ast.unparse(argument.annotation) for argument in arguments if argument.annotation]
             assert not [hint for hint in hints if constrained.search(hint)], file
+
+
+@pytest.mark.parametrize("setting", ["ppo.missing_eos_score", "ppo.value_clip", "reward_path"])
+def test_null_can_be_typed(setting: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(StageModule, "model")
+    found = parse(parser, ["--model=PPOModule", "--model.model_path=x", f"--model.{setting}=null"])
+    assert found[f"model.init_args.{setting}"] is None
