@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def conversation_query(messages: Messages, tokenizer: PreTrainedTokenizerBase, t
     return ids
 
 
-def conversation_of(record: Record) -> Messages | None:
+def conversation_of(record: Mapping[str, Any]) -> Messages | None:
     """Returns the conversation that a `record` of a row asks the assistant to continue; None if it is none."""
     prompt = record.get("prompt")
     return prompt if is_conversation(prompt) else None

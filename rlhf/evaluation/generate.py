@@ -80,7 +80,7 @@ def generate(
         parts = Parts(output, settings, rows, batch_size, processes)
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
-            load = partial(RewardScorer, reward, "reward", batch_size)
+            load = partial(RewardScorer, reward, "reward", batch_size, text.special_tokens == "control")
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load()))
         return parts.merge(finish=_with_gold)
 
@@ -129,7 +129,9 @@ def _id_of(row: Row) -> str:
 
 def _scores(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
     queries, responses, references = ([row[name] for row in rows] for name in ("query", "response", "reference"))
-    return pd.DataFrame({"score": scorer(queries, responses), "reference_score": scorer(queries, references)})
+    records = [json.loads(row["record"]) for row in rows]
+    scores, others = (scorer(queries, texts, records) for texts in (responses, references))
+    return pd.DataFrame({"score": scores, "reference_score": others})
 
 
 def _with_gold(table: pd.DataFrame) -> pd.DataFrame:

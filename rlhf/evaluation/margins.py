@@ -1,5 +1,6 @@
 """The reward model's margin of every comparison, as a table."""
 
+import json
 from dataclasses import asdict
 from functools import partial
 
@@ -49,8 +50,11 @@ def margins(
             "text": asdict(text),
         }
         parts = Parts(output, settings, rows, _BATCHES * batch_size, processes)
+        load = partial(RewardScorer, reward, "reward", batch_size, text.special_tokens == "control")
         parts.make(
-            "margins", f"Scoring with {reward}", lambda: partial(_margins, RewardScorer(reward, "reward", batch_size))
+            "margins",
+            f"Scoring with {reward}",
+            lambda: partial(_margins, load()),
         )
         return parts.merge()
 
@@ -59,7 +63,8 @@ def _margins(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
     texts = pd.DataFrame(rows)
     table = texts[["batch", "confidence", "chosen_policy", "rejected_policy"]].astype({"confidence": "Int64"})
     table.insert(0, "split", np.where(table["batch"].str.contains("cnndm"), "news", "posts"))
-    chosen, rejected = (scorer(texts["query"], texts[name]) for name in ("chosen_text", "rejected_text"))
+    records = [json.loads(record) for record in texts["record"]]
+    chosen, rejected = (scorer(texts["query"], texts[name], records) for name in ("chosen_text", "rejected_text"))
     table["margin"] = np.subtract(chosen, rejected)
     if gold := gold_columns(texts, chosen="chosen_text", rejected="rejected_text"):
         table["gold_margin"] = np.subtract(gold["chosen"], gold["rejected"])

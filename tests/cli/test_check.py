@@ -201,3 +201,17 @@ def test_a_sound_reward_config(check: Check, comparison_file: str, demonstration
     assert status == 0, shown
     assert "padding_side (D20)" in shown
     assert "for 3 steps" in shown
+
+
+def test_odd_records_are_counted(check: Check, write_jsonl: Callable[..., str]) -> None:
+    records = [{"prompt": f"Name {n} <|endoftext|> now{' ' * (n > 2)}", "completion": "Tim"} for n in range(16)]
+    file = write_jsonl("odd.jsonl", records)
+    data = [f"--data.{split}={{path: {file}}}" for split in ("train", "validation")]
+    status, shown = check("sft", *data, "--model.response_length=4")
+    assert status == 0, shown
+    for text in (
+        "train: prompts meet their responses without any blank │ 3 (18.8%) │ look",
+        "train: records hold special tokens in their texts │ 16 (100.0%) │ look",
+        "validation: records of train │ 16 (100.0%) │ look",
+    ):
+        assert text in shown, text

@@ -63,10 +63,10 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
         max_epochs: int | None = 1,
         **module: Any,
     ) -> Any:
+        defaults = {"tokenizer": tokenizer, "response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()}
         datamodule.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
-                tokenizer=tokenizer,
-                **({"response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()} | module),
+                **(defaults | module),
             ),
             state=SimpleNamespace(fn=stage),
             global_rank=rank,
