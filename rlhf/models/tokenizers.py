@@ -105,6 +105,17 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
     return list(ids or ())
 
 
+def eos_disagreement(tokenizer: PreTrainedTokenizerBase, path: str, setting: str) -> str:
+    """Says which EOS the files of a model name if it is not that of the tokenizer, else nothing."""
+    generation, _ = load_generation_config(path, load_config(path, setting))
+    ids = generation.eos_token_id
+    named = [ids] if isinstance(ids, int) else list(ids or ())
+    if not named or eos_ids(tokenizer)[0] in named:
+        return ""
+    shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(id_)!r}, id {id_}" for id_ in named)
+    return f"but the configuration of {path} names {shown}"
+
+
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Returns the ids of all tokens that end a response; the first one is written behind demonstrations."""
     return getattr(tokenizer, _EOS_IDS, None) or (tokenizer.eos_token_id,)

@@ -64,6 +64,7 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
         **module: Any,
     ) -> Any:
         defaults = {"tokenizer": tokenizer, "response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()}
+        defaults |= {"embedding_rows": 512}
         datamodule.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
                 **(defaults | module),
