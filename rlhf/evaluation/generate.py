@@ -87,7 +87,8 @@ def generate(
         if reward is not None:
             if not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
                 refuse_conversations(json.loads(rows[0]["record"]), "reward")
-            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, text.special_tokens == "control")
+            control = text.special_tokens == "control"
+            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control)
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         return parts.merge(finish=_with_gold)
 

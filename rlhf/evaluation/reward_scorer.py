@@ -48,7 +48,7 @@ class RewardScorer:
     ) -> list[float]:
         """Computes the reward of each response, ended with EOS, to its query, or to the conversation of its record."""
         rows = zip(queries, responses, records or [{}] * len(queries), strict=True)
-        return self._score([_whole_ids(self.tokenizer, *row, self.control) for row in rows])
+        return self._score([text_ids(self.tokenizer, *row, self.control) for row in rows])
 
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
         """Computes the reward of each sequence of token ids at its end, EOS or not, as PPO does."""
@@ -63,6 +63,15 @@ class RewardScorer:
         return scores
 
 
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, query: str, response: str, record: Mapping[str, Any], control: bool
+) -> list[int]:
+    """Returns the token ids of a query, or the conversation of its record, and of a response ended with EOS."""
+    if messages := conversation_of(record):
+        return answered_ids(tokenizer, messages, response)
+    return [*encode(tokenizer, query + response, control), eos_ids(tokenizer)[0]]
+
+
 def whole_sequences(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], ids: str, text: str, control: bool
 ) -> list[list[int]]:
@@ -73,19 +82,11 @@ def whole_sequences(
         control: whether special tokens in texts become control ids.
     """
     return [
-        _whole_ids(tokenizer, row["query"], row[text], json.loads(row["record"]), control)
+        text_ids(tokenizer, row["query"], row[text], json.loads(row["record"]), control)
         if row["truncated"]
         else list(row[ids])
         for row in rows
     ]
-
-
-def _whole_ids(
-    tokenizer: PreTrainedTokenizerBase, query: str, response: str, record: Mapping[str, Any], control: bool
-) -> list[int]:
-    if messages := conversation_of(record):
-        return answered_ids(tokenizer, messages, response)
-    return [*encode(tokenizer, query + response, control), eos_ids(tokenizer)[0]]
 
 
 def gold_columns(table: pd.DataFrame, **columns: str) -> dict[str, list[float]]:
