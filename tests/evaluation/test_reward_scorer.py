@@ -25,6 +25,17 @@ def test_reward_is_read_at_eos_of_the_joint_text(model_path: str, reward_path: s
         assert model.score(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_special_tokens_in_texts_are_text_unless_control_ids(model_path: str, reward_path: str, control: bool) -> None:
+    tokenizer = load_tokenizer(model_path)
+    score = RewardScorer(reward_path, control=control)(["a<|endoftext|>b"], [" c"])[0]
+    ids = tokenizer("a<|endoftext|>b c", split_special_tokens=not control)["input_ids"]
+    assert (tokenizer.eos_token_id in ids) is control
+    joint = torch.tensor([[*ids, tokenizer.eos_token_id]])
+    model = ScalarModel.from_pretrained(reward_path, "model")
+    assert model.score(joint, torch.ones_like(joint)).item() == pytest.approx(score, abs=1e-5)
+
+
 def test_gold_scores_only_where_all_records_have_facts() -> None:
     records = list(demonstrations(3, 1, "v"))
     texts = [record["summary"] for record in records]
