@@ -275,13 +275,13 @@ def compare_samples(
 
 
 class Scorer:
-    """An exported reward model that reads one row at a time; any token may be the last one, PAD too."""
+    """An exported reward model that reads one row at a time, to its end, which PAD may be."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForSequenceClassification
 
         self.model: Any = AutoModelForSequenceClassification.from_pretrained(path).eval()
-        self.model.config.use_cache, self.model.config.pad_token_id = False, None
+        self.model.config.use_cache, self.model.config.pad_token_id = False, -1
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> Tensor:

@@ -43,7 +43,13 @@ stages. The last column says what becomes of the others.
 Each was tried as a tiny model of random weights: a step of SFT, a step of the reward model, an update of PPO with
 queries of unequal lengths and responses that end early. Compared with plain transformers, row by row, without cache
 and padding: losses, rewards, values, log-probabilities, every sampled token, the ratio before the first step (1), and
-the exports, loaded again. The column "largest difference" is relative to the largest number of its kind, or to 1.
+the exports, loaded again. Other settings of a type (other kinds of layers, quantised weights) were not tried.
+
+- **head:** whose class the reward model has. Exports of a class of transformers load with plain
+  `AutoModelForSequenceClassification`; of one of ours after [one line](data.md#reward-models-of-any-type).
+- **sampling:** `cache`: keys and values, rows that end leave; `own state`: the model's own, queries without padding;
+  `no cache`: whole rows at every step, slower the longer they are.
+- **largest difference:** relative to the largest number of its kind, or to 1.
 
 `python benchmarks/type_table.py --output docs/models.md` makes this page; what is compared stands in
 `benchmarks/type_checks.py`, and how the models are made in `benchmarks/model_types.py` and `.yaml`.
@@ -94,10 +100,11 @@ def markdown(results: Sequence[TypeResult]) -> str:
     count = Counter(result.worst.status for result in results)
     head = INTRODUCTION.format(version=transformers.__version__, count=len(results), passes=count["passes"])
     lines = ["| type | head | sampling | largest difference | |", "|---|---|---|---|---|"]
-    for result in results:
+    for result in sorted(results, key=lambda result: result.model_type):
         worst = result.worst
         difference = f"{worst.difference:.0e}" if worst.status in ("passes", "wrong") else ""
-        remark = "" if worst.status == "passes" else f"{worst.status}: {worst.detail}"
+        stage = next(name for name, stage in result.stages.items() if stage is worst)
+        remark = "" if worst.status == "passes" else f"{stage} {worst.status}: {worst.detail}"
         cells = (f"`{result.model_type}`", result.head, result.sampling, difference, remark)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return head + "\n" + "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from tokenizers.processors import TemplateProcessing
 
 from rlhf.cli.main import main
 from rlhf.data.comparisons import PreferenceDataModule
@@ -84,6 +86,24 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     """Folder of a tiny GPT-NeoX with random weights and the tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     create_model(folder, tokenizer, SmallModel(hidden_size=32, layers=2, heads=2, context=512), seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chat_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """Folder of a tiny model whose tokenizer has a ChatML template, ends turns with EOS, and puts BOS before texts."""
+    chat = copy.deepcopy(tokenizer)
+    chat.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    chat.eos_token = "<|im_end|>"
+    chat.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{chat.bos_token} $A", special_tokens=[(chat.bos_token, chat.bos_token_id)]
+    )
+    chat.chat_template = (
+        "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("chat")
+    create_model(folder, chat, SmallModel(hidden_size=32, layers=2, heads=2, context=512), seed=1)
     return str(folder)
 
 

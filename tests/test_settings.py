@@ -96,6 +96,7 @@ SETTINGS: dict[type, Settings] = {
         "split": ["test"],
         "name": ["comparisons", None],
         "revision": ["refs/convert/parquet", None],
+        "field": ["data", None],
         "columns": [{"prompt": "question"}, None],
         "limit": [5, None],
     },

@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from rlhf.errors import UserError
+from rlhf.models.arguments import accepted
 
 _HINTS = ("dropout", "drop_rate", "drop_prob", "pdrop", "layerdrop")
 
@@ -96,7 +97,7 @@ def _after_forward(model: nn.Module, device: torch.device) -> torch.Tensor:
         model.train()
         try:
             with torch.no_grad():
-                model(ids, attention_mask=torch.ones_like(ids))
+                model(**accepted(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
         finally:
             for module, training in was_training.items():
                 module.training = training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,13 @@ def conversation_query(messages: Messages, tokenizer: PreTrainedTokenizerBase, t
     return ids
 
 
-def conversation_of(record: Record) -> Messages | None:
+def conversation_of(record: Mapping[str, Any]) -> Messages | None:
     """Returns the conversation that a `record` of a row asks the assistant to continue; None if it is none."""
     prompt = record.get("prompt")
     return prompt if is_conversation(prompt) else None
 
 
-def refuse_conversations(record: Record, setting: str) -> None:
+def refuse_conversations(record: Mapping[str, Any], setting: str) -> None:
     """Refuses a conversation for a reward model with another tokenizer: what marks its turns would be lost."""
     if conversation_of(record) is not None:
         raise UserError(

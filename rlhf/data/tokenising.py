@@ -82,6 +82,7 @@ def _load(
     schema = find_columns(raw, schemas, setting, source.path)
     _check_formats(raw, text, schema, setting, source.path)
     take_chat_template(tokenizer, text.chat_template)
+    wanted = (schemas[schema], [*columns], getattr(process, "keywords", None))
     features = Features({**columns, "record": TEXT, "problem": TEXT})
 
     def one(record: Record, index: int) -> Record:
@@ -106,7 +107,7 @@ def _load(
         with_indices=True,
         remove_columns=raw.column_names,
         features=features,
-        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, schemas[schema], text, content(tokenizer))),
+        new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, wanted, text, content(tokenizer))),
         desc=f"Tokenising {source.path} ({source.split})",
     )
     control = text.special_tokens == "control"

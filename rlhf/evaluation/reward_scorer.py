@@ -21,33 +21,34 @@ if TYPE_CHECKING:
 
 
 class RewardScorer:
-    """A reward model that reads token ids or texts, `batch_size` at a time.
+    """A reward model that reads texts or token ids, `batch_size` at a time.
 
     Args:
+        control: whether special tokens in the texts become control ids.
         ids_of: the tokenizer of the token ids, which may be another one than the reward model's.
     """
 
     def __init__(
-        self, path: str, setting: str = "reward", batch_size: int = 64, ids_of: PreTrainedTokenizerBase | None = None
+        self,
+        path: str,
+        setting: str = "reward",
+        batch_size: int = 64,
+        control: bool = False,
+        ids_of: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.tokenizer = load_tokenizer(path, PAD_TOKEN, setting)
         self.other = None if ids_of is None or same_tokens(ids_of, self.tokenizer) else ids_of
         self.device = best_device()
         self.model = ScalarModel.from_pretrained(path, setting).to(self.device).eval()
         self.batch_size = batch_size
+        self.control = control
 
     def __call__(
         self, queries: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]] | None = None
     ) -> list[float]:
-        """Computes the reward of each response, ended with EOS, to its query, or to the conversation of its record."""
+        """Computes the reward of each response, ended with EOS, to its query or the conversation of its record."""
         rows = zip(queries, responses, records or [{}] * len(queries), strict=True)
-        return self._score([self._ids(*row) for row in rows])
-
-    def _ids(self, query: str, response: str, record: Mapping[str, Any]) -> list[int]:
-        messages = conversation_of(dict(record))
-        if messages is not None:
-            return answered_ids(self.tokenizer, messages, response)
-        return [*encode(self.tokenizer, query + response), eos_ids(self.tokenizer)[0]]
+        return self._score([_text_ids(self.tokenizer, *row, self.control) for row in rows])
 
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
         """Computes the reward of each sequence of token ids at its end, EOS or not, as PPO does."""
@@ -62,16 +63,30 @@ class RewardScorer:
         return scores
 
 
+def _text_ids(
+    tokenizer: PreTrainedTokenizerBase, query: str, response: str, record: Mapping[str, Any], control: bool
+) -> list[int]:
+    if messages := conversation_of(record):
+        return answered_ids(tokenizer, messages, response)
+    return [*encode(tokenizer, query + response, control), eos_ids(tokenizer)[0]]
+
+
 def whole_sequences(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], ids: str, text: str
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], ids: str, text: str, control: bool
 ) -> list[list[int]]:
     """Returns queries and responses as token ids with EOS, also where the column `ids` was cut at a maximum length.
 
     Args:
         ids, text: columns with both as token ids, and with the text of the response.
+        control: whether special tokens in the texts become control ids.
     """
-    end = eos_ids(tokenizer)[0]
-    return [[*encode(tokenizer, row["query"] + row[text]), end] if row["truncated"] else list(row[ids]) for row in rows]
+
+    def whole(row: Mapping[str, Any]) -> list[int]:
+        if not row["truncated"]:
+            return list(row[ids])
+        return _text_ids(tokenizer, row["query"], row[text], json.loads(row["record"]), control)
+
+    return [whole(row) for row in rows]
 
 
 def gold_columns(table: pd.DataFrame, **columns: str) -> dict[str, list[float]]:

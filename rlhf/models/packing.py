@@ -127,7 +127,7 @@ def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     with torch.autocast("cpu", enabled=False):
         try:
             behind, behind_another = states(0, 1, 1), states(1, 0, 1)
-        except TypeError:  # the model takes no extra arguments for its attention
+        except (TypeError, RuntimeError):  # it takes no extra arguments for its attention, or attends to other rows
             return False
         alone = backbone(input_ids=torch.tensor([[0, 1, 0]]), use_cache=False).last_hidden_state[0].float()
     return torch.equal(behind, behind_another) and near(behind, alone)

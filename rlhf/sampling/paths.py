@@ -23,6 +23,7 @@ TOKENS, STEPS, SAME = 11, 4, 5  # of each of two rows; those that are read one b
 # How far logits may be off, as a share of what another context changes. Right readers are off by at most 5e-6 and wrong
 # ones by 0.2 or more, in float32; in bfloat16 right ones by up to 0.2, as experts may change.
 EXACT, ROUNDED = 1e-4, 0.3
+IMPOSSIBLE = -1e4  # logits below are those of tokens that a model never predicts, down to minus infinity
 
 _readers: WeakKeyDictionary[nn.Module, type[Reader]] = WeakKeyDictionary()  # what the test found, while a model lives
 
@@ -74,7 +75,7 @@ def fault_of(model: PreTrainedModel, reader: type[Reader]) -> str | None:
         except Exception as failure:  # of any kind: the code is the model's
             return f"a forward fails with {type(failure).__name__}: {(str(failure) or '?').splitlines()[0]}"
         if not error <= (EXACT if exact else ROUNDED) and (exact or reader is not WholeReader):
-            return "what it predicts behind a token depends on later tokens, or on the other rows of a batch"
+            return "its logits are not those of a plain forward of each row"
     return None
 
 
@@ -100,7 +101,7 @@ def _error(model: PreTrainedModel, reader_class: type[Reader], precision: torch.
         logits = reader.read(rows[kept, ends + step])
         errors.append(_distance(logits, plain[kept, ends + step]))
     context = _distance(plain[0, -SAME:], plain[1, -SAME:]).max()
-    rounding = 8 * torch.finfo(precision).eps * _distance(plain, 0 * plain).max()
+    rounding = 8 * torch.finfo(precision).eps * _distance(plain, torch.zeros_like(plain)).max()
     return (torch.cat(errors).max() / torch.maximum(context, rounding)).item()
 
 
@@ -113,5 +114,6 @@ def _rows(vocabulary: int, device: torch.device) -> Tensor:
 
 def _distance(logits: Tensor, others: Tensor) -> Tensor:
     """Measures how far apart the distributions of logits are, `(..., V), (..., V) -> (...)`."""
-    difference = logits.float() - others.float()
+    ours, theirs = (x.float().masked_fill(x < IMPOSSIBLE, 0) for x in (logits, others))
+    difference = ours - theirs
     return (difference - difference.mean(-1, keepdim=True)).norm(dim=-1)

@@ -21,9 +21,9 @@ KINDS = [
     ("gemma3_text", "transformers", "cache"),  # sliding windows
     ("llama4_text", "ours", "cache"),  # its `base_model` is the model itself
     ("phimoe", "transformers", "cache"),  # experts that are chosen at random in training mode
-    ("qwen3_next", "transformers", "own state"),  # layers with states and layers with keys and values
+    ("qwen3_next", "transformers", "cache"),  # layers with states and layers with keys and values
     ("mamba", "ours", "own state"),
-    ("rwkv", "ours", "own state"),
+    ("rwkv", "ours", "no cache"),
     ("openai-gpt", "transformers", "no cache"),
 ]
 
@@ -65,6 +65,12 @@ def test_a_type_that_sees_later_tokens_is_refused(model_type: str, tmp_path: Pat
     result = part("type_checks").check_type(model_type, tmp_path)
     assert result.worst.status == "refused", result
     assert list(result.stages) == ["SFT"]
+
+
+def test_a_type_without_hidden_states_to_score_is_refused_for_rewards_in_one_sentence(tmp_path: Path) -> None:
+    stages = part("type_checks").check_type("blt", tmp_path).stages
+    assert {name: stage.status for name, stage in stages.items()} == {"SFT": "passes", "reward model": "refused"}
+    assert "of type blt can be no reward model and no critic of PPO" in stages["reward model"].detail
 
 
 def test_the_types_read_text_and_are_no_encoders() -> None:

@@ -17,7 +17,7 @@ from rlhf.sampling.paths import fault_of, reader_for
 from rlhf.sampling.sampler import Decoding, choose, sample, uniforms
 from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
-PAD, EOS, ENDS = 10_000, 7, (7, 9)
+PAD, EOS, ENDS = 10_000, 7, (0, 7)
 SHAPE = {
     "vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -126,6 +126,12 @@ def test_sampling_a_model_that_ignores_padding_is_right() -> None:
     assert torch.equal(sample(broken("attention_mask"), *inputs), sample(broken("nothing"), *inputs))
 
 
+def test_tokens_that_a_model_never_predicts_do_not_matter() -> None:
+    model = tiny("gpt2")
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(2, torch.tensor([5, 6]), -torch.inf))
+    assert reader_for(model) is KeyValueReader
+
+
 @pytest.mark.parametrize("reader", [KeyValueReader, StateReader, WholeReader])
 def test_a_row_that_goes_on_as_another_is_noticed(reader: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
@@ -168,7 +174,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config._name_or_path = "some/folder"
     numbers = uniforms(1, 4, torch.Generator())
-    with pytest.raises(UserError, match=r"some/folder .BertGenerationDecoder. works in no stage.* later tokens"):
+    with pytest.raises(UserError, match=r"some/folder .BertGenerationDecoder. works in no stage.* logits"):
         sample(model, *pad_sequences([[3, 4]], PAD, "left"), numbers, Decoding(1.0, ENDS, PAD))
 
 

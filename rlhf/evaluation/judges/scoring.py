@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 from typing_extensions import override
@@ -35,10 +35,14 @@ class RewardJudge(ScoringJudge):
     Args:
         model: export of a reward model.
         batch_size: texts that go through the model at a time.
+        special_tokens: whether special tokens in the texts are `text` or `control` ids, as in `data.text`.
     """
 
-    def __init__(self, model: str, batch_size: PositiveInt = 64) -> None:
+    def __init__(
+        self, model: str, batch_size: PositiveInt = 64, special_tokens: Literal["text", "control"] = "text"
+    ) -> None:
         self._model, self._batch_size = model, batch_size
+        self.special_tokens = special_tokens
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -46,7 +50,7 @@ class RewardJudge(ScoringJudge):
 
     @override
     def prepare(self, answers: Path) -> None:
-        self._scorer = RewardScorer(self._model, "judge.model", self._batch_size)
+        self._scorer = RewardScorer(self._model, "judge.model", self._batch_size, self.special_tokens == "control")
 
     @override
     def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
