@@ -85,11 +85,11 @@ def generate(
         parts = Parts(output, settings, rows, batch_size, processes)
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
-            control = text.special_tokens == "control"
             if not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
                 refuse_conversations(json.loads(rows[0]["record"]), "reward")
-            load = partial(RewardScorer, reward, "reward", batch_size, ids_of=tokenizer)
-            parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer, control))
+            control = text.special_tokens == "control"
+            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control)
+            parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         return parts.merge(finish=_with_gold)
 
 
@@ -137,10 +137,10 @@ def _id_of(row: Row) -> str:
     return str(row["number"] if known is None else known)
 
 
-def _scores(scorer: RewardScorer, tokenizer: Any, control: bool, rows: list[Row]) -> pd.DataFrame:
+def _scores(scorer: RewardScorer, tokenizer: Any, rows: list[Row]) -> pd.DataFrame:
     # The very tokens that were sampled: PPO scores them too, and tokens of their text could be others.
     scores = scorer.score_ids([[*row["query_ids"], *map(int, row["response_ids"])] for row in rows])
-    references = scorer.score_ids(whole_sequences(tokenizer, rows, "input_ids", "reference", control))
+    references = scorer.score_ids(whole_sequences(tokenizer, rows, "input_ids", "reference", scorer.control))
     return pd.DataFrame({"score": scores, "reference_score": references})
 
 

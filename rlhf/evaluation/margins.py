@@ -49,12 +49,8 @@ def margins(
             "text": asdict(text),
         }
         parts = Parts(output, settings, rows, _BATCHES * batch_size, processes)
-        load = partial(RewardScorer, reward, "reward", batch_size, text.special_tokens == "control")
-        parts.make(
-            "margins",
-            f"Scoring with {reward}",
-            lambda: partial(_margins, load()),
-        )
+        load, control = partial(RewardScorer, reward, "reward", batch_size), text.special_tokens == "control"
+        parts.make("margins", f"Scoring with {reward}", lambda: partial(_margins, load(control=control)))
         return parts.merge()
 
 
@@ -62,11 +58,10 @@ def _margins(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
     texts = pd.DataFrame(rows)
     table = texts[["batch", "confidence", "chosen_policy", "rejected_policy"]].astype({"confidence": "Int64"})
     table.insert(0, "split", np.where(table["batch"].str.contains("cnndm"), "news", "posts"))
-    sides = (
-        whole_sequences(scorer.tokenizer, rows, f"{side}_ids", f"{side}_text", scorer.control)
+    chosen, rejected = (
+        scorer.score_ids(whole_sequences(scorer.tokenizer, rows, f"{side}_ids", f"{side}_text", scorer.control))
         for side in ("chosen", "rejected")
     )
-    chosen, rejected = map(scorer.score_ids, sides)
     table["margin"] = np.subtract(chosen, rejected)
     if gold := gold_columns(texts, chosen="chosen_text", rejected="rejected_text"):
         table["gold_margin"] = np.subtract(gold["chosen"], gold["rejected"])

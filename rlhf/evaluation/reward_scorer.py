@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class RewardScorer:
-    """A reward model that reads texts or token ids, `batch_size` at a time.
+    """A reward model that reads token ids or texts, `batch_size` at a time.
 
     Args:
-        control: whether special tokens in the texts become control ids.
         ids_of: the tokenizer of the token ids, which may be another one than the reward model's.
+        control: whether special tokens in texts become control ids.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class RewardScorer:
         path: str,
         setting: str = "reward",
         batch_size: int = 64,
-        control: bool = False,
         ids_of: PreTrainedTokenizerBase | None = None,
+        control: bool = False,
     ) -> None:
         self.tokenizer = load_tokenizer(path, PAD_TOKEN, setting)
         self.other = None if ids_of is None or same_tokens(ids_of, self.tokenizer) else ids_of
@@ -46,9 +46,9 @@ class RewardScorer:
     def __call__(
         self, queries: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]] | None = None
     ) -> list[float]:
-        """Computes the reward of each response, ended with EOS, to its query or the conversation of its record."""
+        """Computes the reward of each response, ended with EOS, to its query, or to the conversation of its record."""
         rows = zip(queries, responses, records or [{}] * len(queries), strict=True)
-        return self._score([_text_ids(self.tokenizer, *row, self.control) for row in rows])
+        return self._score([text_ids(self.tokenizer, *row, self.control) for row in rows])
 
     def score_ids(self, sequences: list[list[int]]) -> list[float]:
         """Computes the reward of each sequence of token ids at its end, EOS or not, as PPO does."""
@@ -63,9 +63,10 @@ class RewardScorer:
         return scores
 
 
-def _text_ids(
+def text_ids(
     tokenizer: PreTrainedTokenizerBase, query: str, response: str, record: Mapping[str, Any], control: bool
 ) -> list[int]:
+    """Returns the token ids of a query, or the conversation of its record, and of a response ended with EOS."""
     if messages := conversation_of(record):
         return answered_ids(tokenizer, messages, response)
     return [*encode(tokenizer, query + response, control), eos_ids(tokenizer)[0]]
@@ -78,15 +79,14 @@ def whole_sequences(
 
     Args:
         ids, text: columns with both as token ids, and with the text of the response.
-        control: whether special tokens in the texts become control ids.
+        control: whether special tokens in texts become control ids.
     """
-
-    def whole(row: Mapping[str, Any]) -> list[int]:
-        if not row["truncated"]:
-            return list(row[ids])
-        return _text_ids(tokenizer, row["query"], row[text], json.loads(row["record"]), control)
-
-    return [whole(row) for row in rows]
+    return [
+        text_ids(tokenizer, row["query"], row[text], json.loads(row["record"]), control)
+        if row["truncated"]
+        else list(row[ids])
+        for row in rows
+    ]
 
 
 def gold_columns(table: pd.DataFrame, **columns: str) -> dict[str, list[float]]:

@@ -205,6 +205,20 @@ def test_a_sound_reward_config(check: Check, comparison_file: str, demonstration
     assert "for 3 steps" in shown
 
 
+def test_odd_records_are_counted(check: Check, write_jsonl: Callable[..., str]) -> None:
+    records = [{"prompt": f"Name {n} <|endoftext|> now{' ' * (n > 2)}", "completion": "Tim"} for n in range(16)]
+    file = write_jsonl("odd.jsonl", records)
+    data = [f"--data.{split}={{path: {file}}}" for split in ("train", "validation")]
+    status, shown = check("sft", *data, "--model.response_length=4")
+    assert status == 0, shown
+    for text in (
+        "train: prompts meet their responses without any blank │ 3 (18.8%) │ look",
+        "train: records hold special tokens in their texts │ 16 (100.0%) │ look",
+        "validation: records of train │ 16 (100.0%) │ look",
+    ):
+        assert text in shown, text
+
+
 def test_tokens_that_deserve_a_look(
     check: Check, llama_path: str, write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -221,17 +235,3 @@ def test_tokens_that_deserve_a_look(
     assert "PAD │ '<s>', id 1; it is BOS, too │ look" in shown
     _, shown = check("sft", *words, "--model.eos_tokens=['</s>', '<0x0A>']", "--model.resize_embeddings=true")
     assert "EOS │ '</s>', id 2; '<0x0A>', id 13; but the" in shown
-
-
-def test_odd_records_are_counted(check: Check, write_jsonl: Callable[..., str]) -> None:
-    records = [{"prompt": f"Name {n} <|endoftext|> now{' ' * (n > 2)}", "completion": "Tim"} for n in range(16)]
-    file = write_jsonl("odd.jsonl", records)
-    data = [f"--data.{split}={{path: {file}}}" for split in ("train", "validation")]
-    status, shown = check("sft", *data, "--model.response_length=4")
-    assert status == 0, shown
-    for text in (
-        "train: prompts meet their responses without any blank │ 3 (18.8%) │ look",
-        "train: records hold special tokens in their texts │ 16 (100.0%) │ look",
-        "validation: records of train │ 16 (100.0%) │ look",
-    ):
-        assert text in shown, text
