@@ -28,6 +28,7 @@ MODULE: Settings = {
     "model_path": ["policy"],
     "optimization": [Optimization],
     "pad_token": ["[OTHER]", None],
+    "eos_tokens": [["<|endoftext|>"], None],
     "activation_checkpointing": [True, False],
 }
 DATA: Settings = {
