@@ -193,6 +193,8 @@ def test_settings_arrive_from_yaml(module: type, data: type, number: int, folder
     for name, value in arrived(module, number).items():
         if name == "pad_token":
             assert cli.model.tokenizer.pad_token == (value or "[PAD]")
+        elif name == "eos_tokens":
+            assert cli.model.tokenizer.eos_token == "<|endoftext|>"
         elif value == GOLD:
             assert getattr(cli.model, name) is gold_scores
         elif name == "reference_path":
