@@ -81,15 +81,16 @@ class Truth:
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Returns the logits `(T, V)`, and the hidden states that the output layer reads `(T, H)`."""
+        """Returns the logits `(T, V)`, and the hidden states that the output layer or its head reads `(T, H)`."""
         received: list[Tensor] = []
-        layer = self.model.get_output_embeddings()
-        hook = layer.register_forward_hook(lambda _, inputs, __: received.append(inputs[0]))
+        parts = sorted(self.model.children(), key=lambda part: sum(p.numel() for p in part.parameters()))
+        hooks = [p.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0])) for p in parts[:-1]]
         try:
             logits = self.model(input_ids=torch.tensor([ids])).logits[0]
         finally:
-            hook.remove()
-        return logits.float(), received[-1][0].float()
+            for hook in hooks:
+                hook.remove()
+        return logits.float(), received[0][0].float()
 
     def logprobs(self, ids: list[int], start: int, temperature: float = 1.0) -> Tensor:
         """Computes the log-probabilities of all tokens at the places of `ids[start:]`, `(T - start, V)`."""

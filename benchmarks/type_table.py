@@ -2,7 +2,7 @@
 
     python benchmarks/type_table.py                          every type
     python benchmarks/type_table.py --types llama mamba      some types
-    python benchmarks/type_table.py --output docs/models.md  and write the table
+    python benchmarks/type_table.py --output docs/models.md  and write the table, or rows of it
 
 A tiny model of random weights goes through SFT, reward model and PPO, each a step long, in a process of its own.
 `type_checks.py` says what is compared with plain transformers. The exit status is 1 where a type is wrong or crashes.
@@ -30,6 +30,7 @@ from rich.progress import Progress
 if TYPE_CHECKING:
     from type_checks import TypeResult
 
+PASSES = "passes"
 LIMIT = 180  # seconds that a type may take
 PRELOAD = ["torch", "lightning.pytorch", "transformers", "datasets", "rlhf.modules"]  # imported once, then forked
 SERVER = multiprocessing.get_context("forkserver")
@@ -68,6 +69,7 @@ def check_alone(model_type: str) -> TypeResult:
     with contextlib.suppress(EOFError):
         if receiver.poll(LIMIT):
             found = receiver.recv()
+            process.join(LIMIT)
     process.kill()
     process.join()
     return found
@@ -93,21 +95,28 @@ def run_all(types: Sequence[str], jobs: int, show: Callable[[TypeResult], None])
     return [future.result() for future in futures]
 
 
-def markdown(results: Sequence[TypeResult]) -> str:
-    """Returns the page for `docs/`."""
+def markdown(results: Sequence[TypeResult], before: str = "") -> str:
+    """Returns the page for `docs/`; types that are not among the results keep their row of the page before."""
     import transformers
 
-    count = Counter(result.worst.status for result in results)
-    head = INTRODUCTION.format(version=transformers.__version__, count=len(results), passes=count["passes"])
-    lines = ["| type | head | sampling | largest difference | |", "|---|---|---|---|---|"]
-    for result in sorted(results, key=lambda result: result.model_type):
+    rows = {line.split("`")[1]: line for line in before.splitlines() if line.startswith("| `")}
+    for result in results:
         worst = result.worst
         difference = f"{worst.difference:.0e}" if worst.status in ("passes", "wrong") else ""
         stage = next(name for name, stage in result.stages.items() if stage is worst)
-        remark = "" if worst.status == "passes" else f"{stage} {worst.status}: {worst.detail}"
+        remark = PASSES if worst.status == "passes" else f"{stage} {worst.status}: {worst.detail}"
         cells = (f"`{result.model_type}`", result.head, result.sampling, difference, remark)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return head + "\n" + "\n".join(lines) + "\n"
+        rows[result.model_type] = (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        )
+    passed = sum(row.endswith(f"| {PASSES} |") for row in rows.values())
+    head = INTRODUCTION.format(version=transformers.__version__, count=len(rows), passes=passed)
+    table = [
+        "| type | head | sampling | largest difference | |",
+        "|---|---|---|---|---|",
+        *(rows[name] for name in sorted(rows)),
+    ]
+    return head + "\n" + "\n".join(table) + "\n"
 
 
 def main() -> int:
@@ -115,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=model_types(), choices=model_types(), metavar="TYPE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="how many types at a time")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as Markdown, or these rows of it")
     options, start = parser.parse_args(), time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"
     SERVER.set_forkserver_preload(PRELOAD)
@@ -134,7 +143,8 @@ def main() -> int:
 
         results = run_all(options.types, options.jobs, show)
     if options.output:
-        options.output.write_text(markdown(results))
+        before = options.output.read_text() if options.output.exists() else ""
+        options.output.write_text(markdown(results, before))
     count = Counter(result.worst.status for result in results)
     console.print(f"{dict(count)}; {time.perf_counter() - start:.0f} s")
     return int(count["wrong"] + count["crashes"] > 0)

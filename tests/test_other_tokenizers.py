@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import ByT5Tokenizer, LlamaConfig
 
 from rlhf import Export, PPOModule, PPOSettings, RolloutDataModule, SFTDataModule, SFTModule
 from rlhf.callbacks.invariants import Invariants
@@ -20,7 +20,7 @@ from rlhf.evaluation import generate as module
 from rlhf.evaluation.generate import generate
 from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import eos_ids, load_tokenizer
+from rlhf.models.tokenizers import encode, eos_ids, load_tokenizer
 from rlhf.models.translated import TranslatedModel
 
 SETTINGS = PPOSettings(response_length=6, ppo_epochs=1)
@@ -163,3 +163,22 @@ def test_conversations_need_the_tokenizer_of_the_policy(
         trainer().fit(PPOModule(llama_path, reward_path, ppo=SETTINGS), datamodule=data)
     with pytest.raises(UserError, match="reward: the reward model has another tokenizer"):
         generate(str(tmp_path / "t.csv"), llama_path, source, text, reward=reward_path)
+
+
+def test_a_tokenizer_of_bytes_without_a_fast_backend(
+    from_config: Callable[..., Any], prompts: str, trainer: Any, tmp_path: Path
+) -> None:
+    tokenizer = ByT5Tokenizer()
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    from_config(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = SFTDataModule(Source(prompts), Source(prompts), batch_size=8, micro_batch_size=8)
+    module = SFTModule(str(tmp_path / "base"), response_length=4)
+    assert (module.tokenizer.pad_token, module.tokenizer.eos_token) == ("<pad>", "</s>")
+    run = trainer(callbacks=[Export()])
+    run.fit(module, datamodule=data)
+    row = data.splits["train"][1]
+    assert bytes(n - 3 for n in row["input_ids"][:-1]).decode() == row["query"] + row["reference"]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    again = load_tokenizer(str(tmp_path / "run" / "export"))
+    assert encode(again, "é") == encode(tokenizer, "é") == [0xC3 + 3, 0xA9 + 3]

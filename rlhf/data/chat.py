@@ -65,7 +65,7 @@ def conversation_of(record: Mapping[str, Any]) -> Messages | None:
     return prompt if is_conversation(prompt) else None
 
 
-def refuse_conversations(record: Record, setting: str) -> None:
+def refuse_conversations(record: Mapping[str, Any], setting: str) -> None:
     """Refuses a conversation for a reward model with another tokenizer: what marks its turns would be lost."""
     if conversation_of(record) is not None:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,8 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         why = first_line(error)
-        if any(name in why.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
-            why = (
-                "it has no tokenizer.json, and its file can be read once `pip install sentencepiece tiktoken` is done."
-            )
+        if any(name in why.lower() for name in ("sentencepiece", "tiktoken")) and find_spec("sentencepiece") is None:
+            why = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {why}") from error
     if not tokenizer.encode("a", add_special_tokens=False):
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: it holds no vocabulary.")

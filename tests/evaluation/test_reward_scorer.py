@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -45,3 +46,17 @@ def test_gold_scores_only_where_all_records_have_facts() -> None:
     assert columns["nothing"] == [0, 0, 0]
     table.loc[2, "record"] = '{"id": 3}'
     assert gold_columns(table, gold="text") == {}
+
+
+def test_a_conversation_is_read_in_the_words_of_the_chat_template(reward_path: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(reward_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    model = ScalarModel.from_pretrained(reward_path, "model")
+    model.save(tmp_path / "chat", tokenizer)
+    record = {"prompt": [{"role": "user", "content": "hello"}]}
+    scores = RewardScorer(str(tmp_path / "chat"))(["User: hello\n\nAssistant:"], ["hi"], [record])
+    ids = torch.tensor([[*tokenizer("[user]hello[assistant]hi")["input_ids"], tokenizer.eos_token_id]])
+    assert scores == pytest.approx([model.score(ids, torch.ones_like(ids)).item()], abs=1e-5)
