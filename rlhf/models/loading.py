@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
-def check_model_path(path: str, setting: str) -> None:
+def check_model_path(path: str, setting: str, *others: str) -> None:
     """Refuses a path that is neither a folder with a `config.json` nor shaped like a name on the hub.
 
-    `setting` is the user's name for this path, here and below.
+    `setting` is the user's name for this path, here and below. One of the files `others` will do, too.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", *others)):
             raise UserError(f"{setting}: the folder {path} has no config.json, so it is not a Hugging Face model.")
         return
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1

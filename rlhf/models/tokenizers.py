@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
@@ -35,7 +36,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    check_model_path(path, setting)
+    check_model_path(path, setting, "tokenizer.json")
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -92,10 +93,13 @@ def _single_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the EOS ids that a model's `generation_config.json`, or else its `config.json`, names.
+    """Returns the EOS ids that a model's `generation_config.json`, or else its `config.json`, names, if it has one.
 
     A single id of `config.json` may be the default of its class, so it counts only if it is no ordinary token.
     """
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return []
     config = load_config(path, setting)
     generation, own = load_generation_config(path, config)
     ids = generation.eos_token_id

@@ -182,7 +182,7 @@ def test_a_column_without_a_name_is_no_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": "x"}\n{"a": "caf\xe9"}\n', r"line 2 is not UTF-8 \(byte 0xe9 in column 11\).*iconv"),
         ("a.csv", b"a,b\nx,y\ncaf\xe9,y\n", r"line 3 is not UTF-8 \(byte 0xe9 in column 4\)"),
         ("a.csv", "a,b\nx,y\n".encode("utf-16"), "line 1 is UTF-16; save the file as UTF-8"),
-        ("a.jsonl", gzip.compress(TEXT.encode()), "line 1 is not UTF-8"),
+        ("a.jsonl", gzip.compress(TEXT.encode(), mtime=0), "line 1 is not UTF-8"),
         ("a.csv", "a,b,a\n1,2,3\n", "line 1: the column 'a' is there 2 times"),
         ("a.csv", 'a,b\nw,"x\ny"\n"A:, b\nC:, d\n', "line 4 opens a quote that is never closed"),
         ("a.csv", 'a,b\n"A:, b\nC:, "d"\n', "line 2 is broken"),

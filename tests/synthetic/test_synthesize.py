@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,11 @@ def test_numbers_out_of_range() -> None:
 
 def test_for_a_tokenizer_only_a_model_is_written(output: Path, tmp_path: Path) -> None:
     shape = SmallModel(hidden_size=24, layers=2, heads=2)
-    synthesize(str(tmp_path / "wide"), model=shape, tokenizer=str(output / "model"))
+    alone = shutil.copytree(
+        output / "model", tmp_path / "alone", ignore=shutil.ignore_patterns("*config.json", "*.safetensors")
+    )
+    shutil.copy(output / "model" / "tokenizer_config.json", alone)  # as a tokenizer comes without a model
+    synthesize(str(tmp_path / "wide"), model=shape, tokenizer=str(alone))
     assert {file.name for file in (tmp_path / "wide").iterdir()} == {"model", MANIFEST}
     mine, theirs = (load_tokenizer(str(folder / "model")) for folder in (tmp_path / "wide", output))
     assert mine.get_vocab() == theirs.get_vocab()
