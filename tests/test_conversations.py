@@ -16,6 +16,7 @@ from rlhf.data.comparisons import PreferenceDataModule
 from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
+from rlhf.data.texts import TextFormat
 from rlhf.evaluation.generate import generate
 from rlhf.evaluation.judges.scoring import RewardJudge
 from rlhf.evaluation.margins import margins
@@ -73,8 +74,10 @@ def test_sft_reward_ppo_generate_and_judge(chat_path: str, trainer: Make, write_
         for texts in (WORDS, [f"no {w}" for w in WORDS])
     )
     assert table["reference_score"].tolist() == pytest.approx(chosen, abs=1e-4)
-    found = margins(f"{tmp_path}/margins.parquet", reward, comparisons)
-    assert found["margin"].tolist() == pytest.approx([x - y for x, y in zip(chosen, rejected, strict=True)], abs=1e-4)
+    for length in (169, 1):  # margins are of whole responses
+        text = TextFormat(max_response_length=length)
+        found = margins(f"{tmp_path}/margins-{length}.parquet", reward, comparisons, text)["margin"].tolist()
+        assert found == pytest.approx([x - y for x, y in zip(chosen, rejected, strict=True)], abs=1e-4)
 
     sides = [Candidate(f"{tmp_path}/ppo.parquet"), Candidate(f"{tmp_path}/ppo.parquet", "reference")]
     rewards = RewardJudge(reward)

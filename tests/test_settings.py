@@ -18,7 +18,7 @@ from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.tokenizers import eos_ids, load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.synthetic.gold_score import gold_scores
 
@@ -28,6 +28,7 @@ MODULE: Settings = {
     "model_path": ["policy"],
     "optimization": [Optimization],
     "pad_token": ["[OTHER]", None],
+    "eos_tokens": [["<|endoftext|>"], None],
     "activation_checkpointing": [True, False],
 }
 DATA: Settings = {
@@ -192,6 +193,8 @@ def test_settings_arrive_from_yaml(module: type, data: type, number: int, folder
     for name, value in arrived(module, number).items():
         if name == "pad_token":
             assert cli.model.tokenizer.pad_token == (value or "[PAD]")
+        elif name == "eos_tokens":
+            assert eos_ids(cli.model.tokenizer) == (cli.model.tokenizer.eos_token_id,)
         elif value == GOLD:
             assert getattr(cli.model, name) is gold_scores
         elif name == "reference_path":

@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory, peak_memory_gib
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.memory import estimate
+from rlhf.models.tokenizers import eos_disagreement, eos_ids
 from rlhf.modules import StageModule
 
 COLOURS = {"ok": "green", "look": "yellow", "wrong": "bold red"}
@@ -113,11 +114,15 @@ def _now(module: LightningModule) -> float:
 
 def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     tokenizer = module.tokenizer
-    yield Row("tokens", "EOS", f"{tokenizer.eos_token!r}, id {tokenizer.eos_token_id}")
-    yield Row("tokens", "PAD", f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}")
-    yield Row(
-        "tokens", "embedding", f"{module.model_config.get_text_config().vocab_size} rows for {len(tokenizer)} tokens"
-    )
+    ends = "; ".join(f"{tokenizer.convert_ids_to_tokens(id_)!r}, id {id_}" for id_ in eos_ids(tokenizer))
+    other = eos_disagreement(tokenizer, module.model_path, "model.model_path")
+    yield Row("tokens", "EOS", f"{ends}; {other}" if other else ends, "look" if other else "ok")
+    pad, same = f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}", tokenizer.pad_token == tokenizer.bos_token
+    yield Row("tokens", "PAD", f"{pad}; it is BOS, too" if same else pad, "look" if same else "ok")
+    rows, added = module.model_config.get_text_config().vocab_size, ""
+    if module.embedding_rows > rows:
+        added = f"; {module.embedding_rows - rows} added by model.resize_embeddings"
+    yield Row("tokens", "embedding", f"{rows} rows for {len(tokenizer)} tokens{added}")
     for split in [*data.splits.values()][:1]:
         queries = split["query"][:100]
         spaces = sum(query != query.rstrip() for query in queries)

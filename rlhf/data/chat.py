@@ -65,6 +65,15 @@ def conversation_of(record: Mapping[str, Any]) -> Messages | None:
     return prompt if is_conversation(prompt) else None
 
 
+def refuse_conversations(record: Mapping[str, Any], setting: str) -> None:
+    """Refuses a conversation for a reward model with another tokenizer: what marks its turns would be lost."""
+    if conversation_of(record) is not None:
+        raise UserError(
+            f"{setting}: the reward model has another tokenizer than the policy, and reads no conversations of it; "
+            "take one that was trained from the same SFT model."
+        )
+
+
 def answered_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: str) -> list[int]:
     """Returns the token ids of a conversation and of the text of an answer, with the EOS that the template writes."""
     any_answer = [{"role": "assistant", "content": "a"}]

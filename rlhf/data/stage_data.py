@@ -17,7 +17,7 @@ from rlhf.data.loaders import Collate, Loader, Plan, Plans, accumulation, global
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.token_budget import auto_tokens
-from rlhf.data.tokenising import lengths, load_demonstrations
+from rlhf.data.tokenising import largest_id, lengths, load_demonstrations
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context
 from rlhf.protocols import Stage, stage
@@ -118,18 +118,32 @@ class StageDataModule(LightningDataModule):
         self.load()
         advice = "lower data.text.max_query_length, or the response length"
         check_context(self.module.model_config, self.longest(), "The longest sequence", advice)
+        self._check_ids()
         if stage == "fit":
             self.set_accumulation()
 
     def longest(self) -> int:
         """Returns the tokens of the longest sequence that the model will see."""
         room = {"query_ids": self.module.response_room}
-        return max(
-            max(lengths(rows, name)) + room.get(name, 0)
-            for rows in self.splits.values()
-            if len(rows)
-            for name in {"query_ids", "input_ids", "chosen_ids", "rejected_ids"} & set(rows.column_names)
-        )
+        return max(max(lengths(rows, name)) + room.get(name, 0) for _, rows, name in self._ids())
+
+    def _ids(self) -> Iterator[tuple[str, Dataset, str]]:
+        """Yields the columns of token ids: the name of the split, its rows, and the name of the column."""
+        for split, rows in self.splits.items():
+            if len(rows):
+                for name in {"query_ids", "input_ids", "chosen_ids", "rejected_ids"} & set(rows.column_names):
+                    yield split, rows, name
+
+    def _check_ids(self) -> None:
+        """Refuses tokens for which the embedding of the model has no row."""
+        found = self.module.embedding_rows
+        for split, rows, name in self._ids():
+            if (largest := largest_id(rows, name)) >= found:
+                raise UserError(
+                    f"data.{split} holds the token {self.module.tokenizer.convert_ids_to_tokens(largest)!r} with id "
+                    f"{largest}, but the embedding of {self.module.model_path} has {found} rows; its tokenizer does "
+                    "not fit it, unless the SFT stage adds rows (model.resize_embeddings)."
+                )
 
     def set_accumulation(self) -> None:
         """Sets the Trainer's `accumulate_grad_batches`, the one place where batch sizes are divided."""

@@ -63,6 +63,12 @@ def lengths(rows: Dataset, column: str) -> list[int]:
     return pyarrow.compute.list_value_length(rows.with_format("arrow")[:][column]).to_pylist()
 
 
+def largest_id(rows: Dataset, column: str) -> int:
+    """Returns the largest token id in a column of lists."""
+    ids = pyarrow.compute.list_flatten(rows.with_format("arrow")[:][column])
+    return int(pyarrow.compute.max(ids).as_py() or 0)
+
+
 def _load(
     source: Source,
     setting: str,

@@ -11,11 +11,12 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf import files
+from rlhf.data.chat import refuse_conversations
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_demonstrations
 from rlhf.evaluation.resumable import Parts, Row, ranks
-from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
+from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.hardware import best_device
 from rlhf.models.loading import (
     check_context,
@@ -24,7 +25,7 @@ from rlhf.models.loading import (
     load_causal_lm,
     model_fingerprint,
 )
-from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer, same_tokens
 from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
@@ -40,6 +41,7 @@ def generate(
     batch_size: PositiveInt = 64,
     seed: int = 1,
     reward: str | None = None,
+    eos_tokens: list[str] | None = None,
 ) -> pd.DataFrame:
     """Writes the responses of a policy to every query of a split to one table.
 
@@ -57,11 +59,13 @@ def generate(
         batch_size: rows that go through a model at a time.
         seed: seed of the sampling.
         reward: export of a reward model, for the columns `score` and `reference_score`.
+        eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
+            `generation_config.json`.
     """
     config = check_language_model(model, "model")
     if reward is not None:
         check_reward_model(reward, "reward")
-    tokenizer = load_tokenizer(model, PAD_TOKEN, "model")
+    tokenizer = load_tokenizer(model, PAD_TOKEN, "model", eos_tokens)
     with ranks() as processes:
         with processes.first_alone():
             records = load_demonstrations(data, "data", tokenizer, text, need_response=False).to_list()
@@ -76,12 +80,16 @@ def generate(
             "text": asdict(text),
             **sampling,
             "reward": None if reward is None else model_fingerprint(reward, "reward"),
+            "eos": [*eos_ids(tokenizer)],
         }
         parts = Parts(output, settings, rows, batch_size, processes)
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
-            load = partial(RewardScorer, reward, "reward", batch_size, text.special_tokens == "control")
-            parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load()))
+            if not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
+                refuse_conversations(json.loads(rows[0]["record"]), "reward")
+            control = text.special_tokens == "control"
+            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control)
+            parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         return parts.merge(finish=_with_gold)
 
 
@@ -106,17 +114,19 @@ def _sampler(
         # on the CPU, so that they are the same on every device
         generators = [torch.Generator().manual_seed(derive_seed(seed, row["number"])) for row in rows]
         drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
-        tokens = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
-        lengths, has_eos = response_lengths(tokens, eos_ids(tokenizer))
+        sampled = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
+        lengths, has_eos = (x.tolist() for x in response_lengths(sampled, eos_ids(tokenizer)))
+        tokens = [row[:length] for row, length in zip(sampled.tolist(), lengths, strict=True)]
         return pd.DataFrame({
             "id": [_id_of(row) for row in rows],
             "query": [row["query"] for row in rows],
-            "response": decode_responses(tokenizer, [row["query_ids"] for row in rows], tokens.tolist()),
+            "response": decode_responses(tokenizer, [row["query_ids"] for row in rows], tokens),
             "reference": [row["reference"] for row in rows],
-            "tokens": lengths.tolist(),
+            "tokens": lengths,
             "reference_tokens": [len(row["input_ids"]) - row["response_start"] for row in rows],
-            "has_eos": has_eos.tolist(),
+            "has_eos": has_eos,
             "record": [row["record"] for row in rows],
+            "response_ids": tokens,
         })  # fmt: skip
 
     return respond
@@ -127,14 +137,14 @@ def _id_of(row: Row) -> str:
     return str(row["number"] if known is None else known)
 
 
-def _scores(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
-    queries, responses, references = ([row[name] for row in rows] for name in ("query", "response", "reference"))
-    records = [json.loads(row["record"]) for row in rows]
-    scores, others = (scorer(queries, texts, records) for texts in (responses, references))
-    return pd.DataFrame({"score": scores, "reference_score": others})
+def _scores(scorer: RewardScorer, tokenizer: Any, rows: list[Row]) -> pd.DataFrame:
+    # The very tokens that were sampled: PPO scores them too, and tokens of their text could be others.
+    scores = scorer.score_ids([[*row["query_ids"], *map(int, row["response_ids"])] for row in rows])
+    references = scorer.score_ids(whole_sequences(tokenizer, rows, "input_ids", "reference", scorer.control))
+    return pd.DataFrame({"score": scores, "reference_score": references})
 
 
 def _with_gold(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the gold scores of embedded data, and moves `record` to the end."""
+    """Adds the gold scores of embedded data, moves `record` to the end, and drops what only other steps need."""
     gold = gold_columns(table, gold="response", gold_reference="reference")
-    return table.drop(columns="record").assign(**gold, record=table["record"])
+    return table.drop(columns=["record", "response_ids"]).assign(**gold, record=table["record"])

@@ -1,6 +1,5 @@
 """The reward model's margin of every comparison, as a table."""
 
-import json
 from dataclasses import asdict
 from functools import partial
 
@@ -13,9 +12,9 @@ from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation.resumable import Parts, Row, ranks
-from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
+from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.models.loading import check_reward_model, model_fingerprint
-from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
 
 _BATCHES = 16  # per part
 
@@ -42,7 +41,7 @@ def margins(
     check_reward_model(reward, "reward")
     with ranks() as processes:
         with processes.first_alone():
-            rows = load_comparisons(data, "data", load_tokenizer(reward, setting="reward"), text).to_list()
+            rows = load_comparisons(data, "data", load_tokenizer(reward, PAD_TOKEN, "reward"), text).to_list()
         contents = (row[column] for row in rows for column in ("query", "chosen_text", "rejected_text", "record"))
         settings = {
             "reward": model_fingerprint(reward, "reward"),
@@ -50,12 +49,8 @@ def margins(
             "text": asdict(text),
         }
         parts = Parts(output, settings, rows, _BATCHES * batch_size, processes)
-        load = partial(RewardScorer, reward, "reward", batch_size, text.special_tokens == "control")
-        parts.make(
-            "margins",
-            f"Scoring with {reward}",
-            lambda: partial(_margins, load()),
-        )
+        load, control = partial(RewardScorer, reward, "reward", batch_size), text.special_tokens == "control"
+        parts.make("margins", f"Scoring with {reward}", lambda: partial(_margins, load(control=control)))
         return parts.merge()
 
 
@@ -63,8 +58,10 @@ def _margins(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:
     texts = pd.DataFrame(rows)
     table = texts[["batch", "confidence", "chosen_policy", "rejected_policy"]].astype({"confidence": "Int64"})
     table.insert(0, "split", np.where(table["batch"].str.contains("cnndm"), "news", "posts"))
-    records = [json.loads(record) for record in texts["record"]]
-    chosen, rejected = (scorer(texts["query"], texts[name], records) for name in ("chosen_text", "rejected_text"))
+    chosen, rejected = (
+        scorer.score_ids(whole_sequences(scorer.tokenizer, rows, f"{side}_ids", f"{side}_text", scorer.control))
+        for side in ("chosen", "rejected")
+    )
     table["margin"] = np.subtract(chosen, rejected)
     if gold := gold_columns(texts, chosen="chosen_text", rejected="rejected_text"):
         table["gold_margin"] = np.subtract(gold["chosen"], gold["rejected"])

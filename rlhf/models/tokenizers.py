@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,8 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         why = first_line(error)
-        if any(name in why.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
-            why = (
-                "it has no tokenizer.json, and its file can be read once `pip install sentencepiece tiktoken` is done."
-            )
+        if any(name in why.lower() for name in ("sentencepiece", "tiktoken")) and find_spec("sentencepiece") is None:
+            why = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {why}") from error
     if not tokenizer.encode("a", add_special_tokens=False):
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: it holds no vocabulary.")
@@ -103,6 +102,17 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
     if isinstance(ids, int):
         return [ids] if own or ids in tokenizer.added_tokens_decoder else []
     return list(ids or ())
+
+
+def eos_disagreement(tokenizer: PreTrainedTokenizerBase, path: str, setting: str) -> str:
+    """Says which EOS the files of a model name if it is not that of the tokenizer, else nothing."""
+    generation, _ = load_generation_config(path, load_config(path, setting))
+    ids = generation.eos_token_id
+    named = [ids] if isinstance(ids, int) else list(ids or ())
+    if not named or eos_ids(tokenizer)[0] in named:
+        return ""
+    shown = ", ".join(f"{tokenizer.convert_ids_to_tokens(id_)!r}, id {id_}" for id_ in named)
+    return f"but the configuration of {path} names {shown}"
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
-from rlhf.modules.ppo_models import REFERENCE, REWARD, check_models, check_placements, load_actor_critic
+from rlhf.models.translated import TranslatedModel
+from rlhf.modules.ppo_models import REFERENCE, check_models, check_run, load_actor_critic, load_reward_model
 from rlhf.modules.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
@@ -47,8 +48,9 @@ class PPOModule(StageModule):
 
     Args:
         model_path: the SFT model that the policy starts from (D24).
-        reward_path: the reward model, from which the critic starts too. Null: the reward is `reward_function` alone,
-            and the critic starts from the policy's backbone with a new head.
+        reward_path: the reward model, from which the critic starts too. If it has another tokenizer than the policy, it
+            reads texts that are tokenised anew, and the critic starts from the policy's backbone with a new head. Null:
+            the reward is `reward_function` alone, and the critic starts likewise.
         reward_function: a function `(queries, responses, records) -> rewards`, one number per episode, by its import
             path (`my_package.my_reward`). With `reward_path` it is added to the model's reward. It is called once per
             rollout and process, with all episodes.
@@ -92,12 +94,12 @@ class PPOModule(StageModule):
         self.reference_path = reference_path or model_path
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
         self.ppo = ppo
-        check_models(model_path, self.reference_path, reward_path, self.tokenizer)
+        self.reward_tokenizer = check_models(model_path, self.reference_path, reward_path, self.tokenizer)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
             raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
         self.actor_critic: Any = None
         self.reference: Any = None
-        self.reward_model: FrozenModel[ScalarModel] | None = None
+        self.reward_model: FrozenModel[ScalarModel | TranslatedModel] | None = None
         self.kl_control = KLControl(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
         self.seconds: dict[str, float] = {}
 
@@ -119,13 +121,13 @@ class PPOModule(StageModule):
     def configure_model(self) -> None:
         if self.actor_critic is None:
             weights = self.weights_dtype, self.weights_device
-            recompute = self.activation_checkpointing
-            self.actor_critic = load_actor_critic(self.model_path, self.reward_path, self.seed, recompute, *weights)
+            recompute, critic_path = self.activation_checkpointing, None if self.reward_tokenizer else self.reward_path
+            self.actor_critic = load_actor_critic(self.model_path, critic_path, self.seed, recompute, *weights)
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_placements(self.trainer, self.placements)
+        check_run(self.trainer, self.placements, self.reward_tokenizer)
 
     @override
     def on_fit_start(self) -> None:
@@ -134,7 +136,7 @@ class PPOModule(StageModule):
             reference = load_causal_lm(self.reference_path, REFERENCE, dtype)
             self.reference = FrozenModel(reference, self.reference_placement)
         if self.reward_model is None and self.reward_path is not None:
-            reward_model = ScalarModel.from_pretrained(self.reward_path, REWARD, dtype)
+            reward_model = load_reward_model(self.reward_path, dtype, self.tokenizer, self.reward_tokenizer)
             self.reward_model = FrozenModel(reward_model, self.reward_placement)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
@@ -159,7 +161,8 @@ class PPOModule(StageModule):
     @property
     def critic_starts_at_reward(self) -> bool:
         """Whether values equal rewards before the first update (D24)."""
-        return self.reward_path is not None and self.reward_function is None and not self._scores_its_own_way
+        alone = self.reward_function is None and not self._scores_its_own_way
+        return self.reward_path is not None and self.reward_tokenizer is None and alone
 
     @override
     def padding_side_difference(self, batch: Rollout) -> Tensor | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
+from rlhf.data.chat import refuse_conversations
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.frozen import Placement
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import check_pad_in_embedding, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, load_tokenizer, same_tokens
+from rlhf.models.translated import TranslatedModel
+from rlhf.protocols import stage_data
 from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:
@@ -24,28 +29,53 @@ POLICY, REFERENCE, REWARD = "model.model_path", "model.reference_path", "model.r
 
 def check_models(
     model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuses models that PPO cannot use together, before any of them is loaded."""
+) -> PreTrainedTokenizerBase | None:
+    """Refuses models that PPO cannot use together, before any of them is loaded.
+
+    Returns:
+        The tokenizer of the reward model if it is another one than that of the policy.
+    """
     config = check_language_model(model_path, POLICY)
     check_pad_in_embedding(tokenizer, config, model_path)
     check_language_model(reference_path, REFERENCE)
-    if reward_path is None:
-        register_classifier(config, POLICY)  # refuses types of which there is no critic
-    else:
+    if reward_path is not None:
         check_reward_model(reward_path, REWARD)
-        if load_tokenizer(reward_path, tokenizer.pad_token, REWARD).get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}; train it from the same "
-                "SFT model."
-            )
+        found = load_tokenizer(reward_path, PAD_TOKEN, REWARD)
+        if same_tokens(found, tokenizer):
+            return None
+    register_classifier(config, POLICY)  # refuses types of which there is no critic
+    if reward_path is None:
+        return None
+    rank_zero_info(
+        f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}: it reads texts that are "
+        "tokenised anew, and the critic starts from the policy's backbone with a new head."
+    )
+    return found
 
 
-def check_placements(trainer: Trainer, placements: tuple[Placement, Placement]) -> None:
-    """Refuses ZeRO-3 for frozen models without the process group of DeepSpeed's strategy."""
+def check_run(
+    trainer: Trainer, placements: tuple[Placement, Placement], reward_tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuses what the Trainer or the data cannot do.
+
+    ZeRO-3 for frozen models needs the process group of DeepSpeed's strategy; conversations need a reward model with the
+    tokenizer of the policy, `reward_tokenizer` None.
+    """
+    for rows in stage_data(trainer).splits.values() if reward_tokenizer is not None else ():
+        if len(rows):
+            refuse_conversations(json.loads(rows[0]["record"]), REWARD)
     if "zero3" in placements and not isinstance(trainer.strategy, Zero2Strategy):
         raise UserError(
             "model.reference_placement and model.reward_placement zero3 need trainer.strategy zero2; use cpu."
         )
+
+
+def load_reward_model(
+    path: str, dtype: torch.dtype, own: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase | None
+) -> ScalarModel | TranslatedModel:
+    """Loads the reward model for sequences of the policy's tokens; `reward` is its tokenizer if it has another one."""
+    model = ScalarModel.from_pretrained(path, REWARD, dtype)
+    return model if reward is None else TranslatedModel(model, own, reward)
 
 
 def load_actor_critic(

@@ -71,6 +71,12 @@ class SFTModule(StageModule):
     def response_room(self) -> int:
         return self.response_length
 
+    @property
+    @override
+    def embedding_rows(self) -> int:
+        rows = super().embedding_rows
+        return max(rows, len(self.tokenizer)) if self.resize_embeddings else rows
+
     @override
     def configure_model(self) -> None:
         if self.model is not None:

@@ -22,6 +22,7 @@ from rlhf.models.loading import load_config
 from rlhf.models.saving import rehearse_export
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
+from rlhf.models.translated import TranslatedModel
 from rlhf.modules.epoch_means import EpochMeans
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
@@ -76,6 +77,11 @@ class StageModule(LightningModule):
     def save_export(self, folder: Path) -> None:
         """Writes what the next stage needs into `folder`. Called on rank 0 only."""
 
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids the model has a row for."""
+        return int(self.model_config.get_text_config().vocab_size)
+
     def prepare_export(self) -> None:
         """Does what all ranks must do before an export."""
 
@@ -99,7 +105,7 @@ class StageModule(LightningModule):
 
     @torch.no_grad()
     def score_batches(
-        self, model: ScalarModel, batches: Iterable[dict[str, Tensor]], limit: int | None = None
+        self, model: ScalarModel | TranslatedModel, batches: Iterable[dict[str, Tensor]], limit: int | None = None
     ) -> Tensor:
         """Computes the rewards of batches of whole sequences, `(n,)`, until there are `limit` of them."""
         scores: list[Tensor] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +217,21 @@ def test_odd_records_are_counted(check: Check, write_jsonl: Callable[..., str]) 
         "validation: records of train │ 16 (100.0%) │ look",
     ):
         assert text in shown, text
+
+
+def test_tokens_that_deserve_a_look(
+    check: Check, llama_path: str, write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    """A configuration that names another EOS than the tokenizer, and PAD that is BOS."""
+    folder = shutil.copytree(llama_path, tmp_path / "base")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 13}))
+    prompts = write_jsonl("p.jsonl", [{"prompt": f"number {n}", "completion": " one."} for n in range(24)])
+    words = [f"--data.{split}={{path: {prompts}}}" for split in ("train", "validation")]
+    words += [f"--model.model_path={folder}", "--model.pad_token=<s>", "--model.response_length=4"]
+    status, shown = check("sft", *words)
+    assert status == 0, shown
+    assert f"EOS │ '</s>', id 2; but the configuration of {folder} names '<0x0A>', id 13 │ look" in shown
+    assert "PAD │ '<s>', id 1; it is BOS, too │ look" in shown
+    _, shown = check("sft", *words, "--model.eos_tokens=['</s>', '<0x0A>']", "--model.resize_embeddings=true")
+    assert "EOS │ '</s>', id 2; '<0x0A>', id 13; but the" in shown

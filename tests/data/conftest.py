@@ -63,7 +63,13 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
         max_epochs: int | None = 1,
         **module: Any,
     ) -> Any:
-        defaults = {"tokenizer": tokenizer, "response_room": 4, "model_config": GPTNeoXConfig(), "placements": ()}
+        defaults = {
+            "tokenizer": tokenizer,
+            "response_room": 4,
+            "model_config": GPTNeoXConfig(),
+            "embedding_rows": 512,
+            "placements": (),
+        }
         datamodule.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
                 **(defaults | module),

@@ -72,10 +72,10 @@ def test_a_row_per_query(reward_path: str, words: list[str], responses: Callable
         assert row.gold_reference == gold_score(row.reference, record["facts"], REDDIT.slots).score
         assert row.reference_tokens == min(53, len(tokenizer(row.query + row.reference)["input_ids"])
                                            - len(tokenizer(row.query)["input_ids"]) + 1)  # fmt: skip
-        ids = torch.tensor([[*tokenizer(row.query + row.response)["input_ids"], tokenizer.eos_token_id]])
+        ids = torch.tensor([[*tokenizer(row.query + row.reference)["input_ids"], tokenizer.eos_token_id]])
         with torch.no_grad():
             reward = plain(ids).logits.item() - plain.config.reward_shift
-        assert row.score == pytest.approx(reward, abs=1e-5)
+        assert row.reference_score == pytest.approx(reward, abs=1e-5)
     pd.testing.assert_frame_equal(responses(batch_size=3, temperature=1.0, reward=reward_path), table)
 
 

@@ -30,7 +30,7 @@ def test_margins_and_clean_labels_of_both_domains(
     assert (table["gold_margin"] > 0).all()  # labels without noise agree with the gold score
     assert table["margin"].abs().max() > 0
     pd.testing.assert_frame_equal(margins(f"{tmp_path}/n.parquet", reward_path, source, batch_size=2), table)
-    monkeypatch.setattr(RewardScorer, "__call__", None)  # a finished table is kept
+    monkeypatch.setattr(RewardScorer, "score_ids", None)  # a finished table is kept
     main([*words, f"--output={tmp_path}/m.parquet"])
 
 

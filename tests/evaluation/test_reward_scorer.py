@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -25,6 +26,17 @@ def test_reward_is_read_at_eos_of_the_joint_text(model_path: str, reward_path: s
         assert model.score(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_special_tokens_in_texts_are_text_unless_control_ids(model_path: str, reward_path: str, control: bool) -> None:
+    tokenizer = load_tokenizer(model_path)
+    score = RewardScorer(reward_path, control=control)(["a<|endoftext|>b"], [" c"])[0]
+    ids = tokenizer("a<|endoftext|>b c", split_special_tokens=not control)["input_ids"]
+    assert (tokenizer.eos_token_id in ids) is control
+    joint = torch.tensor([[*ids, tokenizer.eos_token_id]])
+    model = ScalarModel.from_pretrained(reward_path, "model")
+    assert model.score(joint, torch.ones_like(joint)).item() == pytest.approx(score, abs=1e-5)
+
+
 def test_gold_scores_only_where_all_records_have_facts() -> None:
     records = list(demonstrations(3, 1, "v"))
     texts = [record["summary"] for record in records]
@@ -34,3 +46,17 @@ def test_gold_scores_only_where_all_records_have_facts() -> None:
     assert columns["nothing"] == [0, 0, 0]
     table.loc[2, "record"] = '{"id": 3}'
     assert gold_columns(table, gold="text") == {}
+
+
+def test_a_conversation_is_read_in_the_words_of_the_chat_template(reward_path: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(reward_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    model = ScalarModel.from_pretrained(reward_path, "model")
+    model.save(tmp_path / "chat", tokenizer)
+    record = {"prompt": [{"role": "user", "content": "hello"}]}
+    scores = RewardScorer(str(tmp_path / "chat"))(["User: hello\n\nAssistant:"], ["hi"], [record])
+    ids = torch.tensor([[*tokenizer("[user]hello[assistant]hi")["input_ids"], tokenizer.eos_token_id]])
+    assert scores == pytest.approx([model.score(ids, torch.ones_like(ids)).item()], abs=1e-5)

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.callbacks.export import Export
 from rlhf.errors import UserError
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.sampling.rollout import Rollout
 
@@ -282,15 +281,6 @@ class TestBadInput:
     def test_reward_model_is_a_language_model(self, run: Make, model_path: str) -> None:
         with pytest.raises(UserError, match="not a reward model"):
             run(PPOModule(model_path, model_path))
-
-    def test_reward_model_with_another_tokenizer(self, model_path: str, tmp_path: Path) -> None:
-        from rlhf.synthetic.synthesize import SmallModel, create_model, train_tokenizer
-
-        folder = tmp_path / "other"
-        create_model(folder, train_tokenizer(["other words here"] * 9, 280), SmallModel(16, 1, 2), 1)
-        ScalarModel.from_policy(str(folder), 1).save(folder, load_tokenizer(str(folder)))
-        with pytest.raises(UserError, match="another tokenizer"):
-            PPOModule(model_path, str(folder))
 
     @pytest.mark.parametrize("batch_size", [7, 64])
     def test_batch_that_does_not_fit(self, run: Make, rollout_data: Make, batch_size: int) -> None:

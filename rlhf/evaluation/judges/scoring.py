@@ -50,7 +50,9 @@ class RewardJudge(ScoringJudge):
 
     @override
     def prepare(self, answers: Path) -> None:
-        self._scorer = RewardScorer(self._model, "judge.model", self._batch_size, self.special_tokens == "control")
+        self._scorer = RewardScorer(
+            self._model, "judge.model", self._batch_size, control=self.special_tokens == "control"
+        )
 
     @override
     def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
