@@ -118,6 +118,8 @@ def from_pretrained(
     import transformers
 
     auto_class = getattr(transformers, kind)
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves weights in place in evaluation, as float16 needs it
     try:
         with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
             model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)

@@ -68,3 +68,15 @@ def test_the_precision_is_the_wanted_one(
 def test_the_default_precision_is_float32(model_path: str, tmp_path: Path) -> None:
     load_causal_lm(model_path, dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert load_causal_lm(str(tmp_path)).dtype == torch.float32
+
+
+def test_an_evaluation_changes_no_weight_of_rwkv(tmp_path: Path) -> None:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    shape = {"hidden_size": 8, "attention_hidden_size": 8, "num_hidden_layers": 3, "context_length": 16}
+    original = RwkvForCausalLM(RwkvConfig(vocab_size=16, rescale_every=1, **shape))
+    original.save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path))
+    model(torch.tensor([[1, 2, 3]]))
+    weights = model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
