@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
 from model_types import tiny_model
 from torch import Tensor
@@ -340,15 +341,20 @@ def attempt(check: Callable[[Path], Differences], folder: Path, result: TypeResu
 def write_task(model_type: str, folder: Path) -> None:
     """Writes a tiny model with its tokenizer, demonstrations and comparisons.
 
-    EOS is a token that the model finds likely after many contexts, so that a part of the responses ends early.
+    EOS is a token that about half of some responses of the model hold, so that a part of the responses ends early.
     """
     model = tiny_model(model_type)
     generator = torch.Generator().manual_seed(1)
-    contexts = torch.randint(FIRST_WORD, model.config.get_text_config().vocab_size, (16, 1, 24), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(FIRST_WORD, vocabulary, (len(LENGTHS), 5), generator=generator)
     model.config.use_cache = False
     with torch.no_grad():
-        likely = torch.cat([(model(input_ids=ids).logits[0] / TEMPERATURE).softmax(-1) for ids in contexts])
-    eos = FIRST_WORD + int(likely.clamp(max=0.1).mean(0)[FIRST_WORD:].argmax())
+        for _ in range(RESPONSE_LENGTH):
+            weights = (model(input_ids=ids).logits[:, -1] / TEMPERATURE).softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(weights, 1, generator=generator)], 1)
+    in_query, in_response = (F.one_hot(part, vocabulary).amax(1) for part in (ids[:, :5], ids[:, 5:]))
+    rows_with = (in_response * (1 - in_query)).sum(0)  # which no query will hold
+    eos = FIRST_WORD + int((rows_with[FIRST_WORD:] - len(LENGTHS) // 2).abs().argmin())
     model.config.use_cache = True
     model.config.eos_token_id = eos
     if model.generation_config is not None:

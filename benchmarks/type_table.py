@@ -39,7 +39,8 @@ INTRODUCTION = """\
 # Types of models
 
 Of the {count} types of causal language models that transformers {version} has for text alone, {passes} pass all three
-stages. The last column says what becomes of the others.
+stages. The last column says what becomes of the others. Not counted are encoders and encoder-decoders, models that wrap
+one of these types to read images or sound, and second names of a type.
 
 Each was tried as a tiny model of random weights: a step of SFT, a step of the reward model, an update of PPO with
 queries of unequal lengths and responses that end early. Compared with plain transformers, row by row, without cache

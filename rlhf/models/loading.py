@@ -89,7 +89,7 @@ def check_reward_model(path: str, setting: str) -> PreTrainedConfig:
 def check_context(config: PreTrainedConfig, longest: int, what: str, advice: str) -> None:
     """Refuses sequences longer than the context of a model; `what` names the longest one, `advice` ends the message."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    if positions is not None and 0 < positions < longest:  # XLNet says -1: any number
         raise UserError(f"{what} has {longest} tokens, more than the {positions} positions of the model; {advice}.")
 
 

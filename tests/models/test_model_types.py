@@ -65,6 +65,7 @@ def test_a_type_that_sees_later_tokens_is_refused(model_type: str, tmp_path: Pat
     result = part("type_checks").check_type(model_type, tmp_path)
     assert result.worst.status == "refused", result
     assert list(result.stages) == ["SFT"]
+    assert "is no causal language model" in result.worst.detail
 
 
 def test_a_type_without_hidden_states_to_score_is_refused_for_rewards_in_one_sentence(tmp_path: Path) -> None:
