@@ -63,8 +63,8 @@ def register_classifier(config: PreTrainedConfig, setting: str = "model.model_pa
             _has_head(made, copy.deepcopy(config))
         except Exception as error:  # whatever the classes of a type do that has other parts
             raise UserError(
-                f"{setting}: a model of type {config.model_type} can be no reward model and no critic of PPO, only SFT "
-                f"can do without: {first_line(error)}"
+                f"{setting}: a model of type {config.model_type} cannot become a reward model or PPO's critic, only "
+                f"SFT works with it: {first_line(error)}"
             ) from error
         AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
     _made[type(config)] = not fits

@@ -152,9 +152,11 @@ def test_the_critic_starts_from_a_policy_without_a_class(folder: Callable[[str],
 
 
 def test_types_that_make_no_reward_model_are_named(tiny: Any) -> None:
-    with pytest.raises(UserError, match=r"model\.model_path: a model of type blt can be no reward model .* only SFT"):
+    with pytest.raises(
+        UserError, match=r"model\.model_path: a model of type blt cannot become a reward model .* only SFT"
+    ):
         register_classifier(tiny.tiny_config("blt"))
-    with pytest.raises(UserError, match=r"reward: a model of type t5 can be no reward model"):
+    with pytest.raises(UserError, match=r"reward: a model of type t5 cannot become a reward model"):
         register_classifier(T5Config(num_layers=1), "reward")
 
 

@@ -71,7 +71,7 @@ def test_a_type_that_sees_later_tokens_is_refused(model_type: str, tmp_path: Pat
 def test_a_type_without_hidden_states_to_score_is_refused_for_rewards_in_one_sentence(tmp_path: Path) -> None:
     stages = part("type_checks").check_type("blt", tmp_path).stages
     assert {name: stage.status for name, stage in stages.items()} == {"SFT": "passes", "reward model": "refused"}
-    assert "of type blt can be no reward model and no critic of PPO" in stages["reward model"].detail
+    assert "of type blt cannot become a reward model or PPO's critic" in stages["reward model"].detail
 
 
 def test_the_types_read_text_and_are_no_encoders() -> None:
