@@ -18,6 +18,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.generate import generate
 from rlhf.evaluation.judges import Answers, Judge, Pair
 from rlhf.evaluation.pairwise import Candidate, judge, summarise
+from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.evaluation.tables import read_table, write_table
 from rlhf.synthetic.posts import demonstrations
 
@@ -75,8 +76,9 @@ def test_columns_of_a_judged_table(model_path: str, reward_path: str, write_json
         np.testing.assert_array_equal(table[ours], made[theirs])
     assert table["id"].tolist() == made["id"].tolist()
     main(["judge", *words, "--judge=RewardJudge", f"--judge.model={reward_path}", f"--output={tmp_path}/r.csv"])
-    judged = read_table(tmp_path / "r.csv", "x")["outcome"]
-    np.testing.assert_array_equal(judged, made["score"] > made["reference_score"])
+    judged, scorer = read_table(tmp_path / "r.csv", "x")["outcome"], RewardScorer(reward_path)
+    ours = scorer(made["query"], made["response"])  # ended with EOS, which no sampled response is here
+    np.testing.assert_array_equal(judged, np.array(ours) > made["reference_score"])
 
 
 def test_empty_and_equal_texts_are_decided_by_rule(tmp_path: Path) -> None:
