@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,21 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 
+_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+
 
 def is_conversation(value: Any) -> bool:
     """Tells a list of messages from texts."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def as_messages(value: Any) -> Any:
+    """Returns a conversation in ShareGPT's form, a list of `from` and `value`, as messages; anything else as it is."""
+    if not (
+        isinstance(value, list) and value and all(isinstance(m, dict) and {"from", "value"} <= set(m) for m in value)
+    ):
+        return value
+    return [{"role": _ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in value]
 
 
 def take_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -65,9 +77,9 @@ def conversation_of(record: Mapping[str, Any]) -> Messages | None:
     return prompt if is_conversation(prompt) else None
 
 
-def refuse_conversations(record: Mapping[str, Any], setting: str) -> None:
-    """Refuses a conversation for a reward model with another tokenizer: what marks its turns would be lost."""
-    if conversation_of(record) is not None:
+def refuse_conversations(records: Iterable[str], setting: str) -> None:
+    """Refuses conversations (JSON) for a reward model with another tokenizer: what marks turns would be lost."""
+    if any(conversation_of(json.loads(record)) is not None for record in records):
         raise UserError(
             f"{setting}: the reward model has another tokenizer than the policy, and reads no conversations of it; "
             "take one that was trained from the same SFT model."
@@ -90,6 +102,8 @@ def join_answer(
         What `rlhf.data.texts.join_response` does, and `turns`: starts and ends of all turns of the assistant, one after
         the other; none if the template writes earlier turns in another way than the last one.
     """
+    if not str(answer[-1].get("content") or "").strip():
+        raise BadRecordError("an answer without a text")
     if text_format.special_tokens == "text":
         _check_contents(answer, tokenizer)
     query = _render(tokenizer, messages, answer=True)
@@ -115,7 +129,9 @@ def _earlier_turns(tokenizer: PreTrainedTokenizerBase, messages: Messages, ids: 
         before = _render(tokenizer, messages[:n], answer=True)
         start = border(ids, _ids(tokenizer, before))
         end = _end_of_turn(tokenizer, ids, start)
-        if whole.startswith(before) and end is not None:
+        if end is None or not whole.startswith(before):
+            continue
+        if _ids(tokenizer, _render(tokenizer, messages[: n + 1]))[: end + 1] == ids[: end + 1]:
             turns += [start, end + 1]
     return turns
 

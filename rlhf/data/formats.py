@@ -46,6 +46,7 @@ def demonstration_schemas(text: TextFormat) -> Schemas:
         "tldr": (*fields_of(text.query), "summary"),
         "plain": ("prompt", *own),
         "messages": ("messages",),
+        "conversations": ("conversations",),
         "text": ("text",),
         "pair": ("chosen", "rejected"),
     }
@@ -57,7 +58,7 @@ def prompt_schemas(text: TextFormat) -> Schemas:
         return {"plain": ()}
     known = demonstration_schemas(text)
     return {"tldr": fields_of(text.query), "plain": known["plain"], "messages": known["messages"],
-            "prompt": ("prompt",), "pair": known["pair"]}  # fmt: skip
+            "conversations": known["conversations"], "pair": known["pair"], "prompt": ("prompt",)}  # fmt: skip
 
 
 def comparison_schemas(text: TextFormat) -> Schemas:
@@ -136,20 +137,23 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text: TextFor
 
 
 def _prompt_and_response(record: Record, text: TextFormat, schema: str, need_response: bool) -> tuple[Text, Text]:
-    if schema == "messages":
-        if not is_conversation(record["messages"]):
-            raise BadRecordError("messages holds no list of messages")
-        return split_conversation(record["messages"], need_response)
+    if schema in ("messages", "conversations"):
+        if not is_conversation(record[schema]):
+            raise BadRecordError(f"{schema} holds no list of messages")
+        return split_conversation(record[schema], need_response)
     if schema == "pair":
         prompt, chosen, _ = _pair(record, text)
         return prompt, chosen
     prompt = _filled(record, "prompt", text.prompt, text)
     try:
-        return prompt, _separated(prompt, _filled(record, "completion", text.completion, text), text)
+        completion = _filled(record, "completion", text.completion, text)
     except BadRecordError:
         if need_response:
             raise
         return prompt, ""
+    if isinstance(completion, list):
+        return split_conversation([*_messages(prompt, "user"), *completion], need_response)
+    return prompt, _separated(prompt, completion, text)
 
 
 def _pair(record: Record, text: TextFormat) -> tuple[Text, Text, Text]:

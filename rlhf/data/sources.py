@@ -80,7 +80,7 @@ def _advice(dataset: Dataset, choices: Schemas, setting: str) -> str:
     first = dataset[0] if len(dataset) else {}
     for name, value in first.items():
         inside = value[0] if isinstance(value, list) and value else None
-        if len(dataset) == 1 and isinstance(inside, dict) and "role" not in inside:  # no conversation
+        if len(dataset) == 1 and isinstance(inside, dict) and not {"role", "from"} & set(inside):  # no conversation
             return f"; if the records are in {name!r}, set {setting}.field: {name}"
         for needed in choices.values() if isinstance(value, dict) else ():
             if found := [column for column in needed if column in value and column not in first]:

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rlhf.data.chat import take_chat_template
+from rlhf.data.chat import as_messages, is_conversation, take_chat_template
 from rlhf.data.doubts import doubts
 from rlhf.data.formats import (
     comparison,
@@ -41,7 +41,7 @@ COMPARISON_COLUMNS = {
     "truncated": FLAG, "glued": FLAG, "special": FLAG, "equal": FLAG, "blanks": FLAG,
     "batch": TEXT, "confidence": NUMBER, "chosen_policy": TEXT, "rejected_policy": TEXT,
 }  # fmt: skip
-_VERSION = 3  # part of the cache key: raise it when the processing of a record changes
+_VERSION = 4  # part of the cache key: raise it when the processing of a record changes
 
 
 def load_demonstrations(
@@ -80,17 +80,22 @@ def _load(
 ) -> Dataset:
     raw = load_records(source, setting)
     schema = find_columns(raw, schemas, setting, source.path)
-    _check_formats(raw, text, schema, setting, source.path)
+    _check_formats(raw, text, schemas, schema, setting, source.path)
     take_chat_template(tokenizer, text.chat_template)
     wanted = (schemas[schema], [*columns], getattr(process, "keywords", None))
     features = Features({**columns, "record": TEXT, "problem": TEXT})
 
     def one(record: Record, index: int) -> Record:
         row = dict.fromkeys(features)
+        record = {name: as_messages(value) for name, value in record.items()}
         try:
             row |= process(record, tokenizer, text, schema)
             messages = row.pop("messages", None)
-            whole = dict(record) if messages is None else {**record, "prompt": messages}
+            whole = dict(record)
+            if messages is not None:
+                whole["prompt"] = messages
+            elif is_conversation(record.get("prompt")):  # a format made a text of it
+                whole["prompt"] = row["query"]
             return row | {"record": json.dumps(whole, default=str), "problem": ""}
         except BadRecordError as error:
             if isinstance(error, UnfittableError) and not text.drop_unfittable:
@@ -114,12 +119,13 @@ def _load(
     return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})", control)
 
 
-def _check_formats(raw: Dataset, text: TextFormat, schema: str, setting: str, path: str) -> None:
-    """Refuses formats that nothing would use, and names columns of formats that are not there."""
-    if schema not in ("tldr", "openai") and text.query != TextFormat.query:
-        raise UserError(
-            f"data.text.query is a format of TL;DR records, and {setting}, {path}, holds none; for its columns "
-            f"{', '.join(raw.column_names)} set data.text.prompt."
+def _check_formats(raw: Dataset, text: TextFormat, schemas: Schemas, schema: str, setting: str, path: str) -> None:
+    """Names formats that nothing uses, and columns of formats that are not there."""
+    given = {"query": text.query != TextFormat.query, "prompt": text.prompt, "completion": text.completion}
+    used = {"tldr": {"query"}, "openai": {"query"}, "plain": {"prompt", "completion"}, "pair": {"prompt"}}
+    for name in (name for name in given if given[name] and name not in used.get(schema, {"prompt"})):
+        rank_zero_warn(
+            f"data.text.{name} is not used for {setting}, {path}: its records are read as {', '.join(schemas[schema])}."
         )
     for name, template in (("prompt", text.prompt), ("completion", text.completion)):
         missing = [field for field in fields_of(template or "") if field not in raw.column_names]
@@ -133,7 +139,8 @@ def _check_formats(raw: Dataset, text: TextFormat, schema: str, setting: str, pa
 
 
 def _name(record: Record, index: int) -> str:
-    known = record.get("id") or (record.get("info") or {}).get("id")
+    info = record.get("info")
+    known = record.get("id") or (info.get("id") if isinstance(info, dict) else None)
     return f"record {index + 1}" + (f" (id {known})" if known else "")
 
 

@@ -76,7 +76,9 @@ def generate(
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
         settings = {
             "model": model_fingerprint(model, "model"),
-            "data": files.fingerprint(row[name] for row in rows for name in ("query", "reference", "record")),
+            "data": files.fingerprint(
+                str(row[name]) for row in rows for name in ("query", "reference", "record", "query_ids", "input_ids")
+            ),
             "text": asdict(text),
             **sampling,
             "reward": None if reward is None else model_fingerprint(reward, "reward"),
@@ -86,7 +88,7 @@ def generate(
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
             if not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
-                refuse_conversations(json.loads(rows[0]["record"]), "reward")
+                refuse_conversations((row["record"] for row in rows), "reward")
             control = text.special_tokens == "control"
             load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control)
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))

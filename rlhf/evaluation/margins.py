@@ -17,6 +17,7 @@ from rlhf.models.loading import check_reward_model, model_fingerprint
 from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
 
 _BATCHES = 16  # per part
+_TEXTS = ("query", "chosen_text", "rejected_text", "record")
 
 
 def margins(
@@ -42,7 +43,7 @@ def margins(
     with ranks() as processes:
         with processes.first_alone():
             rows = load_comparisons(data, "data", load_tokenizer(reward, PAD_TOKEN, "reward"), text).to_list()
-        contents = (row[column] for row in rows for column in ("query", "chosen_text", "rejected_text", "record"))
+        contents = (str(row[c]) for row in rows for c in (*_TEXTS, "chosen_ids", "rejected_ids"))
         settings = {
             "reward": model_fingerprint(reward, "reward"),
             "data": files.fingerprint(contents),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.models.loading import check_model_path, first_line, load_config, load_generation_config, quiet
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PAD_TOKEN = "[PAD]"
-_EOS_IDS = "rlhf_eos_ids"  # attribute of a loaded tokenizer
+_EOS_IDS, _SPECIAL = "rlhf_eos_ids", "rlhf_special_tokens"  # attributes of a loaded tokenizer
 _SPARE = ("pad", "reserved", "unused", "extra", "unk")  # in the names of tokens that no text uses, the best first
 
 
@@ -50,9 +50,9 @@ def load_tokenizer(
     _set_eos(tokenizer, path, setting, eos_tokens)
     if pad_token is not None or tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": pad_token or PAD_TOKEN})
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in eos_ids(tokenizer):
         raise UserError(
-            f"{setting}: the tokenizer of {path} pads with its EOS token {tokenizer.eos_token!r}, which would hide the "
+            f"{setting}: the tokenizer of {path} pads with its EOS token {tokenizer.pad_token!r}, which would hide the "
             f"end of every response; set model.pad_token to another token, for example '{suggested_pad(tokenizer)}'."
         )
     return tokenizer
@@ -175,8 +175,14 @@ def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Returns the texts and ids of the special tokens of a tokenizer, but that of unknown ones."""
-    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {token: number for token, number in tokens.items() if token != tokenizer.unk_token}
+    known = len(tokenizer), tokenizer.unk_token
+    kept: tuple[Any, dict[str, int]] = getattr(tokenizer, _SPECIAL, (None, {}))
+    if kept[0] != known:  # a vocabulary with thousands of them takes long to list
+        added = tokenizer.added_tokens_decoder.items()
+        tokens = {t.content: number for number, t in added if t.special and t.content != tokenizer.unk_token}
+        kept = (known, tokens)
+        setattr(tokenizer, _SPECIAL, kept)
+    return kept[1]
 
 
 def decode_responses(

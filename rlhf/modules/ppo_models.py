@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +62,7 @@ def check_run(
     """
     for rows in stage_data(trainer).splits.values() if reward_tokenizer is not None else ():
         if len(rows):
-            refuse_conversations(json.loads(rows[0]["record"]), REWARD)
+            refuse_conversations(rows["record"], REWARD)
     if "zero3" in placements and not isinstance(trainer.strategy, Zero2Strategy):
         raise UserError(
             "model.reference_placement and model.reward_placement zero3 need trainer.strategy zero2; use cpu."

@@ -105,7 +105,8 @@ def _arguments(
         signature.bind(**given)
         return [], given
     third = list(parameters.values())[2:3]
-    if third and third[0].default is not third[0].empty and third[0].name != "records":
+    default = third[0].default if third else None
+    if default is not None and default is not inspect.Parameter.empty and third[0].name != "records":
         every = every[:2]  # a setting of the function's own
     try:
         signature.bind(*every)
@@ -122,7 +123,8 @@ def _columns(records: list[dict[str, Any]]) -> list[str]:
 def _items(result: Any) -> list[Any] | None:
     """Returns the items of what a function returned; None if it holds no row of items."""
     if isinstance(result, Tensor):
-        result = result.detach().to("cpu", torch.float64).numpy()
+        result = result.detach().cpu()
+        result = (result.double() if result.is_floating_point() else result).numpy()
     if isinstance(result, np.ndarray) and result.ndim == 0:
         return None
     if isinstance(result, str | bytes | Mapping | set) or not isinstance(result, Iterable):
@@ -137,7 +139,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, list | tuple) and len(value) == 1:
         return _number(value[0])
     try:
-        return None if isinstance(value, str | bytes) else float(value)
+        return None if isinstance(value, str | bytes) or np.iscomplexobj(value) else float(np.float32(value))
     except (TypeError, ValueError):
         return None
 

@@ -111,6 +111,32 @@ def test_conversations_without_an_answer_are_left_out_and_counted(load: Load) ->
         assert len(load(pair, pair | {"rejected": [*BRIEF, say("user", "y")]}, kind="comparisons")) == 1
 
 
+def test_an_empty_answer_is_left_out(load: Load) -> None:
+    good = {"messages": [*BRIEF, say("assistant", "x")]}
+    with pytest.warns(UserWarning, match="an answer without a text: 1, first in record 2"):
+        assert len(load(good, {"messages": [*BRIEF, say("assistant", " ")]})) == 1
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_conversations_of_sharegpt(chat: Any, load: Load, column: str) -> None:
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    assert load({column: turns})[0]["input_ids"] == expected(chat, SUM[:2])
+
+
+def test_prompts_of_pairs_with_a_text_as_prompt_are_conversations(chat: Any, load: Load) -> None:
+    question, sides = say("user", "Salty?"), [say("assistant", "Yes."), say("assistant", "No.")]
+    record = {"prompt": "Salty?", "chosen": [question, sides[0]], "rejected": [question, sides[1]]}
+    row, pair = load(record, kind="prompts")[0], load(record, kind="comparisons")[0]
+    assert row["query_ids"] == pair["chosen_ids"][: len(row["query_ids"])]
+    assert row["reference"] == "Yes."
+
+
+def test_a_completion_of_several_messages_ends_with_its_last_turn(chat: Any, load: Load) -> None:
+    row = load({"prompt": SUM[:1], "completion": SUM[1:]})[0]
+    assert row["input_ids"] == expected(chat, SUM)
+    assert (row["reference"], len(row["turns"])) == ("8", 4)
+
+
 def test_what_follows_the_last_answer_is_left_out(chat: Any, load: Load) -> None:
     assert load({"messages": [*SUM, say("user", "Thanks.")]})[0]["input_ids"] == expected(chat, SUM)
 
@@ -128,13 +154,19 @@ def test_the_loss_is_on_the_last_or_on_every_turn(
     assert data.train_sizes()[0] == [len(counted)]
 
 
-def test_every_turn_is_refused_where_the_template_writes_earlier_ones_in_another_way(
-    chat: Any, attach: Load, write_jsonl: Load
-) -> None:
-    chat.chat_template = (
+@pytest.mark.parametrize(
+    "template",
+    [
         "{% for m in messages %}{{ '> ' if m.role == 'assistant' and loop.last else '' }}{{ m.content }}<|im_end|>"
-        "{% endfor %}{{ '> ' if add_generation_prompt else '' }}"
-    )
+        "{% endfor %}{{ '> ' if add_generation_prompt else '' }}",
+        "{% for m in messages %}{{ m.content }}{{ '!' if m.role == 'assistant' and loop.last else '' }}<|im_end|>"
+        "{% endfor %}",
+    ],
+)
+def test_every_turn_is_refused_where_the_template_writes_earlier_ones_in_another_way(
+    chat: Any, attach: Load, write_jsonl: Load, template: str
+) -> None:
+    chat.chat_template = template
     path = write_jsonl("sum.jsonl", [{"messages": SUM}])
     data = SFTDataModule(Source(path), batch_size=1, micro_batch_size=1)
     with pytest.raises(UserError, match=r"model\.assistant_turns"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -136,9 +137,29 @@ def test_the_columns_of_a_query_are_those_that_its_format_names(demos_of: Load) 
     assert demos_of({"a": "x", "summary": "y"}, query="{a}:")["query"][:] == ["x:"]
 
 
-def test_a_query_format_that_nothing_uses_is_refused(demos_of: Load) -> None:
-    with pytest.raises(UserError, match=r"data\.text\.query is a format of TL;DR records.*set data\.text\.prompt"):
-        demos_of({"prompt": "a", "completion": " b"}, query="Q: {prompt}")
+@pytest.mark.parametrize(
+    ("record", "text", "read"),
+    [
+        ({"prompt": "a", "completion": " b"}, {"query": "Q: {prompt}"}, "prompt, completion"),
+        ({"post": "a", "summary": "b"}, {"query": "{post}", "completion": "{post}"}, "post, summary"),
+        ({"chosen": DIALOGUE + " a", "rejected": DIALOGUE + " b"}, {"completion": "{chosen}"}, "chosen, rejected"),
+    ],
+)
+def test_a_format_that_nothing_uses_is_named(demos_of: Load, record: Any, text: Any, read: str) -> None:
+    name = [*text][-1]
+    with pytest.warns(UserWarning, match=rf"data\.text\.{name} is not used for .*its records are read as {read}\."):
+        demos_of(record, **text)
+
+
+def test_a_text_that_a_format_made_of_messages_is_no_conversation(demos_of: Load) -> None:
+    record = {"prompt": [{"role": "user", "content": "Hi"}], "completion": " x"}
+    row = demos_of(record, prompt="Q: {prompt[0][content]}\nA:")[0]
+    assert (row["query"], json.loads(row["record"])["prompt"]) == ("Q: Hi\nA:", "Q: Hi\nA:")
+
+
+def test_a_bad_record_whose_info_is_a_text_is_left_out(demos_of: Load) -> None:
+    with pytest.warns(UserWarning, match="left out 1 of 2"):
+        demos_of({"prompt": "a", "completion": " b", "info": "x"}, {"prompt": "", "completion": " b", "info": "y"})
 
 
 def test_texts_alone_are_demonstrations_from_their_first_token(demos_of: Load, tokenizer: Any, llama: Any) -> None:

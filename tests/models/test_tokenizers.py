@@ -218,6 +218,15 @@ def test_a_pad_that_is_eos_comes_with_the_name_of_a_spare_token(
     assert load_tokenizer(path, pad).pad_token == pad
 
 
+def test_a_pad_that_is_one_of_several_eos_is_refused(with_files: Callable[..., str], llama_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(llama_tokenizer)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_end|>", "<|fim_pad|>"], "pad_token": "<|im_end|>"}
+    )
+    with pytest.raises(UserError, match=r"pads with its EOS token '<\|im_end\|>'.*for example '<\|fim_pad\|>'"):
+        load_tokenizer(with_files(tokenizer=tokenizer), eos_tokens=["</s>", "<|im_end|>"])
+
+
 def test_a_pad_beyond_the_embedding_comes_with_the_name_of_a_token_that_has_a_row(llama_path: str) -> None:
     tokenizer = load_tokenizer(llama_path)
     rows = tokenizer.pad_token_id

@@ -69,6 +69,9 @@ def test_truth_values_are_numbers() -> None:
         (lambda n: [1.0, None, 1.0], r"returned None .* row 2 of 3 \(counting from 1\), whose response is 'x'"),
         (lambda n: [1.0, 1.0, float("nan")], r"returned nan instead of a number for row 3 of 3"),
         (lambda n: np.array([np.inf, 1, 1]), r"returned inf instead of a number for row 1 of 3"),
+        (lambda n: [1.0, 1e300, 1.0], r"returned 1e\+300 instead of a number for row 2 of 3"),
+        (lambda n: np.array([1, 1j, 1]), r"returned \(1\+0j\) instead of a number for row 1"),
+        (lambda n: torch.tensor([1, 1j, 1]), r"returned \(1\+0j\) instead of a number for row 1"),
         (lambda n: [1.0, "2.0", 1.0], r"returned an object of type str .* row 2"),
         (lambda n: np.array(["a", "b", "c"]), r"returned an object of type str_? .* row 1"),
         (lambda n: np.ones((3, 2)), r"returned an object of type ndarray of shape \(2,\) .* row 1"),
@@ -100,6 +103,10 @@ class Scaled:
         return [self.scale * len(response) for response in responses]
 
 
+def three_by_another_name(queries: list[str], responses: list[str], data: Any = None) -> list[float]:
+    return [float(record["answer"]) for record in data]
+
+
 def two(queries: list[str], responses: list[str]) -> list[float]:
     return [float(len(response)) for response in responses]
 
@@ -129,7 +136,8 @@ def trl_with_a_column(completions: list[str], prompts: list[str], answer: list[i
 @pytest.mark.parametrize(
     "function",
     [
-        two, with_a_setting, three_with_a_default, anything, trl, trl_with_a_column, Scaled(1.0),
+        two, with_a_setting, three_with_a_default,
+        three_by_another_name, anything, trl, trl_with_a_column, Scaled(1.0),
         functools.partial(with_a_setting, scale=1.0), Scaled(1.0).__call__, lambda q, r: [len(x) for x in r],
     ],
 )  # fmt: skip
