@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf.data.chat import answered_ids, conversation_of
+from rlhf.data.chat import answered_ids, conversation_of, refuse_conversations
 from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
@@ -234,3 +235,10 @@ def test_a_record_tells_what_a_scorer_reads(chat: Any, load: Load) -> None:
         assert messages == SUM[:3]
         assert answered_ids(chat, messages, "8") == row["input_ids"]
     assert conversation_of({"prompt": "a text"}) is None
+
+
+def test_a_conversation_anywhere_in_the_data_is_no_text_for_a_foreign_reward_model() -> None:
+    records = [json.dumps({"prompt": prompt}) for prompt in ("a", SUM[:1])]
+    refuse_conversations(records[:1], "reward")
+    with pytest.raises(UserError, match=r"^reward: .*reads no conversations"):
+        refuse_conversations(records, "reward")

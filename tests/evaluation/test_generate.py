@@ -20,6 +20,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.main import main
 from rlhf.data.sources import Source
+from rlhf.data.texts import TextFormat
+from rlhf.errors import UserError
 from rlhf.evaluation import generate as module
 from rlhf.evaluation import resumable
 from rlhf.evaluation.generate import generate
@@ -97,6 +99,19 @@ def test_each_row_has_random_numbers_of_its_own(responses: Callable[..., Any], m
     for seed in (1, 2):
         responses(batch_size=4, seed=seed)
     assert len(torch.cat(given).unique()) == 2 * 11 * 6
+
+
+def test_another_template_in_the_same_file_is_another_setting(
+    chat_path: str, write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    data = Source(write_jsonl("chat.jsonl", [{"prompt": [{"role": "user", "content": "2+2?"}]}]))
+    text = TextFormat(chat_template=str(template))
+    template.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    generate(f"{tmp_path}/t.csv", chat_path, data, text, 4)
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    with pytest.raises(UserError, match="made with other settings"):
+        generate(f"{tmp_path}/t.csv", chat_path, data, text, 4)
 
 
 def test_a_tokenizer_that_pads_with_eos(model_path: str, responses: Callable[..., Any], tmp_path: Path) -> None:
