@@ -28,7 +28,7 @@ def accuracy_table(pairs: Iterable[dict[str, Any]]) -> pd.DataFrame:
     for split, part in frame.groupby("split"):
         groups = [("all", "", part)]
         for column in ("batch", "confidence"):
-            groups += [(column, value, group) for value, group in part.groupby(column)]
+            groups += [(column, value, group) for value, group in part.groupby(column) if value != ""]
         rows += [(split, kind, value, len(g), *proportion(g["correct"].mean(), len(g))) for kind, value, g in groups]
     return pd.DataFrame(rows, columns=["split", "group", "value", "pairs", "accuracy", "low", "high"])
 

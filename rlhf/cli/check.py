@@ -1,5 +1,6 @@
 """Tries one update of a config, and shows all that can be known before hours are spent on it."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing_extensions import override
 from rlhf.callbacks.findings import INVARIANTS
 from rlhf.callbacks.invariants import Invariants
 from rlhf.cli.parsing import message_of
+from rlhf.data.chat import conversation_of
 from rlhf.data.doubts import doubts, overlap
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
@@ -115,7 +117,7 @@ def _now(module: LightningModule) -> float:
 def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     tokenizer = module.tokenizer
     ends = "; ".join(f"{tokenizer.convert_ids_to_tokens(id_)!r}, id {id_}" for id_ in eos_ids(tokenizer))
-    other = eos_disagreement(tokenizer, module.model_path, "model.model_path")
+    other = "" if module.eos_tokens else eos_disagreement(tokenizer, module.model_path, "model.model_path")
     yield Row("tokens", "EOS", f"{ends}; {other}" if other else ends, "look" if other else "ok")
     pad, same = f"{tokenizer.pad_token!r}, id {tokenizer.pad_token_id}", tokenizer.pad_token == tokenizer.bos_token
     yield Row("tokens", "PAD", f"{pad}; it is BOS, too" if same else pad, "look" if same else "ok")
@@ -125,8 +127,10 @@ def _token_rows(module: StageModule, data: StageDataModule) -> Iterator[Row]:
     yield Row("tokens", "embedding", f"{rows} rows for {len(tokenizer)} tokens{added}")
     for split in [*data.splits.values()][:1]:
         queries = split["query"][:100]
-        spaces = sum(query != query.rstrip() for query in queries)
-        text = f"; {spaces} of {len(queries)} end in white space" if spaces else ""
+        if conversation_of(json.loads(split["record"][0])):
+            queries = tokenizer.batch_decode(split["query_ids"][:100])  # with what the template writes
+        spaces = sum(query != query.rstrip(" \t") for query in queries)
+        text = f"; {spaces} of {len(queries)} end in a blank" if spaces else ""
         yield Row("tokens", "end of a query", f"{queries[0][-12:]!r}{text}", "look" if spaces else "ok")
 
 

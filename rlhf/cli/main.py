@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -87,7 +88,10 @@ def _call(command: str, words: list[str]) -> None:
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=True)
     config = parse(parser, words)
     config.pop("config", None)
-    function(**vars(parser.instantiate(config)))
+    try:
+        function(**vars(parser.instantiate(config)))
+    except UserError as error:  # settings have other names here than in a stage
+        raise UserError(re.sub(r"\b(data\.(?=text\.)|model\.(?=eos_tokens))", "", str(error))) from error
 
 
 def _quiet() -> None:

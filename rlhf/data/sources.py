@@ -87,7 +87,10 @@ def _advice(dataset: Dataset, choices: Schemas, setting: str) -> str:
                 return f"; take columns out of {name!r} with {setting}.columns: {{{found[0]}: {name}.{found[0]}}}"
     there = set(dataset.column_names)
     enough = any(len(set(needed) - there) <= len(there - set(needed)) for needed in choices.values())
-    return f"; rename columns with {setting}.columns" if enough else ""
+    if not enough:
+        return ""
+    formats = ", or put them together with data.text.prompt and data.text.completion" if "plain" in choices else ""
+    return f"; rename columns with {setting}.columns{formats}"
 
 
 def _inner_feature(dataset: Dataset, name: str, where: str) -> Any:
@@ -181,7 +184,7 @@ def _files(path: Path, split: str, setting: str) -> list[Path]:
             files = [f for f in sorted((path / split).iterdir()) if parse_name(f).kind]
         if not files:
             found = _names(f.name for f in there)
-            raise UserError(f"{setting}: {path} has no {split}.jsonl, .parquet or .csv; it has {found}.")
+            raise UserError(f"{setting}: {path} has no {split}.jsonl or other file of that name; it has {found}.")
         if len({parse_name(f)[1:] for f in files}) > 1 or len({f.parent for f in files}) > 1:
             names = _names(str(f.relative_to(path)) for f in files)
             raise UserError(f"{setting}: {path} has {names}; keep one format per split.")

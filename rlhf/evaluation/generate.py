@@ -125,13 +125,17 @@ def _sampler(
             "response": decode_responses(tokenizer, [row["query_ids"] for row in rows], tokens),
             "reference": [row["reference"] for row in rows],
             "tokens": lengths,
-            "reference_tokens": [len(row["input_ids"]) - row["response_start"] for row in rows],
+            "reference_tokens": [_reference_tokens(row) for row in rows],
             "has_eos": has_eos,
             "record": [row["record"] for row in rows],
             "response_ids": tokens,
         })  # fmt: skip
 
     return respond
+
+
+def _reference_tokens(row: Row) -> int:
+    return len(row["input_ids"]) - row["response_start"] if row["reference"] else 0
 
 
 def _id_of(row: Row) -> str:
@@ -143,7 +147,8 @@ def _scores(scorer: RewardScorer, tokenizer: Any, rows: list[Row]) -> pd.DataFra
     # The very tokens that were sampled: PPO scores them too, and tokens of their text could be others.
     scores = scorer.score_ids([[*row["query_ids"], *map(int, row["response_ids"])] for row in rows])
     references = scorer.score_ids(whole_sequences(tokenizer, rows, "input_ids", "reference", scorer.control))
-    return pd.DataFrame({"score": scores, "reference_score": references})
+    there = [bool(row["reference"]) for row in rows]  # of mere prompts there is none
+    return pd.DataFrame({"score": scores, "reference_score": pd.Series(references, dtype=float).where(there)})
 
 
 def _with_gold(table: pd.DataFrame) -> pd.DataFrame:

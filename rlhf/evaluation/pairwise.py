@@ -102,7 +102,20 @@ def _join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
         id=ours["id"].astype(str) if "id" in ours else [str(number) for number in range(len(ours))],
         record=ours.get("record", "{}"),
     )
-    return left.merge(_side("b", theirs, b).drop(columns="b_has_eos", errors="ignore"), on="query")
+    joined = left.merge(_side("b", theirs, b).drop(columns="b_has_eos", errors="ignore"), on="query")
+    for side, candidate in (("a", a), ("b", b)):
+        joined = _with_reference(joined, side, candidate)
+    return joined
+
+
+def _with_reference(joined: pd.DataFrame, side: str, candidate: Candidate) -> pd.DataFrame:
+    """Leaves out rows without a reference, which are of mere prompts; an empty response is one that loses."""
+    missing = joined[side].str.strip() == "" if candidate.column == "reference" else pd.Series(False, joined.index)
+    if missing.all():
+        raise UserError(f"{side}.table: {candidate.table} has no reference in any row, as of mere prompts.")
+    if missing.any():
+        print(f"{side}.table: {missing.sum()} of {len(joined)} rows have no reference; left out.")
+    return joined[~missing].reset_index(drop=True)
 
 
 def _side(side: str, table: pd.DataFrame, candidate: Candidate) -> pd.DataFrame:

@@ -68,9 +68,13 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 
 def check_language_model(path: str, setting: str) -> PreTrainedConfig:
     """Returns the configuration of a language model, and refuses a reward model: its output layer would be random."""
+    from transformers import AutoModelForCausalLM
+
     config = load_config(path, setting)
     if is_classifier(config):
         raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{setting}: {path} is of type {config.model_type}, which is no causal language model.")
     return config
 
 

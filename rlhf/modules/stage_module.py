@@ -57,6 +57,7 @@ class StageModule(LightningModule):
         self.model_path = model_path
         self.optimization = optimization
         self.activation_checkpointing = activation_checkpointing
+        self.eos_tokens = eos_tokens
         self.tokenizer = load_tokenizer(model_path, pad_token, eos_tokens=eos_tokens)
         self.model_config = load_config(model_path, "model.model_path")
         rehearse_export(model_path, self.tokenizer)

@@ -234,4 +234,4 @@ def test_tokens_that_deserve_a_look(
     assert f"EOS │ '</s>', id 2; but the configuration of {folder} names '<0x0A>', id 13 │ look" in shown
     assert "PAD │ '<s>', id 1; it is BOS, too │ look" in shown
     _, shown = check("sft", *words, "--model.eos_tokens=['</s>', '<0x0A>']", "--model.resize_embeddings=true")
-    assert "EOS │ '</s>', id 2; '<0x0A>', id 13; but the" in shown
+    assert "EOS │ '</s>', id 2; '<0x0A>', id 13 │ ok" in shown

@@ -186,7 +186,7 @@ def two_formats(folder: Path) -> Source:
         (file_with("a.csv", "prompt,completion\n"), r"a\.csv \(train\) is empty"),
         (file_with("a.txt", "text"), r"a\.txt is none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
         (file_with("a.parquet", "text"), r"a\.parquet cannot be read: .*Parquet"),
-        (missing_split, r"has no test\.jsonl, \.parquet or \.csv; it has train\.jsonl, validation\.jsonl"),
+        (missing_split, r"has no test\.jsonl or other file of that name; it has train\.jsonl, validation\.jsonl"),
         (missing_saved_split, "has no split 'valid'; it has train, test"),
         (field_of_a_table, r"\.field is for JSON files, and .*a\.csv is none"),
         (two_formats, r"has train\.jsonl, train\.jsonl\.gz; keep one format per split"),
@@ -232,7 +232,11 @@ def test_missing_columns_are_reported_beside_those_that_are_there() -> None:
     [
         ([{"chosen": "a", "rejected": "b"}], None),
         ([{"prompt": "a"}], None),
-        ([{"question": "a", "answer": "b", "id": 1}], "rename columns with data.train.columns"),
+        (
+            [{"question": "a", "answer": "b", "id": 1}],
+            "rename columns with data.train.columns, or put them together with data.text.prompt and "
+            "data.text.completion",
+        ),
         (
             [{"data": {"prompt": "a", "x": 1}, "id": 1}],
             "take columns out of 'data' with data.train.columns: {prompt: data.prompt}",

@@ -83,10 +83,11 @@ def test_columns_of_a_judged_table(model_path: str, reward_path: str, write_json
 
 def test_empty_and_equal_texts_are_decided_by_rule(tmp_path: Path) -> None:
     texts = [("", "r"), (" \n", "r"), ("x", ""), ("", ""), ("same", " same "), ("a b", "r")]
-    rows = pd.DataFrame(texts, columns=["response", "reference"]).assign(query=list("uvwxyz"))
-    write_table(rows, tmp_path / "t.csv")
-    path = str(tmp_path / "t.csv")
-    table = judge(str(tmp_path / "j.csv"), Candidate(path), Candidate(path, "reference"), Scripted())
+    rows = pd.DataFrame(texts, columns=["ours", "response"]).assign(query=list("uvwxyz"))
+    for name in ("ours", "response"):
+        write_table(rows[["query", name]].set_axis(["query", "response"], axis=1), tmp_path / f"{name}.csv")
+    ours, theirs = (Candidate(f"{tmp_path}/{name}.csv") for name in ("ours", "response"))
+    table = judge(str(tmp_path / "j.csv"), ours, theirs, Scripted())
     assert table["outcome"].tolist() == [0, 0, 1, 0.5, 0.5, 0.5]
     assert table["asked"].tolist() == [False] * 5 + [True]
     said = summarise(table)
@@ -222,3 +223,35 @@ def test_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "file of the" in shown
     assert "--output" in shown
+
+
+def test_mere_prompts_have_no_reference_to_win_against(
+    model_path: str, reward_path: str, write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--{side}.table={tmp_path}/t.csv" for side in "ab"] + ["--b.column=reference", "--judge=RewardJudge"]
+    words += [f"--judge.model={reward_path}", f"--output={tmp_path}/j.csv"]
+    prompts: list[dict[str, str]] = [{"prompt": f"Number {n}?"} for n in range(3)]
+    source = Source(write_jsonl("p.jsonl", [prompts[0], prompts[1], prompts[2] | {"completion": " two"}]))
+    made = generate(f"{tmp_path}/t.csv", model_path, source, response_length=4, reward=reward_path)
+    assert made["reference_tokens"].gt(0).tolist() == [False, False, True]
+    assert made["reference_score"].notna().tolist() == [False, False, True]
+    main(["judge", *words])
+    assert "b.table: 2 of 3 rows have no reference; left out." in capsys.readouterr().out
+    assert len(read_table(tmp_path / "j.csv", "x")) == 1
+    made["reference"] = ""
+    write_table(made, tmp_path / "t.csv")
+    with pytest.raises(SystemExit):
+        main(["judge", *words[:-1], f"--output={tmp_path}/k.csv"])
+    assert "has no reference in any row" in capsys.readouterr().err
+
+
+def test_messages_name_the_options_of_their_command(
+    model_path: str, write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl("long.jsonl", [{"prompt": "number " * 60}])
+    with pytest.raises(SystemExit):
+        words = [f"--data={{path: {path}}}", f"--model={model_path}", "--text.max_query_length=8"]
+        main(["generate", *words, f"--output={tmp_path}/t.csv"])
+    said = capsys.readouterr().err
+    assert "raise text.max_query_length, or set text.drop_unfittable" in said
+    assert "data.text" not in said

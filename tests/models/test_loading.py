@@ -50,7 +50,7 @@ def test_missing_weights_are_named(model_path: str, tmp_path: Path) -> None:
 
 def test_a_model_that_is_no_causal_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UserError, match=r"model\.some_path.*cannot be loaded"):
+    with pytest.raises(UserError, match=r"model\.some_path.* is of type vit, which is no causal language model"):
         load_causal_lm(str(tmp_path), SETTING)
 
 
@@ -80,3 +80,14 @@ def test_an_evaluation_changes_no_weight_of_rwkv(tmp_path: Path) -> None:
     model(torch.tensor([[1, 2, 3]]))
     weights = model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
+
+
+def test_a_small_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=64, is_decoder=False, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^model\.model_path: .* is no causal language model: .* depends on later ones"
+    ):
+        load_causal_lm(str(tmp_path))
