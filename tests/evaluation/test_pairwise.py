@@ -249,8 +249,8 @@ def test_messages_name_the_options_of_their_command(
     model_path: str, write_jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_jsonl("long.jsonl", [{"prompt": "number " * 60}])
+    words = [f"--data={{path: {path}}}", f"--model={model_path}", "--text.max_query_length=8"]
     with pytest.raises(SystemExit):
-        words = [f"--data={{path: {path}}}", f"--model={model_path}", "--text.max_query_length=8"]
         main(["generate", *words, f"--output={tmp_path}/t.csv"])
     said = capsys.readouterr().err
     assert "raise text.max_query_length, or set text.drop_unfittable" in said
