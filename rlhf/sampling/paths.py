@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 READERS: tuple[type[Reader], ...] = (KeyValueReader, StateReader, WholeReader)  # the fastest first
 TOKENS, STEPS, SAME = 11, 4, 5  # of each of two rows; those that are read one by one; those that both rows end with
-# How far logits may be off, as a share of what another context changes. In float32 right readers are off by at most 6e-6,
-# steps that drift away from a whole forward (Zamba 2) by 5e-5, wrong ones by 0.2 or more; in bfloat16 right ones by up
-# to 0.2, as experts may change.
+# How far logits may be off, as a share of what another context changes. In float32 right readers are off by at most
+# 6e-6, steps that drift away from a whole forward (Zamba 2) by 5e-5, wrong ones by 0.2 or more; in bfloat16 right ones
+# by up to 0.2, as experts may change.
 EXACT, ROUNDED = 2e-5, 0.3
 IMPOSSIBLE = -1e4  # logits below are those of tokens that a model never predicts, down to minus infinity
 
