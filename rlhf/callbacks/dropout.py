@@ -52,7 +52,7 @@ def draws_random_numbers(model: nn.Module) -> bool:
     return not torch.equal(before, _after_forward(model, device))
 
 
-def calm(model: nn.Module) -> int:
+def keep_in_evaluation_mode(model: nn.Module) -> int:
     """Keeps the parts of a model that still draw random numbers in evaluation mode, and returns how many there are.
 
     These are routers of experts: they add noise to their input, or choose experts at random, in training mode only. The
@@ -132,7 +132,7 @@ class DisableDropout(Callback):
         if found := disable_dropout(pl_module):
             rank_zero_info(f"Dropout: switched off in {found} places.")
         for network in _networks(pl_module):
-            if draws_random_numbers(network) and (noisy := calm(network)):
+            if draws_random_numbers(network) and (noisy := keep_in_evaluation_mode(network)):
                 rank_zero_info(f"Random routing of experts: {noisy} parts stay in evaluation mode.")
             if draws_random_numbers(network):
                 raise UserError(

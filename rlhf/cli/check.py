@@ -17,7 +17,7 @@ from rlhf.callbacks.findings import INVARIANTS
 from rlhf.callbacks.invariants import Invariants
 from rlhf.cli.parsing import message_of
 from rlhf.data.chat import conversation_of
-from rlhf.data.doubts import doubts, overlap
+from rlhf.data.quality import overlap, quality_issues
 from rlhf.data.stage_data import StageDataModule
 from rlhf.data.token_budget import workload
 from rlhf.data.tokenising import lengths
@@ -155,8 +155,8 @@ def _data_rows(data: StageDataModule) -> Iterator[Row]:
         yield Row("data", name, "; ".join(parts))
         cut = sum(split["truncated"][:])
         share = cut / len(split)
-        for doubt in doubts(split, data.text.special_tokens == "control"):
-            yield Row("data", f"{name}: {doubt.what}", f"{doubt.found} ({doubt.found / len(split):.1%})", "look")
+        for issue in quality_issues(split, data.text.special_tokens == "control"):
+            yield Row("data", f"{name}: {issue.what}", f"{issue.found} ({issue.found / len(split):.1%})", "look")
         if name not in ("train", "demonstrations") and (again := overlap(split, data.splits["train"])):
             yield Row("data", f"{name}: records of train", f"{again} ({again / len(split):.1%})", "look")
         yield Row("data", f"{name}: responses cut off", f"{cut} ({share:.1%})", "look" if share > 0.05 else "ok")

@@ -67,7 +67,7 @@ def comparison_schemas(text: TextFormat) -> Schemas:
 
 
 class Query(NamedTuple):
-    """What a response answers."""
+    """The text or conversation that a response answers."""
 
     text: str  # in readable form
     ids: list[int]
@@ -250,7 +250,7 @@ def _filled(record: Record, column: str, template: str | None, text: TextFormat)
 
 
 def _query(prompt: Text, response: Text, tokenizer: PreTrainedTokenizerBase, text: TextFormat) -> Query:
-    """Tokenises what a response answers, as a conversation if one of them is."""
+    """Tokenises a prompt, as a conversation if it or the response is one."""
     if isinstance(prompt, str) and isinstance(response, str):
         return Query(prompt, plain_query(prompt, tokenizer, text))
     messages = _messages(prompt, "user")

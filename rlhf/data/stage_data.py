@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import PositiveInt
 from typing_extensions import override
 
-from rlhf.data.doubts import overlap
 from rlhf.data.loaders import Collate, Loader, Plan, Plans, accumulation, global_batches, loader, rank_rows, train_plans
+from rlhf.data.quality import overlap
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.token_budget import auto_tokens

@@ -14,7 +14,6 @@ from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rlhf.data.chat import as_messages, is_conversation, take_chat_template
-from rlhf.data.doubts import doubts
 from rlhf.data.formats import (
     comparison,
     comparison_schemas,
@@ -22,6 +21,7 @@ from rlhf.data.formats import (
     demonstration_schemas,
     prompt_schemas,
 )
+from rlhf.data.quality import quality_issues
 from rlhf.data.sources import Schemas, Source, find_columns, load_records
 from rlhf.data.texts import BadRecordError, Record, TextFormat, UnfittableError, fields_of
 from rlhf.errors import UserError
@@ -160,6 +160,6 @@ def _without_bad_records(raw: Dataset, done: Dataset, name: str, control: bool) 
     if truncated := sum(done["truncated"][:]):
         share = f"{truncated} of {len(problems)} responses ({truncated / len(problems):.1%})"
         rank_zero_info(f"{name}: {share} are longer than their maximum; they lost their end and EOS.")
-    for doubt in doubts(done, control):
-        rank_zero_warn(f"{name}: {doubt.sentence}")
+    for issue in quality_issues(done, control):
+        rank_zero_warn(f"{name}: {issue.sentence}")
     return done.remove_columns("problem")

@@ -46,7 +46,7 @@ class Reader(ABC):
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Goes on with some rows only, bool `(B,)`."""
+        """Drops all rows but some, bool `(B,)`."""
 
 
 class KeyValueReader(Reader):

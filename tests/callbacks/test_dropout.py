@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from rlhf.callbacks.dropout import DisableDropout, calm, disable_dropout, draws_random_numbers
+from rlhf.callbacks.dropout import DisableDropout, disable_dropout, draws_random_numbers, keep_in_evaluation_mode
 from rlhf.errors import UserError
 from rlhf.models.scalar_model import ScalarModel
 
@@ -140,7 +140,7 @@ def test_routers_are_deterministic_and_compute_what_they_do_in_evaluation(
     DisableDropout().on_fit_start(None, Module(model))  # type: ignore[arg-type]
     assert not draws_random_numbers(model)
     assert torch.equal(model.train()(ids).logits, expected)
-    assert calm(model) == 0
+    assert keep_in_evaluation_mode(model) == 0
 
 
 class Hidden(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from rlhf.data.demonstrations import SFTDataModule
-from rlhf.data.doubts import doubts, overlap
+from rlhf.data.quality import overlap, quality_issues
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons, load_demonstrations
@@ -186,7 +186,7 @@ def test_a_separator_stands_between_prompt_and_completion(demos_of: Load, pairs_
 
 def test_odd_pairs_are_counted(pairs_of: Load) -> None:
     def found(*records: Any, **text: Any) -> dict[str, int]:
-        return {doubt.what: doubt.found for doubt in doubts(pairs_of(*records, **text), control=False)}
+        return {issue.what: issue.found for issue in quality_issues(pairs_of(*records, **text), control=False)}
 
     pairs = [(" good", " good "), (" x", " y"), (" y", " x"), (" z", " x")]
     records = [{"prompt": "P", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]

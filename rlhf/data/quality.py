@@ -1,4 +1,4 @@
-"""What is odd about tokenised data without being an error: it is counted, and shown."""
+"""Problems of tokenised data that are no errors: they are counted and shown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Doubt(NamedTuple):
-    """Rows that deserve a look: how many of how many, what is odd about them, and what to do."""
+class QualityIssue(NamedTuple):
+    """A problem of some rows: how many of how many have it, what it is, and what to do."""
 
     found: int
     rows: int
@@ -19,7 +19,7 @@ class Doubt(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What a warning says."""
+        """The text of a warning."""
         return f"{self.found} of {self.rows} {self.what}; {self.advice}."
 
 
@@ -38,25 +38,27 @@ _SPECIAL = {
 }
 
 
-def doubts(rows: Dataset, control: bool) -> Iterator[Doubt]:
-    """Yields what is odd about the rows of a split.
+def quality_issues(rows: Dataset, control: bool) -> Iterator[QualityIssue]:
+    """Yields the problems that rows of a split have.
 
     Args:
         control: whether special tokens in texts become control ids.
     """
     for flag, (what, advice) in _FLAGS.items():
         if flag in rows.column_names and (count := sum(filter(None, rows[flag][:]))):
-            yield Doubt(count, len(rows), what, advice or _SPECIAL[control])
+            yield QualityIssue(count, len(rows), what, advice or _SPECIAL[control])
     if "chosen_text" in rows.column_names:
         keys = [*_keys(rows, "query", "chosen_text", "rejected_text")]
         known = set(keys)
         turned = _keys(rows, "query", "rejected_text", "chosen_text")
         if count := sum(key in known for key in turned):
-            yield Doubt(count, len(rows), "pairs contradict another one", "the same two texts are preferred both ways")
+            yield QualityIssue(
+                count, len(rows), "pairs contradict another one", "the same two texts are preferred both ways"
+            )
 
 
 def overlap(rows: Dataset, train: Dataset) -> int:
-    """Counts the rows that stand in the training data, too."""
+    """Counts the rows that the training data has, too."""
     columns = [c for c in ("query", "reference", "chosen_text", "rejected_text") if c in rows.column_names]
     known = set(_keys(train, *columns))
     return sum(key in known for key in _keys(rows, *columns))
