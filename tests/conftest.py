@@ -19,6 +19,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from tokenizers.processors import TemplateProcessing
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from rlhf.cli.main import main
 from rlhf.data.comparisons import PreferenceDataModule
@@ -41,11 +43,51 @@ torch.set_num_threads(1)
 logging.raiseExceptions = False  # handlers of libraries outlive the stream that a test captured
 
 
+ON_DEVICE = {"ops", "models", "sampling"}  # folders of tests whose tensors `--device` makes on that device
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Lets the tests run on a GPU: `pytest --device cuda tests/ops tests/models tests/sampling tests/modules`."""
+    parser.addoption("--device", default="cpu", help="where tensors of ops, models and sampling, and Trainers, are")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device under test."""
+    return str(request.config.getoption("--device"))
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Every test begins with the same random numbers, whichever tests ran before it in its process."""
     os.environ.pop("PL_GLOBAL_SEED", None)
     torch.manual_seed(0)
+
+
+class OnDevice(TorchFunctionMode):
+    """Makes every new tensor on the CPU, so that random numbers are the same everywhere, and moves it to a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every call of a function of torch."""
+        kwargs = kwargs or {}
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "device": "cpu"})
+        return made.detach().to(self.device).requires_grad_(made.requires_grad)
+
+
+@pytest.fixture(autouse=True)
+def on_device(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
+    """Makes the tensors of a test on the device under test."""
+    if device == "cpu" or request.path.parent.name not in ON_DEVICE:
+        yield
+        return
+    with OnDevice(device):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -249,13 +291,13 @@ def batch_of() -> Callable[..., Batch]:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """A quiet Trainer on the CPU, from a fixed seed."""
+def trainer(tmp_path: Path, device: str) -> Callable[..., Trainer]:
+    """A quiet Trainer on the device under test, from a fixed seed."""
 
     def make(**settings: Any) -> Trainer:
         L.seed_everything(7, verbose=False)
         defaults: dict[str, Any] = {
-            "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
+            "accelerator": device, "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
             "default_root_dir": tmp_path / "run",
         }  # fmt: skip

@@ -116,8 +116,9 @@ def measure(task: Task, begin: Callable[[], None], end: Callable[[Row], None], *
     L.seed_everything(1, verbose=False)
     folder = Path(task.folder)
     ppo = PPOSettings(
-        response_length=task.response_length, temperature=task.temperature, ppo_epochs=task.ppo_epochs, minibatches=1
-    )
+        response_length=task.response_length, temperature=task.temperature, ppo_epochs=task.ppo_epochs, minibatches=1,
+        **task.ppo,
+    )  # fmt: skip
     module = PPOModule(
         str(folder / "policy"),
         reward_path=str(folder / "reward"),

@@ -31,6 +31,7 @@ class Task:
         updates: how many, the first one included, which is not counted.
         micro: TRL's `per_device_train_batch_size`.
         data: settings of our DataModule beside the batch size.
+        ppo: settings of our `PPOSettings` beside those that both sides share.
         precision: as Lightning names it.
         device: `cpu` or `cuda`.
         response_length, temperature, ppo_epochs, learning_rate: the paper's, on both sides.
@@ -41,6 +42,7 @@ class Task:
     updates: int = 5
     micro: int = 8
     data: dict[str, Any] = field(default_factory=dict)
+    ppo: dict[str, Any] = field(default_factory=dict)
     precision: str = "32-true"
     device: str = "cpu"
     threads: int = 1

@@ -1,0 +1,172 @@
+"""Measures a GPU, in parts of at most eight minutes each.
+
+    python benchmarks/gpu.py --list
+    python benchmarks/gpu.py --part ppo
+    python benchmarks/gpu.py --part ppo --rehearse       # the same on a CPU, with a model of a few thousand weights
+
+Needs no network. After each case it prints a row for `benchmarks/RESULTS.md` with the device's name, so that a part that
+is cut short has still given its rows; `--logs FOLDER` keeps what the cases print. Ends with status 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ["tests/ops", "tests/models", "tests/sampling", "tests/modules"]
+BANDWIDTH = {"H200": 4800.0, "H100": 3350.0, "A100": 2039.0}  # GB/s, from their data sheets
+GRAPHS = '{"cuda_graphs": true}'
+
+
+class Case(NamedTuple):
+    """A command, what it is called in its row, and how its output becomes the rest of the row."""
+
+    name: str
+    words: list[str]
+    rehearsal: list[str]
+    row: Callable[[str], str]
+
+
+def tests_row(output: str) -> str:
+    """The summary of pytest."""
+    lines = [line.strip("= ") for line in output.splitlines() if " passed" in line or " failed" in line]
+    return lines[-1] if lines else "no summary"
+
+
+def ppo_row(output: str) -> str:
+    """Episodes/s, shares of the limits, peak memory, and the ratio to TRL."""
+    found = json.loads(output.splitlines()[-1])
+    cells = []
+    for regime in (r for r in ("full", "early") if r in found):
+        for side, row in found[regime]["medians"].items():
+            of = {name: f"{row[name]:.1%}" for name in ("sampling_of_bandwidth", "training_mfu") if name in row}
+            cells.append(
+                f"{regime}, {side}: {row['episodes_per_second']:.2f} episodes/s, sampling {row['sampling']:.2f} s "
+                f"{of}, update {row['seconds']:.2f} s, {row['peak_device_gib']:.1f} GiB"
+            )
+        if ratio := found[regime]["ratio"]:
+            cells.append(f"ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    return "; ".join(cells)
+
+
+def sampling_row(output: str) -> str:
+    """Tokens/s and share of the bandwidth of each way."""
+    found = json.loads(output.splitlines()[-1])
+    return "; ".join(
+        f"{regime}, {way}: {x['tokens_per_second']:,.0f} tokens/s, {x['share_of_bandwidth']:.1%} of the bandwidth, "
+        f"{x['times_generate']:.2f} x generate"
+        for regime, ways in found.items()
+        for way, x in ways.items()
+    )
+
+
+def placements_row(output: str) -> str:
+    """Its own rows."""
+    return "\n".join(line for line in output.splitlines() if line.startswith("|"))
+
+
+def update(name: str, *words: str, batch: int = 64, updates: int = 3, sides: str = "ours") -> Case:
+    """Updates of PPO at the 1B shape."""
+    bandwidth = next((str(b) for d, b in BANDWIDTH.items() if d in device_name()), str(BANDWIDTH["H100"]))
+    command = [
+        "benchmarks/ppo_throughput.py", "--sides", *sides.split(), "--updates", str(updates), "--regime", "full", *words,
+    ]  # fmt: skip
+    full = [
+        "--shape", "1b", "--device", "cuda", "--precision", "bf16-mixed", "--batch", str(batch), "--micro", "16",
+        "--peak_bandwidth", bandwidth, "--data", '{"micro_batch_size": 16, "rollout_batch_size": 64}',
+    ]  # fmt: skip
+    return Case(name, [*command, *full], [*command, "--shape", "test", "--batch", "4", "--micro", "2"], ppo_row)
+
+
+def draws(name: str, *words: str) -> Case:
+    """Sampling at the 1B shape."""
+    bandwidth = next((str(b) for d, b in BANDWIDTH.items() if d in device_name()), str(BANDWIDTH["H100"]))
+    command = ["benchmarks/sampling.py", "--rounds", "3"]
+    full = ["--shape", "1b", "--device", "cuda", "--peak_bandwidth", bandwidth, *words]
+    return Case(name, [*command, *full], [*command, "--shape", "test", "--rows", "4"], sampling_row)
+
+
+def parts() -> dict[str, list[Case]]:
+    """Every part and its cases."""
+    options = ["-m", "pytest", "-p", "no:cacheprovider"]
+    folders = [Case(f, [*options, "--device", "cuda", "-n", "8", f], [*options, f, "-x"], tests_row) for f in FOLDERS]
+    places = ["benchmarks/placements.py"]
+    return {
+        "tests": folders,
+        "ppo": [
+            update("64 episodes"),
+            update("64 episodes, cuda_graphs", "--ppo", GRAPHS),
+            update("512 episodes, cuda_graphs", "--ppo", GRAPHS, batch=512, updates=1),
+        ],
+        "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
+        "trl": [update("64 episodes", "--ppo", GRAPHS, sides="ours trl", updates=2)],
+        "placements": [
+            Case(
+                "ZeRO-2", [*places, "--size", "1b", "--episodes", "64", "--micro_batch", "16", "--rollout_batch", "64"],
+                places, placements_row,
+            ),
+        ],
+    }  # fmt: skip
+
+
+def device_name() -> str:
+    """Of the GPU, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def run(case: Case, rehearse: bool, limit: float, log: Path | None) -> bool:
+    """Runs a case, prints its row, and tells whether it succeeded."""
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    try:
+        done: Any = subprocess.run(
+            [sys.executable, *(case.rehearsal if rehearse else case.words)], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=limit, env=environment,
+        )  # fmt: skip
+        output, failed = done.stdout, done.returncode != 0
+    except subprocess.TimeoutExpired as error:
+        output, failed = (error.stdout or b"").decode() + f"\nstopped after {limit:.0f} s", True
+    if log is not None:
+        log.write_text(output)
+    try:
+        row = case.row(output) if not failed or case.row is tests_row else output[-1500:]
+    except (ValueError, LookupError):
+        row = output[-1500:]
+    print(f"| {device_name()} | {case.name} | {row} | {time.monotonic() - start:.0f} s |", flush=True)
+    return not failed
+
+
+def main() -> None:
+    """Run the chosen parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=parts(), default=[])
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a case")
+    parser.add_argument("--logs", type=Path, help="folder for the output of the cases")
+    options = parser.parse_args()
+    if options.list:
+        for part, cases in parts().items():
+            print(part, *(f"  {case.name}: {' '.join(case.words)}" for case in cases), sep="\n")
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
+    good = True
+    for part in options.part:
+        for number, case in enumerate(parts()[part]):
+            log = options.logs / f"{part}{number}.log" if options.logs else None
+            good = run(case, options.rehearse, options.limit, log) and good
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
