@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --part ppo
     python benchmarks/gpu.py --part ppo --rehearse       # the same on a CPU, with a model of a few thousand weights
 
-Needs no network. After each case it prints a row for `benchmarks/RESULTS.md` with the device's name, so that a part that
-is cut short has still given its rows; `--logs FOLDER` keeps what the cases print. Ends with status 1 if a case failed.
+Needs no network. After each case it prints a row for `benchmarks/RESULTS.md` with the device's name, so that a part
+that is cut short has still given its rows; `--logs FOLDER` keeps what the cases print. Ends with status 1 if a case
+failed.
 """
 
 from __future__ import annotations
@@ -75,17 +76,19 @@ def placements_row(output: str) -> str:
     return "\n".join(line for line in output.splitlines() if line.startswith("|"))
 
 
-def update(name: str, *words: str, batch: int = 64, updates: int = 3, sides: str = "ours") -> Case:
+def update(name: str, *words: str, batch: int = 64, rows: int = 16, updates: int = 3, sides: str = "ours") -> Case:
     """Updates of PPO at the 1B shape."""
     bandwidth = next((str(b) for d, b in BANDWIDTH.items() if d in device_name()), str(BANDWIDTH["H100"]))
     command = [
-        "benchmarks/ppo_throughput.py", "--sides", *sides.split(), "--updates", str(updates), "--regime", "full", *words,
+        "benchmarks/ppo_throughput.py", "--sides", *sides.split(), "--updates", str(updates), "--regime", "full",
+        *words,
     ]  # fmt: skip
     full = [
         "--shape", "1b", "--device", "cuda", "--precision", "bf16-mixed", "--batch", str(batch), "--micro", "16",
-        "--peak_bandwidth", bandwidth, "--data", '{"micro_batch_size": 16, "rollout_batch_size": 64}',
+        "--peak_bandwidth", bandwidth, "--data", f'{{"micro_batch_size": {rows}, "rollout_batch_size": 64}}',
     ]  # fmt: skip
-    return Case(name, [*command, *full], [*command, "--shape", "test", "--batch", "4", "--micro", "2"], ppo_row)
+    tiny = ["--shape", "test", "--batch", "4", "--micro", "2"]
+    return Case(name, [*command, *full], [*command, *tiny], ppo_row)
 
 
 def draws(name: str, *words: str) -> Case:
@@ -106,6 +109,7 @@ def parts() -> dict[str, list[Case]]:
         "ppo": [
             update("64 episodes"),
             update("64 episodes, cuda_graphs", "--ppo", GRAPHS),
+            update("64 episodes, cuda_graphs, micro-batches of 32", "--ppo", GRAPHS, rows=32),
             update("512 episodes, cuda_graphs", "--ppo", GRAPHS, batch=512, updates=1),
         ],
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],

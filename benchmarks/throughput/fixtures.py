@@ -83,12 +83,13 @@ def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> Non
 
     logging.disable_progress_bar()
     tokenizer = _tokenizer(shape)
-    torch.manual_seed(0)
-    policy = GPTNeoXForCausalLM(_config(shape))
-    with torch.no_grad():
-        _set_length(policy, shape, regime)
-    torch.manual_seed(1)
-    reward = GPTNeoXForSequenceClassification(_config(shape))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 1B numbers in half a minute
+        torch.manual_seed(0)
+        policy = GPTNeoXForCausalLM(_config(shape))
+        with torch.no_grad():
+            _set_length(policy, shape, regime)
+        torch.manual_seed(1)
+        reward = GPTNeoXForSequenceClassification(_config(shape))
     for name, model in (("policy", policy), ("reward", reward)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

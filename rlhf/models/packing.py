@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import inspect
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,18 +17,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "sdpa_packed"  # the name by which transformers knows `attention`
+HALF = (torch.bfloat16, torch.float16)  # what kernels for rows of different lengths take on a GPU
 
-_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what the probe found, while the model lives
+_packs: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # what the probe found, by type of device
 
 
 class Packing(NamedTuple):
-    """The rows of a packed sequence: their lengths, and the first token of each whose last hidden state is read.
+    """The rows of a packed sequence.
 
-    The last layer computes attention from that token on only.
+    Attributes:
+        lengths: their numbers of tokens.
+        first: the first token of each whose last hidden state is read. On a CPU the last layer computes attention from
+            that token on only.
+        offsets: where each begins, and where the last one ends, `(B + 1,)`.
     """
 
     lengths: list[int]
     first: list[int]
+    offsets: Tensor
 
 
 def packed(input_ids: Tensor, attention_mask: Tensor, first: Tensor) -> dict[str, Any]:
@@ -38,7 +45,8 @@ def packed(input_ids: Tensor, attention_mask: Tensor, first: Tensor) -> dict[str
     """
     real = attention_mask.bool()
     ids, positions = (x[real].unsqueeze(0) for x in (input_ids, attention_mask.long().cumsum(1) - 1))
-    packing = Packing(attention_mask.sum(1).tolist(), first.tolist())
+    lengths = attention_mask.sum(1)
+    packing = Packing(lengths.tolist(), first.tolist(), F.pad(lengths.cumsum(0), (1, 0)).int())
     return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids), "packing": packing}
 
 
@@ -51,7 +59,9 @@ def attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Computes attention like transformers' `sdpa`, row by row if a sequence is packed.
+    """Computes attention like transformers' `sdpa`, each row of a packed sequence by itself.
+
+    A CPU takes one row after the other, a GPU all in one kernel.
 
     Args:
         query, key, value: `(1, heads, N, d)`.
@@ -64,6 +74,8 @@ def attention(
 
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.device.type == "cuda":
+        return _variable_length(query, key, value, packing, kwargs.get("scaling"), kwargs.get("sliding_window")), None
     config: Any = module.config
     is_last = getattr(module, "layer_idx", None) == config.num_hidden_layers - 1
     parts, start = [], 0
@@ -78,6 +90,26 @@ def attention(
     return torch.cat(parts, 1), None
 
 
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, window: int | None
+) -> Tensor:
+    """Computes causal attention of packed rows by PyTorch's kernel for rows of different lengths, `(1, N, heads, d)`.
+
+    Args:
+        window: how many tokens a token attends to, itself included; None: all before it.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Under autocast rotated queries and keys are float32; values come from a product and have its precision.
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    more: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    out: Any = varlen_attn(
+        query, key, value, packing.offsets, packing.offsets, max(packing.lengths), max(packing.lengths), scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), **more,
+    )  # fmt: skip
+    return out.unsqueeze(0)
+
+
 def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: torch.device) -> Tensor | None:
     """Returns the mask of a row's tokens from `skip` on, `(1, 1, length - skip, length)`; None: a causal one."""
     if windows is not None:
@@ -90,14 +122,27 @@ def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: to
 def packs(model: PreTrainedModel) -> bool:
     """Tells whether a model can take packed rows: its attention is transformers' `sdpa`, and nothing else mixes tokens.
 
-    A forward of two short rows shows it, once per model. On a GPU the answer is no: a kernel per row was not tried.
+    A forward of two short rows shows it, once per model. On a GPU it takes half precision and PyTorch's kernel for rows
+    of different lengths.
     """
-    weight = model.get_input_embeddings().weight
-    if weight.device.type != "cpu" or hasattr(weight, "ds_id"):
+    weight = cast(Tensor, model.get_input_embeddings().weight)
+    device = weight.device.type
+    if hasattr(weight, "ds_id") or (device != "cpu" and not _has_kernel(weight)):
         return False
-    if model not in _packs:
-        _packs[model] = _use_attention(model) and _keeps_rows_apart(model)
-    return _packs[model]
+    found = _packs.setdefault(model, {})
+    if device not in found:
+        found[device] = _use_attention(model) and _keeps_rows_apart(model)
+    return found[device]
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return False
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return device == "cuda" and dtype in HALF and "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def _use_attention(model: PreTrainedModel) -> bool:
@@ -117,17 +162,20 @@ def _use_attention(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     """Tells whether a row has the same states behind two different rows, to the last bit, and nearly the same alone."""
-    backbone = backbone_of(model)
+    backbone, weight = backbone_of(model), cast(Tensor, model.get_input_embeddings().weight)
+    device = weight.device
 
     def states(*first: int) -> Tensor:
-        ids = torch.tensor([first, (0, 1, 0)])
-        inputs = packed(ids, torch.ones_like(ids), torch.zeros(2, dtype=torch.long))
+        ids = torch.tensor([first, (0, 1, 0)], device=device)
+        inputs = packed(ids, torch.ones_like(ids), first=torch.zeros_like(ids[:, 0]))
         return backbone(**inputs, use_cache=False).last_hidden_state[0, 3:].float()
 
-    with torch.autocast("cpu", enabled=False):
+    autocast = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # its kernel takes half precision only
+    with torch.autocast(device.type, enabled=autocast):
         try:
             behind, behind_another = states(0, 1, 1), states(1, 0, 1)
         except (TypeError, RuntimeError):  # it takes no extra arguments for its attention, or attends to other rows
             return False
-        alone = backbone(input_ids=torch.tensor([[0, 1, 0]]), use_cache=False).last_hidden_state[0].float()
+        ids = torch.tensor([[0, 1, 0]], device=device)
+        alone = backbone(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     return torch.equal(behind, behind_another) and near(behind, alone)

@@ -188,15 +188,16 @@ class PPOModule(StageModule):
                 `record`; `chunk`: how many of the longest rows go through a model at a time, and more of shorter ones.
             update: the number of this update; it seeds the sampling.
         """
-        # 1. Sample responses; everything after the first EOS is PAD.
         tokens = batch["chunk"] * (batch["queries"].shape[1] + self.ppo.response_length)
-        with self._timed("sampling"):
-            episodes = self._respond(batch, self.ppo.temperature, tokens, update)
-        mask, value_mask, groups = episodes.mask, episodes.value_mask, episodes.groups
-        # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
-        with self._timed("values"), self.autocast():
-            episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
-            episodes.values = torch.where(value_mask, values, 0.0)
+        with self.autocast():
+            # 1. Sample responses; everything after the first EOS is PAD.
+            with self._timed("sampling"):
+                episodes = self._respond(batch, self.ppo.temperature, tokens, update)
+            mask, value_mask, groups = episodes.mask, episodes.value_mask, episodes.groups
+            # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
+            with self._timed("values"):
+                episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
+                episodes.values = torch.where(value_mask, values, 0.0)
         with self._timed("reference"), self.reference.on(self.device) as reference, self.autocast():
             episodes.ref_logprobs, _ = in_groups(
                 episodes, groups, lambda part: response_logprobs(reference, *part.inputs, self.ppo.temperature)

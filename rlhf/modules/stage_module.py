@@ -144,8 +144,14 @@ class StageModule(LightningModule):
         return x
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns the precision context of `training_step`, for forwards that Lightning does not wrap (rollouts)."""
-        return self.trainer.precision_plugin.forward_context()
+        """Returns the precision context of `training_step`, for forwards without gradients (rollouts).
+
+        The same numbers as in training, but a weight is cast once in the outermost context, not in every forward.
+        """
+        plugin = self.trainer.precision_plugin
+        if not isinstance(plugin, MixedPrecision):
+            return plugin.forward_context()
+        return torch.autocast(plugin.device, torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
 
     def normaliser(self, own: Tensor, share: float) -> Tensor | float:
         """Returns what a micro-batch divides its summed loss by (D14).

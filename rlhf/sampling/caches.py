@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,8 +23,9 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
             start, width = self.get_seq_length(), key_states.shape[2]
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+                # Under autocast rotated keys are float32; attention rounds them to the precision of the values anyway.
                 self._buffers = [
-                    x.new_empty(*x.shape[:2], width + steps, x.shape[3]) for x in (key_states, value_states)
+                    value_states.new_empty(*x.shape[:2], width + steps, x.shape[3]) for x in (key_states, value_states)
                 ]
             for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
                 buffer[:, :, start : start + width] = new
@@ -39,6 +41,12 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
             for padded, states in zip((self.keys, self.values), before, strict=True):
                 padded.transpose(1, 2)[mask.bool()] = states.transpose(0, 1)
 
+        def buffers(self) -> tuple[Tensor, ...]:
+            """Returns keys and values with zeros where there is room: a mask would not hide what is not finite."""
+            for buffer in self._buffers:
+                buffer[:, :, self.get_seq_length() :] = 0
+            return tuple(self._buffers)
+
         @override
         def reorder_cache(self, beam_idx: Tensor) -> None:
             width = self.get_seq_length()
@@ -50,20 +58,27 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
     return cache
 
 
-def static_cache(model: PreTrainedModel, width: int) -> Cache:
-    """Returns an empty cache of fixed width, for models whose layers all see all tokens."""
-    from transformers import StaticCache
+def fixed_cache(cache: Any) -> Cache:
+    """Turns a cache with room, after the queries, into one whose tensors keep their shapes and are changed in place.
+
+    Raises:
+        ValueError: if not all of its layers see all tokens.
+    """
+    from transformers import Cache
     from transformers.cache_utils import StaticLayer
 
-    class OwnPrecision(StaticLayer):
-        @override
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            super().lazy_initialization(key_states, value_states)
-            values: Any = self.values
-            self.values = values.to(value_states.dtype)  # under autocast only the rotated keys are float32
+    class FixedLayer(StaticLayer):
+        def __init__(self, layer: Any) -> None:
+            keys, values = layer.buffers()
+            super().__init__(keys.shape[2])
+            self.keys, self.values = keys, values
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self.cumulative_length = torch.tensor(layer.get_seq_length(), device=self.device)
 
-    cache = StaticCache(config=model.config, max_cache_len=width)
-    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        @override
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return super().update(key_states.to(self.dtype), value_states, *args, **kwargs)
+
+    if not all(hasattr(layer, "buffers") for layer in cache.layers):
         raise ValueError("not all layers see all tokens")
-    cache.layers = [OwnPrecision(width) for _ in cache.layers]
-    return cache
+    return Cache(layers=[FixedLayer(layer) for layer in cache.layers])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from rlhf.errors import UserError
-from rlhf.models.arguments import accepted
-from rlhf.ops.sequences import model_inputs, response_lengths
-from rlhf.sampling.caches import static_cache
+from rlhf.ops.sequences import response_lengths
+from rlhf.sampling.caches import fixed_cache
 from rlhf.sampling.paths import fault_of
 from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
-from rlhf.sampling.token_readers import Reader
+from rlhf.sampling.token_readers import KeyValueReader, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +57,8 @@ def _captured(steps: _Steps, name: str) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
-        with torch.cuda.graph(graph):  # records the step without running it
+        # It records the step without running it; other threads, those of NCCL, may go on with what they do.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             steps.decode()
     except RuntimeError as error:
         reason = (str(error) or "?").splitlines()[0]
@@ -78,38 +78,31 @@ def replays(model: PreTrainedModel) -> bool:
     return _replays[model]
 
 
-class StaticReader(Reader):
-    """Keeps keys and values in a cache of fixed size and changes its tensors in place; all rows stay.
+class StaticReader(KeyValueReader):
+    """Reads the queries as its base does, then keeps a cache of fixed size and changes all its tensors in place.
 
-    `mask (B, 1, 1, W)` says which columns of the cache hold real tokens, `column (1,)` which one comes next.
+    All rows stay. `mask (B, 1, 1, W)` says which columns of the cache hold real tokens, `column (1,)` which comes next.
     """
 
     loses_rows = False
 
     @override
-    def __init__(self, model: PreTrainedModel, queries: Tensor, query_mask: Tensor, steps: int) -> None:
-        self.model, self.queries, self.query_mask = model, queries, query_mask
-        self.cache = static_cache(model, queries.shape[1] + steps)
-        room = query_mask.new_zeros(len(queries), steps)
-        self.mask = torch.cat([query_mask, room], 1).bool()[:, None, None]
-        self.positions = query_mask.sum(1, keepdim=True) - 1
-        self.column = torch.full((1,), queries.shape[1], device=queries.device)
-
-    @override
     def read_queries(self) -> Tensor:
-        return self._logits(**model_inputs(self.queries, self.query_mask))
+        logits = super().read_queries()
+        self.cache = fixed_cache(self.cache)
+        room = self.query_mask.new_zeros(len(self.queries), self.mask.shape[1] - self.width)
+        self.mask = torch.cat([self.query_mask, room], 1).bool()[:, None, None]
+        self.column = torch.full((1,), self.width, device=self.queries.device)
+        return logits
 
     @override
     def read(self, tokens: Tensor) -> Tensor:
         self.mask.index_fill_(3, self.column, True)
-        self.positions.add_(1)
+        self.position.add_(1)
         self.column.add_(1)
-        return self._logits(input_ids=tokens.unsqueeze(1), attention_mask=self.mask, position_ids=self.positions)
-
-    def _logits(self, **inputs: Any) -> Tensor:
-        inputs = accepted(self.model, **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = self.model(**inputs).logits[:, -1]
-        return logits
+        return self._logits(
+            input_ids=tokens.unsqueeze(1), attention_mask=self.mask, position_ids=self.position, logits_to_keep=1
+        )[:, -1]
 
     @override
     def keep(self, rows: Tensor) -> None:

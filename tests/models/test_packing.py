@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
@@ -21,7 +23,8 @@ from transformers import (
 )
 
 from rlhf.models import packing
-from rlhf.models.packing import ATTENTION, Packing, packed, packs
+from rlhf.models.packing import ATTENTION, _variable_length, attention, packed, packs
+from rlhf.models.probes import backbone_of
 from rlhf.ops.sequences import pad_sequences
 
 Build = Callable[[Any], Any]
@@ -107,7 +110,8 @@ def test_an_export_says_nothing_of_it(tmp_path: Any, from_config: Build) -> None
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_packed_inputs_hold_real_tokens_only(side: Any) -> None:
     inputs = packed(*pad_sequences(ROWS, 99, side), torch.tensor([3, 0, 2]))
-    assert inputs["packing"] == Packing([5, 2, 3], [3, 0, 2])
+    assert inputs["packing"][:2] == ([5, 2, 3], [3, 0, 2])
+    assert inputs["packing"].offsets.tolist() == [0, 5, 7, 10]
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
     assert inputs["attention_mask"].tolist() == [[1] * 10]
@@ -130,3 +134,51 @@ def test_the_last_layer_attends_from_the_first_token_read(
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", counted)
     model.base_model(**packed(*pad_sequences(ROWS, 0), torch.tensor([3, 0, 2])), use_cache=False)
     assert queries == [5, 2, 3, 2, 2, 1]
+
+
+def variable_length_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Does what `torch.nn.attention.varlen.varlen_attn` says it does, `(N, heads, d)`, by plain products."""
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert query.dtype == key.dtype == value.dtype
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    rows = []
+    for start, end in pairwise(cu_seq_q.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        place = torch.arange(end - start)
+        behind = place.unsqueeze(1) - place
+        left, right = (len(place) if side == -1 else side for side in window_size)
+        scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        seen = (behind <= left) & (behind >= -right)
+        rows.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", TAKE)
+def test_a_gpus_kernel_is_given_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch, from_config: Build) -> None:
+    """The kernel runs on GPUs only: one of the same signature stands in for it."""
+    model = from_config(TAKE[name])
+    ids, mask = pad_sequences([[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16]], 99, "right")
+    inputs = packed(ids, mask, first=torch.zeros(3, dtype=torch.long))
+    assert packs(model)
+    row_by_row = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", variable_length_attention)
+    calls = []
+
+    def at_once(module: Any, query: Any, key: Any, value: Any, mask: Any, packing: Any, **more: Any) -> Any:
+        calls.append(module)
+        return _variable_length(query, key, value, packing, more["scaling"], more.get("sliding_window")), None
+
+    AttentionInterface.register(ATTENTION, at_once)
+    try:
+        together = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+    finally:
+        AttentionInterface.register(ATTENTION, attention)
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(together, row_by_row, atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
@@ -80,6 +81,29 @@ def test_rollout_and_training_have_the_same_precision(
 
 
 # ------------------------------------------------------------------------------------------------------------ groups
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of some tensors is copied to another precision."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.counts = {tensor.data_ptr(): 0 for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rollout_casts_every_trained_weight_at_most_once(fitted: Make) -> None:
+    """Decoding is bound by memory traffic: casts at every step would be most of it."""
+    module, batch = fitted(PPOModule, precision="bf16-mixed")
+    output = module.actor_critic.policy.get_output_embeddings().weight  # once more where log-probabilities are read
+    with Casts([weight for weight in module.actor_critic.parameters() if weight is not output]) as casts:
+        episodes = module.rollout(batch, 0)
+    assert episodes.responses.shape[1] > 1
+    assert set(casts.counts.values()) == {0, 1}
 
 
 class EndsEarly(PPOModule):

@@ -112,7 +112,7 @@ def test_a_model_that_has_no_such_cache_is_sampled_plainly(
 
 def test_a_step_that_cannot_be_captured_is_named(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def capture(_: Any) -> Iterator[None]:
+    def capture(_: Any, capture_error_mode: str) -> Iterator[None]:
         yield
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might ...")
 
