@@ -109,7 +109,7 @@ def parts() -> dict[str, list[Case]]:
         "ppo": [
             update("64 episodes"),
             update("64 episodes, cuda_graphs", "--ppo", GRAPHS),
-            update("64 episodes, cuda_graphs, micro-batches of 32", "--ppo", GRAPHS, rows=32),
+            update("64 episodes, micro-batches of 32, cuda_graphs", "--ppo", GRAPHS, rows=32),
             update("512 episodes, cuda_graphs", "--ppo", GRAPHS, batch=512, updates=1),
         ],
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
@@ -154,6 +154,7 @@ def main() -> None:
     """Run the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=parts(), default=[])
+    parser.add_argument("--case", nargs="+", help="only the cases with these names")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of a case")
@@ -167,6 +168,8 @@ def main() -> None:
     good = True
     for part in options.part:
         for number, case in enumerate(parts()[part]):
+            if options.case and case.name not in options.case:
+                continue
             log = options.logs / f"{part}{number}.log" if options.logs else None
             good = run(case, options.rehearse, options.limit, log) and good
     sys.exit(not good)
