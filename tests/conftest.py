@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -51,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tensors of ops, models and sampling, and Trainers, are")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes a marker known."""
+    config.addinivalue_line("markers", "cpu_only(reason): the subject is what the CPU alone does; skipped on a GPU")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """The device under test."""
@@ -65,7 +70,12 @@ def seeds() -> None:
 
 
 class OnDevice(TorchFunctionMode):
-    """Makes every new tensor on the CPU, so that random numbers are the same everywhere, and moves it to a device."""
+    """Makes every new tensor on the CPU, so that random numbers are the same everywhere, and moves it to a device.
+
+    Random numbers in place are made there, too. numpy gets copies on the CPU.
+    """
+
+    in_place: ClassVar = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.random_, torch.nn.init.normal_}
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -74,6 +84,12 @@ class OnDevice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of a function of torch."""
         kwargs = kwargs or {}
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__):  # numpy reads the CPU's memory only
+            args = (args[0].cpu(), *args[1:])
+        if func in self.in_place:
+            filled, *others = args or [kwargs.pop("tensor")]  # as torch.nn.init hands it over
+            with torch.no_grad():
+                return filled.copy_(func(torch.empty_like(filled, device="cpu"), *others, **kwargs))
         if func not in _device_constructors() or kwargs.get("device") is not None:
             return func(*args, **kwargs)
         made = func(*args, **{**kwargs, "device": "cpu"})
@@ -81,13 +97,43 @@ class OnDevice(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def on_device(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
-    """Makes the tensors of a test on the device under test."""
+def on_device(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the tensors and models of a test on the device under test, and moves those of its file there."""
     if device == "cpu" or request.path.parent.name not in ON_DEVICE:
         yield
         return
+    from transformers import PreTrainedModel
+
+    for name in ("from_pretrained", "_from_config"):
+        monkeypatch.setattr(PreTrainedModel, name, classmethod(_moved(getattr(PreTrainedModel, name).__func__, device)))
+    for name, value in list(vars(request.module).items()):
+        if isinstance(value, torch.Tensor):
+            monkeypatch.setattr(request.module, name, value.to(device))
+        elif isinstance(value, tuple) and value and all(isinstance(x, torch.Tensor) for x in value):
+            monkeypatch.setattr(request.module, name, tuple(x.to(device) for x in value))
     with OnDevice(device):
         yield
+
+
+def _moved(make: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Lets a method of models make on the CPU what it makes, a model or a tuple that begins with one, and move it."""
+
+    def make_and_move(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "meta":  # a model without memory stays one
+            return make(cls, *args, **kwargs)
+        with torch.device("cpu"):
+            made = make(cls, *args, **kwargs)
+        return (made[0].to(device), *made[1:]) if isinstance(made, tuple) else made.to(device)
+
+    return make_and_move
+
+
+@pytest.fixture(autouse=True)
+def _cpu_only(request: pytest.FixtureRequest, device: str) -> None:
+    """Skips a test whose subject is what the CPU alone does."""
+    marker = request.node.get_closest_marker("cpu_only")
+    if marker and device != "cpu":
+        pytest.skip(f"with --device {device}: {marker.args[0]}")
 
 
 @pytest.fixture(scope="session")
@@ -105,12 +151,12 @@ def from_config() -> Callable[[Any], Any]:
 
 
 @pytest.fixture(params=["packed", "padded"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Models get packed rows, as they do on a CPU, or padded ones, as they do on a GPU."""
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> str:
+    """Models get packed rows if they take them, which those in float32 do on a CPU only, or padded ones; which."""
     if request.param == "padded":
         for user in (backbone, token_readers):
             monkeypatch.setattr(user, "packs", lambda _: False)
-    return str(request.param)
+    return str(request.param) if device == "cpu" else "padded"
 
 
 @pytest.fixture(scope="session")

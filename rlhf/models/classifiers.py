@@ -66,7 +66,8 @@ def register_classifier(config: PreTrainedConfig, setting: str = "model.model_pa
                 f"{setting}: a model of type {config.model_type} cannot become a reward model or PPO's critic, only "
                 f"SFT works with it: {first_line(error)}"
             ) from error
-        AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
+        # Not by `register`: since transformers 5.17 it does nothing for a configuration of transformers' own.
+        AutoModelForSequenceClassification._model_mapping._extra_content[type(config)] = made
     _made[type(config)] = not fits
     return not fits
 

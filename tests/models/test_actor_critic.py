@@ -160,7 +160,7 @@ def test_it_equals_the_plain_pass_with_its_gradients(networks: ActorCritic, batc
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_plain_pass(
-    networks: ActorCritic, batch: Batch, how: str
+    networks: ActorCritic, batch: Batch, how: str, device: str
 ) -> None:
     """Values and gradients; the truth is the plain pass in float32. bfloat16 has 8 bits.
 
@@ -170,7 +170,7 @@ def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_plain_pass(
     slopes = gradients(networks, truth)
     if how == "weights":
         networks.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+    with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
         found, usual = networks(*batch, 0.7), plain(networks, batch, 0.7)
     mask = batch[3].bool()
     for one, other, exact in zip(found, usual, truth, strict=True):

@@ -143,9 +143,9 @@ def test_missing_weights_are_refused(folder: Callable[[str], str]) -> None:
         ScalarModel.from_policy(path, seed=3)
 
 
-def test_the_critic_starts_from_a_policy_without_a_class(folder: Callable[[str], str]) -> None:
+def test_the_critic_starts_from_a_policy_without_a_class(folder: Callable[[str], str], device: str) -> None:
     path = folder("cohere")
-    networks = load_actor_critic(path, None, 5, False, torch.float32, torch.device("cpu"))
+    networks = load_actor_critic(path, None, 5, False, torch.float32, torch.device(device))
     theirs, ours = load_causal_lm(path).base_model.state_dict(), networks.critic.model.base_model.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)

@@ -8,7 +8,11 @@ from torch import nn
 
 from rlhf.models.frozen import FrozenModel
 
-CPU = torch.device("cpu")
+
+@pytest.fixture
+def here(device: str) -> torch.device:
+    """Where the models of these tests are made."""
+    return torch.device(device)
 
 
 class Recorder(nn.Module):
@@ -30,8 +34,8 @@ class Holder(nn.Module):
         self.frozen = FrozenModel(model)
 
 
-def test_a_frozen_model_is_in_evaluation_mode_without_gradients() -> None:
-    with FrozenModel(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))).on(CPU) as model:
+def test_a_frozen_model_is_in_evaluation_mode_without_gradients(here: torch.device) -> None:
+    with FrozenModel(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))).on(here) as model:
         assert not any(m.training for m in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         assert not model(torch.ones(1, 2)).requires_grad
@@ -60,24 +64,24 @@ def away(model: nn.Linear) -> None:
     model.weight.data = model.weight.data + 1
 
 
-def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays() -> None:
+def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays(here: torch.device) -> None:
     model = nn.Linear(3, 3)
     home, before = model.weight.data_ptr(), model.weight.detach().clone()
     frozen = FrozenModel(model, "cpu")
     for _ in range(2):
-        with frozen.on(CPU) as given:
+        with frozen.on(here) as given:
             assert torch.equal(given.weight, before)
             away(model)
         assert model.weight.data_ptr() == home
         assert torch.equal(model.weight, before)
 
 
-def test_an_offloaded_model_goes_back_after_an_error() -> None:
+def test_an_offloaded_model_goes_back_after_an_error(here: torch.device) -> None:
     model = nn.Linear(3, 3)
     home = model.weight.data_ptr()
 
     def fail() -> None:
-        with FrozenModel(model, "cpu").on(CPU):
+        with FrozenModel(model, "cpu").on(here):
             away(model)
             raise RuntimeError("broken")
 
@@ -86,20 +90,20 @@ def test_an_offloaded_model_goes_back_after_an_error() -> None:
     assert model.weight.data_ptr() == home
 
 
-def test_nested_blocks_move_an_offloaded_model_once() -> None:
+def test_nested_blocks_move_an_offloaded_model_once(here: torch.device) -> None:
     model = nn.Linear(3, 3)
     home = model.weight.data_ptr()
     frozen = FrozenModel(model, "cpu")
-    with frozen.on(CPU):
+    with frozen.on(here):
         away(model)
-        with frozen.on(CPU):
+        with frozen.on(here):
             assert model.weight.data_ptr() != home
         assert model.weight.data_ptr() != home
     assert model.weight.data_ptr() == home
 
 
-def test_buffers_are_offloaded_too() -> None:
+def test_buffers_are_offloaded_too(here: torch.device) -> None:
     model = nn.BatchNorm1d(2)
-    with FrozenModel(model, "cpu").on(CPU):
+    with FrozenModel(model, "cpu").on(here):
         model.running_mean.data = torch.full((2,), 7.0)
     assert model.running_mean.tolist() == [0, 0]

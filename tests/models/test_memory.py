@@ -69,8 +69,9 @@ def build(config: Any, how: dict[str, str]) -> ActorCritic:
     return ActorCritic(AutoModelForCausalLM.from_config(config, dtype=dtype), ScalarModel(classifier))
 
 
-def autocast(how: dict[str, str]) -> Any:
-    return torch.autocast("cpu", torch.bfloat16, enabled=how == AUTOCAST)
+@pytest.fixture
+def autocast(device: str) -> Callable[[dict[str, str]], Any]:
+    return lambda how: torch.autocast(device, torch.bfloat16, enabled=how == AUTOCAST)
 
 
 def batch(rows: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(kind: str, stage:
 
 @pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_cache_is_that_of_a_real_forward(kind: str, how: dict[str, str]) -> None:
+def test_the_cache_is_that_of_a_real_forward(kind: str, how: dict[str, str], autocast: Any) -> None:
     from transformers import DynamicCache
 
     config = CONFIGS[kind]()
@@ -212,7 +213,7 @@ def test_ddp_holds_gradients_twice_unless_they_are_views_of_its_buckets() -> Non
 
 @pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_activations_are_what_autograd_keeps(kind: str, how: dict[str, str]) -> None:
+def test_activations_are_what_autograd_keeps(kind: str, how: dict[str, str], autocast: Any) -> None:
     models, kept = build(CONFIGS[kind](), how), {}
     weights = {p.untyped_storage()._cdata for p in models.parameters()}
 
@@ -241,7 +242,9 @@ def test_activations_are_what_autograd_keeps(kind: str, how: dict[str, str]) -> 
         ("llama", "reward", AUTOCAST),
     ],
 )
-def test_a_micro_batch_of_training_makes_what_is_estimated(kind: str, stage: str, how: dict[str, str]) -> None:
+def test_a_micro_batch_of_training_makes_what_is_estimated(
+    kind: str, stage: str, how: dict[str, str], autocast: Any
+) -> None:
     models = build(CONFIGS[kind](), how)
     for parameter in models.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -270,7 +273,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_only(stage: str) -> None:
 
 @pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_forward_without_gradients_makes_what_is_estimated(stage: str, how: dict[str, str]) -> None:
+def test_a_forward_without_gradients_makes_what_is_estimated(stage: str, how: dict[str, str], autocast: Any) -> None:
     models = build(CONFIGS["gpt_neox"](), how)
     with torch.no_grad(), PeakMemory(models) as measured, autocast(how):
         forward(models, stage, 4)
@@ -280,11 +283,12 @@ def test_a_forward_without_gradients_makes_what_is_estimated(stage: str, how: di
 
 @pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str]) -> None:
+def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str], autocast: Any) -> None:
     models = build(CONFIGS[kind](), how)
     queries, mask = (tensor[:, :QUERY] for tensor in batch(4))
+    numbers = uniforms(4, RESPONSE, torch.Generator()).to(queries.device)
     with PeakMemory(models) as measured, autocast(how):
-        sample(models.policy, queries, mask, uniforms(4, RESPONSE, torch.Generator()), Decoding(0.7, (-1,), 0))
+        sample(models.policy, queries, mask, numbers, Decoding(0.7, (-1,), 0))
     found = made(estimate(CONFIGS[kind](), workload("sft", how))["sampling"])
     assert 0.9 < found / measured.peak < 1.45
 

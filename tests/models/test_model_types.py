@@ -37,6 +37,7 @@ def part(name: str) -> Any:
     return importlib.import_module(name)
 
 
+@pytest.mark.cpu_only("benchmarks/type_checks.py trains on the CPU")
 @pytest.mark.parametrize(("model_type", "head", "sampling"), KINDS)
 def test_a_type_of_each_kind_passes_all_stages(model_type: str, head: str, sampling: str, tmp_path: Path) -> None:
     result = part("type_checks").check_type(model_type, tmp_path)
@@ -46,6 +47,7 @@ def test_a_type_of_each_kind_passes_all_stages(model_type: str, head: str, sampl
     assert (result.head, result.sampling) == (head, sampling)
 
 
+@pytest.mark.cpu_only("benchmarks/type_checks.py trains on the CPU")
 def test_a_wrong_cache_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "reader_for", lambda _: KeyValueReader)
     worst = part("type_checks").check_type("mamba", tmp_path).worst
@@ -53,6 +55,7 @@ def test_a_wrong_cache_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert worst.difference > 0.01
 
 
+@pytest.mark.cpu_only("benchmarks/type_checks.py trains on the CPU")
 def test_a_wrong_temperature_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ppo.response_logprobs
     monkeypatch.setattr(ppo, "response_logprobs", lambda *inputs: original(*inputs[:-1], temperature=1.0))
@@ -60,6 +63,7 @@ def test_a_wrong_temperature_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     assert (worst.status, worst.detail) == ("wrong", "log-probabilities of the reference")
 
 
+@pytest.mark.cpu_only("benchmarks/type_checks.py trains on the CPU")
 @pytest.mark.parametrize("model_type", ["cpmant", "xlnet"])
 def test_a_type_that_sees_later_tokens_is_refused(model_type: str, tmp_path: Path) -> None:
     result = part("type_checks").check_type(model_type, tmp_path)
@@ -68,6 +72,7 @@ def test_a_type_that_sees_later_tokens_is_refused(model_type: str, tmp_path: Pat
     assert "is no causal language model" in result.worst.detail
 
 
+@pytest.mark.cpu_only("benchmarks/type_checks.py trains on the CPU")
 def test_a_type_without_hidden_states_to_score_is_refused_for_rewards_in_one_sentence(tmp_path: Path) -> None:
     stages = part("type_checks").check_type("blt", tmp_path).stages
     assert {name: stage.status for name, stage in stages.items()} == {"SFT": "passes", "reward model": "refused"}

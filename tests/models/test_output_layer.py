@@ -137,10 +137,10 @@ def test_nothing_to_read_gives_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @torch.no_grad()
-def test_under_autocast_only_bfloat16_separates_it_from_the_plain_logits(kind: str) -> None:
+def test_under_autocast_only_bfloat16_separates_it_from_the_plain_logits(kind: str, device: str) -> None:
     model = build(kind, initializer_range=0.1)
     exact = expected(model, 0.7)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         found = logprobs_at(model, *batch(), 0.7)
         plain = expected(model, 0.7)
     for one, other, truth in zip(found, plain, exact, strict=True):

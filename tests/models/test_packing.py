@@ -45,6 +45,7 @@ REFUSE = {
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 
 
+@pytest.mark.cpu_only("models in float32 are padded on a GPU")
 @pytest.mark.parametrize("name", TAKE)
 def test_models_that_take_packed_rows(name: str, from_config: Build) -> None:
     assert packs(from_config(TAKE[name]))
@@ -74,6 +75,7 @@ def test_weights_shared_out_by_zero3_are_padded(from_config: Build) -> None:
     assert not packs(model)
 
 
+@pytest.mark.cpu_only("models in float32 are padded on a GPU")
 def test_the_model_is_probed_once(monkeypatch: pytest.MonkeyPatch, from_config: Build) -> None:
     probed: list[Any] = []
     probe = packing._keeps_rows_apart
@@ -82,6 +84,7 @@ def test_the_model_is_probed_once(monkeypatch: pytest.MonkeyPatch, from_config: 
     assert [packs(model), packs(model), len(probed)] == [True, True, 1]
 
 
+@pytest.mark.cpu_only("models in float32 are padded on a GPU")
 @pytest.mark.parametrize("name", TAKE)
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_model_that_packs_gives_the_same_as_before_without(name: str, padded: bool, from_config: Build) -> None:
@@ -117,6 +120,7 @@ def test_packed_inputs_hold_real_tokens_only(side: Any) -> None:
     assert inputs["attention_mask"].tolist() == [[1] * 10]
 
 
+@pytest.mark.cpu_only("models in float32 are padded on a GPU")
 @pytest.mark.parametrize("name", TAKE)
 def test_the_last_layer_attends_from_the_first_token_read(
     name: str, monkeypatch: pytest.MonkeyPatch, from_config: Build

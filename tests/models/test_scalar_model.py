@@ -105,11 +105,11 @@ def test_every_token_has_the_score_of_its_prefix(model: ScalarModel) -> None:
 
 
 @torch.no_grad()
-def test_values_are_float32_and_the_head_is_not_rounded(model: ScalarModel) -> None:
+def test_values_are_float32_and_the_head_is_not_rounded(model: ScalarModel, device: str) -> None:
     """In a bfloat16 model under autocast a head in bfloat16 would give multiples of 2^-8."""
     ids = torch.tensor([SEQUENCES[0]])
     model.model.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         values = model(ids, torch.ones_like(ids))
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())

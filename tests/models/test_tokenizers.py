@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,7 @@ def test_a_tokenizer_without_a_fast_backend(byt5_path: str) -> None:
     assert content(tokenizer) == content(load_tokenizer(byt5_path)) != content(ByT5Tokenizer(extra_ids=3))
 
 
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is here, so the file is read")
 def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')

@@ -58,7 +58,7 @@ class Short(PPOModule):
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, *args: Any) -> Tensor:
         eos = self.tokenizer.eos_token_id
-        return torch.tensor([[9, 8, eos], [eos, 5, 5], [9, eos, 5], [7, 6, eos]] * (len(queries) // 4))
+        return queries.new_tensor([[9, 8, eos], [eos, 5, 5], [9, eos, 5], [7, 6, eos]] * (len(queries) // 4))
 
 
 def test_the_longest_response_has_a_column_for_its_score(fitted: Make) -> None:

@@ -124,7 +124,7 @@ def test_reward_function(run: Make, model_path: str, reward_path: str, alone: bo
     path = None if alone else reward_path
     module = PPOModule(model_path, path, number_of_words, ppo=settings, optimization=FAST)
     _, spy = run(module, max_epochs=1)
-    rollout = spy.rollouts[0]
+    rollout = spy.rollouts[0].to("cpu")
     words = torch.tensor([float(len(text["response"].split())) for text in rollout.texts])
     if alone:
         assert torch.equal(rollout.scores, words)
@@ -223,8 +223,8 @@ def test_statistics_are_means_over_the_tokens_of_an_update(
 
     class Uneven(PPOModule):
         def sample_responses(self, queries: Tensor, *args: Any) -> Tensor:
-            ends = (queries.sum(1) % 8).unsqueeze(1)
-            return torch.where(torch.arange(8) == ends, self.tokenizer.eos_token_id, 5)
+            ends, columns = (queries.sum(1) % 8).unsqueeze(1), torch.arange(8, device=queries.device)
+            return torch.where(columns == ends, self.tokenizer.eos_token_id, 5)
 
     found = []
     for size in (1, 8):

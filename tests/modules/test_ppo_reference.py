@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -78,7 +79,7 @@ class Recorder(PPOModule):
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, *args: Any) -> Tensor:
         self.given += len(queries)
-        return torch.tensor([RESPONSES[n % len(RESPONSES)] for n in range(self.given - len(queries), self.given)])
+        return queries.new_tensor([RESPONSES[n % len(RESPONSES)] for n in range(self.given - len(queries), self.given)])
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         scores = super().score_responses(episodes)
@@ -89,14 +90,14 @@ class Recorder(PPOModule):
 
     def loss(self, now: Evaluation, batch: Rollout) -> Any:
         loss, statistics = super().loss(now, batch)
-        self.seen.append((batch, loss.item(), statistics))
+        self.seen.append((batch.to("cpu"), loss.item(), move_data_to_device(statistics, "cpu")))
         return loss, statistics
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         super().on_before_optimizer_step(optimizer)
         parameters = dict(self.actor_critic.named_parameters())
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
-        gradients = {name: p.grad.clone() for name, p in parameters.items()}
+        weights = {name: p.detach().clone().cpu() for name, p in parameters.items()}
+        gradients = {name: p.grad.clone().cpu() for name, p in parameters.items()}
         self.steps.append(Step(*map(list, zip(*self.seen, strict=True)), weights, gradients))
         self.seen = []
 
@@ -312,7 +313,7 @@ def test_rollout_loss_and_gradients_are_those_of_the_formulas(
     module.filtering = variant == "filter"
     data = rollout_data(rollout_batch_size=3)
     trainer(limit_val_batches=0, callbacks=[Invariants(finite="off")]).fit(module, data)
-    rollout, networks = data.last_rollout, Networks(paths)
+    rollout, networks = data.last_rollout.to("cpu"), Networks(paths)
     episodes = expected(rollout, networks, s, module.filtering)
     check_rollout(rollout, episodes)
     episodes = with_numbers_of(rollout, episodes)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,13 +40,13 @@ class Steps(Callback):
 
         def after(optimizer: Any, *args: Any) -> None:
             self.rates.append(optimizer.param_groups[0]["lr"])
-            self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+            self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
             self.weights.append(torch.cat([p.detach().flatten() for p in parameters]))
 
         trainer.optimizers[0].register_step_post_hook(after)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append(batch)
+        self.batches.append(move_data_to_device(batch, "cpu"))
         self.losses.append(outputs["loss"].item())  # over the number of micro-batches of its step
 
 
@@ -190,8 +191,9 @@ def test_the_loss_of_ppo_is_over_tokens_of_all_or_of_each_micro_batch(
 
         def sample_responses(self, queries: Tensor, *args: Any) -> Tensor:
             self.given = getattr(self, "given", 0) + len(queries)
-            lengths = torch.arange(self.given - len(queries), self.given) % 6
-            return torch.where(torch.arange(6) == lengths[:, None], self.tokenizer.eos_token_id, 5)
+            lengths = torch.arange(self.given - len(queries), self.given, device=queries.device) % 6
+            columns = torch.arange(6, device=queries.device)
+            return torch.where(columns == lengths[:, None], self.tokenizer.eos_token_id, 5)
 
     module = Spy(model_path, reward_path, ppo=PPO, optimization=Optimization(loss_reduction=reduction))
     steps, _, _ = fit("PPO", module=module, data={"micro_batch_size": 2})

@@ -12,7 +12,7 @@ from rlhf.ops.advantages import gae
 
 def random_batch(rows: int = 3, width: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng((seed, rows, width))
-    return torch.from_numpy(rng.normal(size=(rows, width))), torch.from_numpy(rng.normal(size=(rows, width)))
+    return torch.tensor(rng.normal(size=(rows, width))), torch.tensor(rng.normal(size=(rows, width)))
 
 
 def double_sum(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:

@@ -18,11 +18,11 @@ STRETCHES = pytest.mark.parametrize("stretch", [64, 70, 128, 203, 10_000])  # 20
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def cut(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
     """Sets how many tokens of the vocabulary are looked at together."""
 
     def cut(stretch: int, rows: int = ROWS) -> None:
-        monkeypatch.setitem(logprobs.LOGITS, "cpu", stretch * max(rows, 1))
+        monkeypatch.setitem(logprobs.LOGITS, device, stretch * max(rows, 1))
 
     return cut
 
@@ -92,12 +92,12 @@ def test_gradients_are_finite_differences(cut: Callable[..., None], seed: int) -
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 @pytest.mark.parametrize("stretch", [64, 10_000])
 def test_in_bfloat16_only_the_logits_and_gradients_are_rounded(
-    cut: Callable[..., None], how: str, stretch: int
+    cut: Callable[..., None], how: str, stretch: int, device: str
 ) -> None:
     """The logits are those of a product in bfloat16; everything after it is exact."""
     cut(stretch)
     hidden, weight, tokens = inputs(dtype=torch.bfloat16 if how == "weights" else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+    with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
         found = linear_logprobs(hidden, weight, tokens, 0.7)
     logits = (hidden.bfloat16() @ weight.bfloat16().T).double() / 0.7
     logs = torch.log_softmax(logits, -1)

@@ -15,7 +15,7 @@ SEEDS = pytest.mark.parametrize("seed", range(3))
 
 def normal(seed: int, number: int, shape: tuple[int, ...] = (4, 6)) -> list[Tensor]:
     """Independent standard normal tensors in float64."""
-    return list(torch.from_numpy(np.random.default_rng(seed).normal(size=(number, *shape))))
+    return list(torch.tensor(np.random.default_rng(seed).normal(size=(number, *shape))))
 
 
 @pytest.mark.parametrize(

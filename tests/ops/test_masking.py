@@ -19,7 +19,7 @@ non_finite = pytest.mark.parametrize("padding", BAD)
 
 
 def random_values(seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(2.0, 3.0, (6, 7))).float()
+    return torch.tensor(np.random.default_rng(seed).normal(2.0, 3.0, (6, 7))).float()
 
 
 VALUES = random_values()

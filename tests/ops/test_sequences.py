@@ -112,8 +112,8 @@ def test_padding_moves_to_the_right_and_the_rest_stays_in_order(
 @pytest.mark.parametrize("seed", range(3))
 def test_moving_padding_keeps_random_rows(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    mask = torch.from_numpy(rng.integers(0, 2, (30, 9)))
-    ids = torch.from_numpy(rng.integers(0, 50, (30, 9)))
+    mask = torch.tensor(rng.integers(0, 2, (30, 9)))
+    ids = torch.tensor(rng.integers(0, 50, (30, 9)))
     moved, moved_mask = right_padded(ids, mask)
     assert moved.shape[1] == mask.sum(1).max()
     assert torch.equal(moved_mask.bool(), length_mask(mask.sum(1), moved.shape[1]))
@@ -148,7 +148,7 @@ def test_responses_end_with_their_first_eos(
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_truncated_on_their_own(seed: int) -> None:
     """Random rows, some without EOS and some with several, against Python lists."""
-    rows = torch.from_numpy(np.random.default_rng(seed).integers(5, 12, (40, 6)))
+    rows = torch.tensor(np.random.default_rng(seed).integers(5, 12, (40, 6)))
     lengths, has_eos = response_lengths(rows, (EOS,))
     truncated = truncate_after_eos(rows, (EOS,), PAD)
     for row, tokens in enumerate(rows.tolist()):
@@ -169,8 +169,8 @@ def test_length_mask() -> None:
 def test_token_logprobs_match_numpy(temperature: float, dtype: torch.dtype) -> None:
     """`p = exp(logits / T)` over its sum; the log of the token's p, and minus the sum of p log p."""
     rng = np.random.default_rng(1)
-    logits = torch.from_numpy(rng.normal(0, 4, (2, 5, 11))).to(dtype)
-    tokens = torch.from_numpy(rng.integers(0, 11, (2, 5)))
+    logits = torch.tensor(rng.normal(0, 4, (2, 5, 11))).to(dtype)
+    tokens = torch.tensor(rng.integers(0, 11, (2, 5)))
     powers = np.exp(logits.double().numpy() / temperature)
     probabilities = powers / powers.sum(-1, keepdims=True)
     logprobs, entropy = token_logprobs(logits, tokens, temperature)
@@ -187,7 +187,7 @@ def test_gradients_of_logprobs_and_entropy(seed: int, temperature: float) -> Non
     """Derived: one-hot - p for the logprob, -p x (log p + H) for the entropy, both divided by T; and by differences."""
     rng = np.random.default_rng(seed)
     scores, token, weight = rng.normal(0, 2, 7), 3, 0.6
-    logits = torch.from_numpy(scores).float().view(1, 1, 7).requires_grad_()
+    logits = torch.tensor(scores).float().view(1, 1, 7).requires_grad_()
     logprob, entropy = token_logprobs(logits, torch.tensor([[token]]), temperature)
     (logprob + weight * entropy).sum().backward()
 

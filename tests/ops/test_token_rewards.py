@@ -45,7 +45,7 @@ def test_k1_and_k3_are_unbiased(seed: int, estimator: str) -> None:
     """Their expectation under the policy, summed over all outcomes, is KL(policy || reference)."""
     rng = np.random.default_rng(seed)
     p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
-    estimates = kl_estimate(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)), estimator).numpy()
+    estimates = kl_estimate(torch.tensor(np.log(p)), torch.tensor(np.log(q)), estimator).numpy()
     assert sum(p * estimates) == pytest.approx(sum(p * np.log(p / q)))
     assert sum(q * estimates) != pytest.approx(sum(q * np.log(q / p)))
 
@@ -56,7 +56,7 @@ def test_k2_is_unbiased_where_the_policies_are_close() -> None:
     p = rng.dirichlet(np.ones(6))
     q = p * (1 + 0.01 * rng.normal(size=6))
     q /= q.sum()
-    estimates = kl_estimate(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)), "k2").numpy()
+    estimates = kl_estimate(torch.tensor(np.log(p)), torch.tensor(np.log(q)), "k2").numpy()
     assert sum(p * estimates) == pytest.approx(sum(p * np.log(p / q)), rel=0.03)
 
 
@@ -136,7 +136,7 @@ def test_a_row_without_real_tokens_has_no_reward(score: float) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rewards_of_a_row_sum_to_its_score_less_its_kl(seed: int, position: str) -> None:
     rng = np.random.default_rng(seed)
-    kl, scores = torch.from_numpy(rng.normal(size=(5, 5))), torch.from_numpy(rng.normal(size=5))
+    kl, scores = torch.tensor(rng.normal(size=(5, 5))), torch.tensor(rng.normal(size=5))
     mask, value_mask = response_masks(LENGTHS, 5, position)
     rewards = token_rewards(kl, scores, score_index(LENGTHS, 5, position), mask, 0.05)
     sums = [kl[row, :length].sum() for row, length in enumerate(LENGTHS.tolist())]
@@ -166,8 +166,8 @@ def test_from_tokens_to_rewards(position: str, estimator: str) -> None:
         expected[row, column] += scores[row] if EOS in tokens else -1.0
 
     lengths, has_eos = response_lengths(RESPONSES, (EOS,))
-    kl = kl_estimate(torch.from_numpy(logprobs).float(), torch.from_numpy(ref_logprobs).float(), estimator)
-    final = penalise_missing_eos(torch.from_numpy(scores).float(), has_eos, -1.0)
+    kl = kl_estimate(torch.tensor(logprobs).float(), torch.tensor(ref_logprobs).float(), estimator)
+    final = penalise_missing_eos(torch.tensor(scores).float(), has_eos, -1.0)
     mask, _ = response_masks(lengths, RESPONSES.shape[1])
     rewards = token_rewards(kl, final, score_index(lengths, RESPONSES.shape[1], position), mask, 0.05)
     np.testing.assert_allclose(rewards.numpy(), expected, rtol=1e-5, atol=1e-6)

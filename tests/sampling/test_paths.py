@@ -76,7 +76,7 @@ def one_token_after_another(model: Any, query: list[int], numbers: Tensor, tempe
 def test_responses_are_those_of_single_rows_in_plain_forwards(kind: str) -> None:
     model, steps = tiny(kind), 14
     assert reader_for(model) is KINDS[kind][1]
-    numbers = uniforms(len(QUERIES), steps, torch.Generator().manual_seed(5))
+    numbers = uniforms(len(QUERIES), steps, torch.Generator().manual_seed(5)).to(model.device)
     together = sample(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, ENDS, PAD))
     alone = [one_token_after_another(model, query, numbers[[n]], 1.5) for n, query in enumerate(QUERIES)]
     assert len({len(row) for row in alone}) > 2
@@ -120,8 +120,8 @@ def test_a_model_that_ignores_what_it_is_given_is_noticed(name: str, std: float,
     assert reader_for(broken(name, std, dtype)) is FAULTS[name]
 
 
-def test_sampling_a_model_that_ignores_padding_is_right() -> None:
-    numbers = uniforms(len(QUERIES), 10, torch.Generator().manual_seed(5))
+def test_sampling_a_model_that_ignores_padding_is_right(device: str) -> None:
+    numbers = uniforms(len(QUERIES), 10, torch.Generator().manual_seed(5)).to(device)
     inputs = (*pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, ENDS, PAD))
     assert torch.equal(sample(broken("attention_mask"), *inputs), sample(broken("nothing"), *inputs))
 
@@ -142,18 +142,20 @@ def test_a_row_that_goes_on_as_another_is_noticed(reader: type[Any], monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "mamba"])
-def test_a_way_that_fails_under_autocast_alone_is_not_taken(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_that_fails_under_autocast_alone_is_not_taken(
+    kind: str, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
     model = tiny(kind)
     fast: Any = reader_for(model)
     read = fast.read
 
     def fail(self: Any, tokens: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(device):
             raise TypeError("expected another precision")
         return read(self, tokens)
 
     paths._readers.clear()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert reader_for(model) is fast
         paths._readers.clear()
         monkeypatch.setattr(fast, "read", fail)
@@ -162,10 +164,10 @@ def test_a_way_that_fails_under_autocast_alone_is_not_taken(kind: str, monkeypat
     assert reader_for(model) is fast
 
 
-def test_autocast_hides_no_fault_of_float32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_hides_no_fault_of_float32_weights(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     model, read = tiny("gpt_neox"), KeyValueReader.read
     monkeypatch.setattr(KeyValueReader, "read", lambda self, tokens: read(self, tokens) * 1.01)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert fault_of(model, KeyValueReader) is not None
 
 
@@ -173,7 +175,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     config = AutoConfig.for_model("bert-generation", **SHAPE, is_decoder=False)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config._name_or_path = "some/folder"
-    numbers = uniforms(1, 4, torch.Generator())
+    numbers = uniforms(1, 4, torch.Generator()).to(model.device)
     with pytest.raises(UserError, match=r"some/folder .BertGenerationDecoder. works in no stage.* logits"):
         sample(model, *pad_sequences([[3, 4]], PAD, "left"), numbers, Decoding(1.0, ENDS, PAD))
 
@@ -195,7 +197,7 @@ def test_a_model_is_tested_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPat
     model = tiny("mamba").train()
     random = torch.get_rng_state()
     for _ in range(2):
-        numbers = uniforms(2, 3, torch.Generator())
+        numbers = uniforms(2, 3, torch.Generator()).to(model.device)
         sample(model, *pad_sequences([[3, 4], [5]], PAD, "left"), numbers, Decoding(1.0, ENDS, PAD))
     assert tested == [KeyValueReader, StateReader]
     assert model.training
@@ -227,6 +229,6 @@ def test_rows_that_have_ended_are_no_longer_in_the_batch_where_a_state_can_lose_
     model.register_forward_pre_hook(lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
     reader_for(model)
     rows.clear()
-    numbers = uniforms(len(QUERIES), 14, torch.Generator().manual_seed(5))
+    numbers = uniforms(len(QUERIES), 14, torch.Generator().manual_seed(5)).to(model.device)
     sample(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1.5, ENDS, PAD))
     assert (min(rows) < len(QUERIES)) == (kind == "mamba")

@@ -171,7 +171,7 @@ def test_rows_that_are_not_learnt_from_can_be_selected(rollout: Rollout) -> None
 def test_precision_plugins_leave_its_floats_alone(rollout: Rollout) -> None:
     rollout.policy_share = 2.5
     cast = apply_to_collection(rollout, function=_convert_fp_tensor, dtype=Tensor, dst_type=torch.bfloat16)
-    moved = move_data_to_device(cast, torch.device("cpu"))
+    moved = move_data_to_device(cast, rollout.scores.device)
     assert isinstance(moved, Rollout)
     for name, value in vars(rollout).items():
         if isinstance(value, Tensor):

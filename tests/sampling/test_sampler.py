@@ -22,7 +22,7 @@ def model(sharp_path: str, layout: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def small_vocabulary() -> Any:
+def small_vocabulary(device: str) -> Any:
     """A GPT-NeoX over 12 tokens whose generation settings would change every distribution, were they used."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -32,7 +32,7 @@ def small_vocabulary() -> Any:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = GPTNeoXForCausalLM(config).eval()
+        model = GPTNeoXForCausalLM(config).eval().to(device)  # type: ignore[arg-type]
     settings: Any = model.generation_config
     settings.top_k, settings.top_p, settings.temperature, settings.repetition_penalty = 1, 0.1, 5.0, 50.0
     settings.eos_token_id, settings.max_new_tokens, settings.suppress_tokens = 2, 1, [1, 2, 3]
@@ -41,6 +41,7 @@ def small_vocabulary() -> Any:
 
 def draw(model: Any, queries: list[list[int]], seed: int = 0, **settings: Any) -> Tensor:
     numbers = uniforms(len(queries), settings.pop("max_new_tokens", 12), torch.Generator().manual_seed(seed))
+    numbers = numbers.to(model.device)
     return sample(
         model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(0.7, (NEVER,), PAD)._replace(**settings)
     )
@@ -105,7 +106,7 @@ def test_the_generator_alone_decides(model: Any) -> None:
 def test_left_padding_changes_nothing(model: Any) -> None:
     ids, mask = pad_sequences(QUERIES, PAD, "left")
     wide = torch.nn.functional.pad(ids, (20, 0), value=PAD), torch.nn.functional.pad(mask, (20, 0))
-    numbers = uniforms(3, 12, torch.Generator().manual_seed(4))
+    numbers = uniforms(3, 12, torch.Generator().manual_seed(4)).to(model.device)
     tight, padded = (sample(model, *inputs, numbers, Decoding(0.7, (NEVER,), PAD)) for inputs in ((ids, mask), wide))
     assert torch.equal(tight, padded)
 
@@ -130,6 +131,7 @@ def test_a_response_depends_on_its_own_row_alone(
     """Not on the rows beside it, nor on when those that have ended leave the batch: at once, late, or never."""
     monkeypatch.setattr(sampler, "LEAVING", leaving)
     numbers = uniforms(len(MANY), 16, torch.Generator().manual_seed(6))  # none within 5e-4 of another token
+    numbers = numbers.to(small_vocabulary.device)
     decoding = Decoding(1.0, (7,), PAD)
     alone = one_by_one(small_vocabulary, MANY, numbers, decoding)
     lengths = (alone != PAD).sum(1)
@@ -166,7 +168,7 @@ def test_a_sliding_window_sees_what_it_sees_without_a_cache(kind: str, temperatu
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config).eval()
     queries = [[(3 * n + k) % 12 for k in range(1 + (4 * n) % 9)] for n in range(12)]
-    numbers = uniforms(len(queries), 14, torch.Generator().manual_seed(2))
+    numbers = uniforms(len(queries), 14, torch.Generator().manual_seed(2)).to(model.device)
     together = sample(model, *pad_sequences(queries, PAD, "left"), numbers, Decoding(temperature, (7,), PAD))
     lengths = (together != PAD).sum(1)
     assert lengths.unique().numel() > 3
@@ -185,7 +187,7 @@ def test_a_draw_follows_the_distribution_over_several_blocks(vocabulary: int) ->
     random = torch.Generator().manual_seed(vocabulary)
     logits = 2 * torch.randn(vocabulary, generator=random)
     rows = 40_000
-    tokens = choose(logits.expand(rows, -1), uniforms(rows, 1, random).squeeze(1))
+    tokens = choose(logits.expand(rows, -1), uniforms(rows, 1, random).squeeze(1).to(logits.device))
     assert tokens.shape == (rows,)
     expected = rows * torch.softmax(logits.double(), -1)
     counts = torch.bincount(tokens, minlength=vocabulary).double()
@@ -204,7 +206,7 @@ def test_a_draw_inverts_the_cumulative_distribution(vocabulary: int, seed: int) 
     """Against numpy in float64; a token whose border lies within rounding of the number may be its neighbour."""
     rng = np.random.default_rng(seed)
     logits, numbers = 3 * rng.normal(size=(200, vocabulary)).astype(np.float32), rng.random(200)
-    tokens = choose(torch.from_numpy(logits), torch.from_numpy(numbers)).numpy()
+    tokens = choose(torch.tensor(logits), torch.tensor(numbers)).numpy()
     weights = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
     ends = weights.cumsum(1) / weights.sum(1, keepdims=True)
     rows = np.arange(200)
@@ -221,7 +223,7 @@ def test_tokens_of_probability_zero_are_never_drawn(vocabulary: int, number: flo
         rng = np.random.default_rng(seed)
         possible = rng.random(vocabulary) < rng.choice([0.001, 0.02, 0.5])
         possible[rng.integers(vocabulary)] = True
-        logits = torch.from_numpy(np.where(possible, rng.normal(size=vocabulary) * 5, -np.inf)).float()
+        logits = torch.tensor(np.where(possible, rng.normal(size=vocabulary) * 5, -np.inf)).float()
         token = int(choose(logits.unsqueeze(0), torch.tensor([number], dtype=precision)))
         assert possible[token], (seed, token)
         if number == 0:
