@@ -102,7 +102,7 @@ def draws(name: str, *words: str) -> Case:
 def parts() -> dict[str, list[Case]]:
     """Every part and its cases."""
     options = ["-m", "pytest", "-p", "no:cacheprovider"]
-    folders = [Case(f, [*options, "--device", "cuda", "-n", "8", f], [*options, f, "-x"], tests_row) for f in FOLDERS]
+    folders = [Case(f, [*options, "--device", "cuda", "-n", "12", f], [*options, f, "-x"], tests_row) for f in FOLDERS]
     places = ["benchmarks/placements.py"]
     return {
         "tests": folders,
