@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from rlhf.cli.parsing import message_of, parse
+from rlhf.cli.parsing import message_of, parse, split_words
 from rlhf.errors import UserError
 
 STAGE_VERBS = {
@@ -85,11 +85,16 @@ def _call(command: str, words: list[str]) -> None:
     function = getattr(importlib.import_module(VERBS[command][0]), command)
     parser = ArgumentParser(prog=f"train.py {command}", exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
-    parser.add_function_arguments(function, fail_untyped=False, sub_configs=True)
+    parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
+    more = {}
+    if command == "pipeline":  # settings of its stages are words of their command lines
+        from rlhf.studies.recipe import SECTIONS
+
+        words, more["overrides"] = split_words(words, SECTIONS)
     config = parse(parser, words)
     config.pop("config", None)
     try:
-        function(**vars(parser.instantiate(config)))
+        function(**vars(parser.instantiate(config)), **more)
     except UserError as error:  # settings have other names here than in a stage
         raise UserError(re.sub(r"\b(data\.(?=text\.)|model\.(?=eos_tokens))", "", str(error))) from error
 

@@ -2,11 +2,34 @@
 
 import errno
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError, causes, find_user_error
+
+
+def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Takes the settings of sections out of a command line, `--ppo.KEY VALUE` or `--ppo.KEY=VALUE`.
+
+    Returns:
+        The other words, and section -> key -> value.
+    """
+    others: list[str] = []
+    found: dict[str, dict[str, str]] = {}
+    left = iter(words)
+    for word in left:
+        key, equals, value = word.removeprefix("--").partition("=")
+        section, dot, inner = key.partition(".")
+        if not (word.startswith("--") and dot and section in sections):
+            others.append(word)
+            continue
+        value = value if equals else next(left, "")
+        if not value:
+            raise UserError(f"{word} needs a value.")
+        found.setdefault(section, {})[inner] = value
+    return others, found
 
 
 def parse(parser: Any, words: list[str]) -> Any:

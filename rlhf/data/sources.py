@@ -1,21 +1,23 @@
 """Records from the hub, a local folder, or JSON, CSV, TSV and Parquet files."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, Features, Json
-from pydantic import ConfigDict, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from rlhf.data.readers import JSON, KINDS, parse_name, read_files
 from rlhf.errors import UserError
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Schemas = dict[str, tuple[str, ...]]  # name of a schema -> the columns that its records need
 
 
@@ -33,6 +35,8 @@ class Source:
         field: where the list of records is in a JSON file that is one object, for example `data`.
         columns: our column name -> its name in the data, for example `{prompt: question}`, or `{prompt: data.question}`
             inside of another column.
+        part: use only the records whose query falls into this part of [0, 1], by a hash: `[0, 0.05]` of one source and
+            `[0.05, 1]` of another share out the queries, the same ones in every file.
         limit: use only this many records, the first ones.
     """
 
@@ -42,7 +46,13 @@ class Source:
     revision: str | None = None
     field: str | None = None
     columns: dict[str, str] | None = None
+    part: tuple[Share, Share] | None = None
     limit: PositiveInt | None = None
+
+    def has(self, query: str) -> bool:
+        """Tells whether a query belongs to its part."""
+        place = int.from_bytes(hashlib.sha256(query.encode()).digest()[:8], "big") / 2**64
+        return self.part is None or self.part[0] <= place < self.part[1]
 
 
 def load_records(source: Source, setting: str) -> Dataset:
@@ -50,7 +60,7 @@ def load_records(source: Source, setting: str) -> Dataset:
     dataset = _load(source, setting)
     if len(dataset) == 0:
         raise UserError(f"{setting}: {source.path} ({source.split}) is empty.")
-    if source.limit is not None:
+    if source.limit is not None and source.part is None:  # else the first ones of the part
         dataset = dataset.select(range(min(source.limit, len(dataset))))
     for ours, theirs in (source.columns or {}).items():
         where = f"{setting}.columns: {source.path}"

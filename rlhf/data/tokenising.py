@@ -115,6 +115,11 @@ def _load(
         new_fingerprint=Hasher.hash((_VERSION, raw._fingerprint, schema, wanted, text, content(tokenizer))),
         desc=f"Tokenising {source.path} ({source.split})",
     )
+    if source.part is not None:
+        own = [row for row, query in enumerate(done["query"][:]) if query is None or source.has(query)][: source.limit]
+        raw, done = raw.select(own), done.select(own)
+        if not own:
+            raise UserError(f"{setting}: no query of {source.path} falls into the part {source.part}; make it larger.")
     control = text.special_tokens == "control"
     return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})", control)
 

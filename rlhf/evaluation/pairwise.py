@@ -62,7 +62,7 @@ def judge(
         output: file of the judged table, ends in .parquet or .csv.
         a: the first candidate; the win rate is that of this one.
         b: the second candidate.
-        judge: OpenAIJudge, LocalJudge, RewardJudge, GoldJudge, or the import path of your own.
+        judge: OpenAIJudge, LocalJudge, RewardJudge, FunctionJudge, GoldJudge, or the import path of your own.
         answers: file of the judge's answers; tables may share it, so that nothing is paid twice. By default
             `<output>.answers.jsonl`.
         only_shared: judge only the queries that both tables have; otherwise tables with different queries are an error.

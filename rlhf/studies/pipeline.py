@@ -1,45 +1,152 @@
-"""Runs a pipeline: stages one after another, each in its own process."""
+"""The pipeline: from a model and data to a report, each stage in a process of its own."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
+from pydantic import PositiveFloat, PositiveInt
+
+from rlhf import files
+from rlhf.data.sources import Source
 from rlhf.studies.processes import stage_processes
-from rlhf.studies.runner import Runner, Stage, filled, with_takes
+from rlhf.studies.recipe import Recipe, Settings, Shared
+from rlhf.studies.runner import Runner, Stage
+
+
+class Result(NamedTuple):
+    """What a pipeline has made.
+
+    Attributes:
+        run: its folder.
+        exports: stage -> folder of the model that it trained.
+        report: the page; None where nothing was evaluated.
+        summary: the table on top of the page, a row per policy.
+    """
+
+    run: Path
+    exports: dict[str, Path]
+    report: Path | None
+    summary: pd.DataFrame | None
 
 
 def pipeline(
-    stages: list[Stage],
-    evaluation: list[Stage] | None = None,
-    evaluation_takes: dict[str, dict[str, Any]] | None = None,
-    size: str = "run",
     run_dir: str = "runs/pipeline",
-    config_dir: str = ".",
+    model: str | None = None,
+    demonstrations: str | Source | None = None,
+    comparisons: str | Source | None = None,
+    prompts: str | Source | None = None,
+    validation: float | None = None,
+    reward_model: str | None = None,
+    reward_function: str | None = None,
+    judge: str | dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    response_length: PositiveInt | None = None,
+    pad_token: str | None = None,
+    eos_tokens: list[str] | None = None,
+    learning_rate: PositiveFloat | None = None,
+    devices: int | str | None = None,
+    trainer: dict[str, Any] | None = None,
     seed: int | None = None,
-    arguments: list[str] | None = None,
-) -> None:
-    """Runs stages one after another, each in its own process, and hands their exports on.
+    synthesize: dict[str, Any] | None = None,
+    sft: dict[str, Any] | bool | None = None,
+    reward: dict[str, Any] | bool | None = None,
+    ppo: dict[str, Any] | bool | None = None,
+    generate: dict[str, Any] | None = None,
+    margins: dict[str, Any] | bool | None = None,
+    report: dict[str, Any] | None = None,
+    size: str | None = None,
+    config_dir: str = ".",
+    redo: list[str] | None = None,
+    overrides: dict[str, Settings] | None = None,
+) -> Result:
+    """Runs SFT, reward model, PPO and their evaluation, each in its own process, and writes a report.
 
     Finished stages are skipped; a stopped one is resumed from its last checkpoint. Tables and reports are made again
     when a stage that they are made from was run again. SIGTERM stops the current stage after it has saved.
 
+    Any setting of a stage can follow its name: `--ppo.model.ppo.kl_coefficient 0.1`, `--sft.trainer.max_epochs 2`. In
+    a file, the settings of a stage stand in its section, and `config` in it names files in `config_dir` that are read
+    before; `false` leaves the stage out.
+
     Args:
-        stages: what to run, in order; the list, or a YAML file with it.
-        evaluation: what to run after that, such as configs/evaluation/stages.yaml.
-        evaluation_takes: command -> settings that its stages in `evaluation` take besides their own.
-        size: name of the model size; it replaces `{size}` in stages.
         run_dir: folder of the whole run; every stage gets a folder in it.
+        model: the model to start from: a folder, or a name on the hub.
+        demonstrations: what SFT learns from and PPO takes its prompts from: a file, folder or hub dataset, or a
+            `Source`. Without them SFT learns the preferred side of the comparisons.
+        comparisons: what the reward model learns from.
+        prompts: prompts for PPO, if not those of the demonstrations.
+        validation: share of the queries that is kept for validation, the same ones of all files; by default 0.05 of a
+            single file, and the split `validation` of a folder or hub dataset.
+        reward_model: a trained reward model, `ForSequenceClassification` with one label: no reward model is trained.
+        reward_function: import path of a function that scores responses: no reward model is trained.
+        judge: who compares responses with the references, a class or `class_path` and `init_args`; by default the
+            reward model, which PPO has learnt to please.
+        text: formats and maximum lengths of texts, as in `data.text` of every stage.
+        response_length: longest response in tokens, for SFT, PPO and their evaluation.
+        pad_token: PAD, where the tokenizer has none or it is EOS.
+        eos_tokens: tokens that end a response.
+        learning_rate: of all three trained stages.
+        devices: how many devices train.
+        trainer: settings of the Trainer that the trained stages share, such as `strategy` and `precision`.
+        seed: seed of the data and of every training stage.
+        synthesize: settings of `synthesize`, for embedded data; demonstrations and comparisons are then those.
+        sft: settings of SFT.
+        reward: settings of the reward model.
+        ppo: settings of PPO.
+        generate: settings of `generate`.
+        margins: settings of `margins`.
+        report: settings of `report`.
+        size: what the report calls the size of the model; by default the name of the run folder. It replaces `{size}`
+            in `run_dir`, `model` and names of files.
+        config_dir: folder of the files that sections name.
+        redo: stages to run again; what they made before is moved aside.
+        overrides: section -> settings by dotted key; on a command line `--ppo.KEY VALUE`.
+
+    Returns:
+        What was made.
+    """
+    every = {"trainer": trainer or {}} if devices is None else {"trainer": {**(trainer or {}), "devices": devices}}
+    shared = Shared(
+        model, demonstrations, comparisons, prompts, validation, reward_model, reward_function, judge, text or {},
+        response_length, pad_token, eos_tokens, learning_rate, **every,
+    )  # fmt: skip
+    sections = {
+        "synthesize": synthesize, "sft": sft, "reward": reward, "ppo": ppo, "generate": generate, "margins": margins,
+        "report": report,
+    }  # fmt: skip
+    size = size or Path(run_dir).name
+    stages = Recipe(shared, sections, overrides, size).stages()
+    return run_stages(stages, run_dir.replace("{size}", size), config_dir, seed)
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    run_dir: str,
+    config_dir: str = ".",
+    seed: int | None = None,
+    arguments: Sequence[str] = (),
+) -> Result:
+    """Runs stages one after another, each in its own process, and hands their exports on.
+
+    Args:
+        stages: what to run, in order.
+        run_dir: folder of the whole run.
         config_dir: folder of the configs of the stages.
         seed: seed of the data and of every training stage; it overrides the one in the config.
-        arguments: further arguments for the command line of every training stage, such as `--trainer.devices=2`.
+        arguments: further arguments for the command line of every training stage.
     """
     run = Path(run_dir)
-    runner = Runner(run, Path(config_dir), seed, arguments or [])
-    every = filled([*stages, *with_takes(evaluation, evaluation_takes)], size=size)
+    runner = Runner(run, Path(config_dir), seed, arguments)
     started = time.monotonic()
     with stage_processes.forwarded_signals():
-        for number, stage in enumerate(every, 1):
-            runner.run_stage(stage, f"[{number}/{len(every)}]")
+        for number, stage in enumerate(stages, 1):
+            runner.run_stage(stage, f"[{number}/{len(stages)}]")
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
-    if (run / "report.md").exists():
-        print(f"Report:  {run / 'report.md'}\nCurves:  tensorboard --logdir {run}")
+    page, summary = run / "report.md", run / "report" / "summary.csv"
+    if page.exists():
+        print(f"Report:  {page}\nCurves:  tensorboard --logdir {run}")
+    exports = {stage.name: run / stage.name / files.EXPORT for stage in stages if stage.command == "fit"}
+    found = pd.read_csv(summary) if summary.exists() else None
+    return Result(run, exports, page if page.exists() else None, found)

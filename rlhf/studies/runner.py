@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,24 +36,19 @@ class Stage:
         takes: settings to override. In a value, `{run}` is replaced by the run folder, so that
             `model.model_path: "{run}/sft/export"` takes the export of the stage `sft`; `{configs}` is replaced by the
             folder of the configs, and `{seed}` by the pipeline's seed.
+        settings: settings that override these, word for word.
     """
 
     name: str
     command: Literal["fit", "synthesize", "generate", "judge", "margins", "report"] = "fit"
     config: str | list[str] | None = None
     takes: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def configs(self) -> list[str]:
         """All of its YAML files."""
         return [self.config] if isinstance(self.config, str) else self.config or []
-
-
-def with_takes(stages: list[Stage] | None, takes: dict[str, dict[str, Any]] | None) -> list[Stage]:
-    """Adds settings to what the stages of a command take; their own ones win."""
-    for command in (takes or {}).keys() - {stage.command for stage in stages or []}:
-        raise UserError(f"evaluation_takes: no stage of the evaluation has the command {command!r}.")
-    return [replace(stage, takes=(takes or {}).get(stage.command, {}) | stage.takes) for stage in stages or []]
 
 
 def filled(stages: Iterable[Stage], **values: object) -> list[Stage]:
@@ -159,8 +154,9 @@ class Runner:
         for config in self._configs(stage):
             words += ["--config", str(config)]
         output = "run_dir" if stage.command == "fit" else "output"
-        for key, value in ({output: str(self.place(stage))} | stage.takes).items():
-            words.append(f"--{key}={self._filled(value if isinstance(value, str) else json.dumps(value))}")
+        filled = {key: self._filled(as_word(value)) for key, value in stage.takes.items()}
+        settings = {key: as_word(value) for key, value in stage.settings.items()}
+        words += [f"--{key}={text}" for key, text in ({output: str(self.place(stage))} | filled | settings).items()]
         if stage.command == "fit":
             words += self.arguments
         if self.seed is not None and stage.command in SEED:
@@ -184,7 +180,8 @@ class Runner:
     def _made_from(self, stage: Stage) -> dict[str, Any]:
         """Returns a fingerprint of a stage's settings, without paths, and identities of the stages it takes from."""
         takes = json.dumps(stage.takes, sort_keys=True)
-        settings = [stage.command, takes, *(config.read_text(errors="replace") for config in self._configs(stage))]
+        own = json.dumps(stage.settings, sort_keys=True) if stage.settings else ""
+        settings = [stage.command, takes, own, *(config.read_text(errors="replace") for config in self._configs(stage))]
         if stage.command == "fit":
             settings += self.arguments
         if stage.command in SEED or "{seed}" in takes:
@@ -212,6 +209,11 @@ class Runner:
         with self._lock:
             self._recorded = {**self._recorded, stage.name: entry}
             files.write_text(self.run / STATE, json.dumps(self._recorded, indent=2) + "\n")
+
+
+def as_word(value: Any) -> str:
+    """Returns a value as it is typed on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_state(run: Path) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ from rlhf.errors import UserError
 from rlhf.report.lengths import Unit
 from rlhf.report.report import report
 from rlhf.report.runs import STAGES, Baseline, Run
-from rlhf.studies.runner import Runner, Stage, filled, run_jobs, with_takes
+from rlhf.studies.recipe import evaluation_stages
+from rlhf.studies.runner import Runner, Stage, filled, run_jobs
 
 SHARED, BASE = "shared", "base"
 
@@ -28,8 +29,7 @@ def scaling(
     seeds: Annotated[list[int], Field(min_length=1)],
     stages: list[Stage],
     policies: Annotated[dict[str, str], Field(min_length=1)],
-    evaluation: list[Stage] | None = None,
-    evaluation_takes: dict[str, dict[str, Any]] | None = None,
+    evaluation: dict[str, dict[str, Any]] | None = None,
     checkpoints: list[Stage] | None = None,
     shared: list[Stage] | None = None,
     base: list[Stage] | None = None,
@@ -55,8 +55,8 @@ def scaling(
         seeds: seeds of the training stages; each size runs once with each.
         stages: what to run for every size and seed, in order, as in a pipeline.
         policies: label of a policy -> the stage that judges it against the reference.
-        evaluation: what to run after that, such as configs/evaluation/stages.yaml, except for its report.
-        evaluation_takes: command -> settings that its stages in `evaluation` take besides their own.
+        evaluation: what the stages of the evaluation take that run after that: command -> settings, such as the data
+            of `generate` and `margins` and the judge of `judge`.
         checkpoints: what to run after that for every export that PPO made during training, with `{update}` for its
             number of updates; one stage takes `{run}/ppo/export-{update}`, and the last one judges.
         shared: what to run once for all sizes.
@@ -69,7 +69,7 @@ def scaling(
         arguments: further arguments for the command line of every training stage.
         processes: how many stages to run at a time; they share the cores.
     """
-    stages = [stage for stage in [*stages, *with_takes(evaluation, evaluation_takes)] if stage.command != "report"]
+    stages = [*stages, *(evaluation_stages(evaluation) if evaluation else [])]
     shared, base, checkpoints = shared or [], base or [], checkpoints or []
     for setting, values in ("sizes", sizes), ("seeds", seeds):
         if twice := [value for value, count in Counter(values).items() if count > 1]:

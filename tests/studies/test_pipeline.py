@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.report.curve_files import read_curves
-from rlhf.studies.pipeline import pipeline
+from rlhf.studies.pipeline import pipeline, run_stages
 from rlhf.studies.processes import Ended, stage_processes
+from rlhf.studies.recipe import evaluation_stages
 from rlhf.studies.runner import Job, Runner, Stage, run_jobs
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
@@ -26,7 +27,8 @@ SMALL = {
         "comparisons_news": 6,
     }
 }  # fmt: skip
-QUICK = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=4", "--trainer.check_val_every_n_epoch=1"]
+QUICK = {"max_epochs": 2, "limit_train_batches": 4, "check_val_every_n_epoch": 1, "accelerator": "cpu"}
+FEW = {"reward": False, "ppo": False}  # data and SFT
 
 
 @pytest.fixture
@@ -37,16 +39,7 @@ def quickstart(tmp_path: Path) -> dict[str, Any]:
     data = yaml.safe_load((configs / "data.yaml").read_text())
     (configs / "data.yaml").write_text(yaml.safe_dump(data | SMALL))
     config = yaml.safe_load((configs / "pipeline.yaml").read_text())
-    evaluation = yaml.safe_load((ROOT / "configs" / "evaluation" / "stages.yaml").read_text())
-    return {
-        "stages": [Stage(**stage) for stage in config["stages"]],
-        "evaluation": [Stage(**stage) for stage in evaluation],
-        "evaluation_takes": config["evaluation_takes"],
-        "size": config["size"],
-        "run_dir": str(tmp_path / "run"),
-        "config_dir": str(configs),
-        "arguments": [*QUICK, "--trainer.accelerator=cpu"],
-    }
+    return {**config, "run_dir": str(tmp_path / "run"), "config_dir": str(configs), "trainer": QUICK}
 
 
 def test_from_nothing_to_a_report(
@@ -93,7 +86,7 @@ def test_from_nothing_to_a_report(
 def test_a_stopped_pipeline_goes_on(
     quickstart: dict[str, Any], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = quickstart | {"stages": quickstart["stages"][:2], "evaluation": None, "evaluation_takes": None}
+    few = quickstart | FEW
     inner = stage_processes.run
 
     def stop_at_fit(words: list[str], log: Path | None) -> Ended:
@@ -115,10 +108,10 @@ def test_a_stopped_pipeline_goes_on(
 
 
 def test_other_settings_never_overwrite(quickstart: dict[str, Any], commands: list[list[str]]) -> None:
-    few = quickstart | {"stages": quickstart["stages"][:2], "evaluation": None, "evaluation_takes": None}
+    few = quickstart | FEW
     pipeline(**few)
     with pytest.raises(UserError, match="sft' with other settings"):
-        pipeline(**(few | {"arguments": [*quickstart["arguments"], "--trainer.max_epochs=3"]}))
+        pipeline(**(few | {"trainer": QUICK | {"max_epochs": 3}}))
     with pytest.raises(UserError, match="with other settings"):
         pipeline(**(few | {"seed": 5}))
 
@@ -127,7 +120,7 @@ def test_a_run_goes_on_where_it_was_moved_to(
     quickstart: dict[str, Any], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fingerprints know what a config says and which stages are taken, not where they are."""
-    few = quickstart | {"stages": quickstart["stages"][:2], "evaluation": None, "evaluation_takes": None}
+    few = quickstart | FEW
     pipeline(**few)
     assert [words[0] for words in commands] == ["synthesize", "fit"]
     commands.clear()
@@ -144,14 +137,14 @@ def test_a_run_goes_on_where_it_was_moved_to(
         pipeline(**few | {"run_dir": str(moved / "run"), "config_dir": str(moved / "configs")})
 
 
-def test_takes_of_a_command_that_is_not_there_are_refused(quickstart: dict[str, Any]) -> None:
+def test_takes_of_a_command_that_is_not_there_are_refused() -> None:
     with pytest.raises(UserError, match="no stage of the evaluation has the command 'generat'"):
-        pipeline(**quickstart | {"evaluation_takes": {"generat": {"data.limit": 3}}})
+        evaluation_stages({"generat": {"data.limit": 3}})
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stages.sft.config"):
-        pipeline([Stage("sft", config="nowhere.yaml")], run_dir=str(tmp_path / "run"))
+        run_stages([Stage("sft", config="nowhere.yaml")], run_dir=str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])  # without and with a GPU
@@ -161,14 +154,10 @@ def test_stages_run_in_processes_of_their_own(
     monkeypatch.setattr("torch.cuda.is_available", lambda: start == "spawn")
     config = tmp_path / "data.yaml"
     config.write_text(yaml.safe_dump(SMALL))
-    main([
-        "pipeline", f"--run_dir={tmp_path}/run", f"--config_dir={tmp_path}",
-        '--stages=[{"name": "data", "command": "synthesize", "config": "data.yaml"}]',
-    ])  # fmt: skip
+    run_stages([Stage("data", "synthesize", "data.yaml")], f"{tmp_path}/run", str(tmp_path))
     assert (tmp_path / "run" / "data" / "demonstrations" / "train.jsonl").is_file()
-    with pytest.raises(SystemExit):
-        main(["pipeline", f"--run_dir={tmp_path}/other", '--stages=[{"name": "ppo", "command": "report"}]'])
-    assert "the stage ppo ended with status 2" in capfd.readouterr().err
+    with pytest.raises(UserError, match="the stage ppo ended with status 2"):
+        run_stages([Stage("ppo", "report")], f"{tmp_path}/other")
 
 
 # ----------------------------------------------------------------------------------- stages that write a table
@@ -176,11 +165,10 @@ def test_stages_run_in_processes_of_their_own(
 
 @pytest.fixture
 def evaluation(tmp_path: Path, model_path: str, commands: list[list[str]], demonstration_file: str) -> dict[str, Any]:
-    """A pipeline that generates with a finished stage `sft`, and judges; ready for `pipeline(**evaluation)`."""
+    """A pipeline that generates with a finished stage `sft`, and judges; ready for `run_stages(**evaluation)`."""
     shutil.copytree(model_path, tmp_path / "run" / "sft" / "export")
     _finish_sft(tmp_path / "run", "first")
-    for name in ("generate", "judge"):
-        shutil.copy(ROOT / "configs" / "quickstart" / f"{name}.yaml", tmp_path)
+    (tmp_path / "generate.yaml").write_text("temperature: 0.01\n")
     takes = {
         "model": "{run}/sft/export", "reward": None, "data.path": demonstration_file, "data.split": "train",
         "data.limit": 6, "response_length": 4,
@@ -188,7 +176,7 @@ def evaluation(tmp_path: Path, model_path: str, commands: list[list[str]], demon
     table = "{run}/responses.parquet"
     stages = [
         Stage("responses", "generate", "generate.yaml", takes),
-        Stage("judged", "judge", "judge.yaml", {"a.table": table, "b.table": table}),
+        Stage("judged", "judge", takes={"a.table": table, "b.table": table, "b.column": "reference", "judge": "GoldJudge"}),
     ]
     return {"stages": stages, "run_dir": str(tmp_path / "run"), "config_dir": str(tmp_path)}
 
@@ -201,24 +189,24 @@ def _finish_sft(run: Path, identity: str) -> None:
 
 
 def test_a_table_is_one_file_and_is_kept(evaluation: dict[str, Any], commands: list[list[str]], tmp_path: Path) -> None:
-    pipeline(**evaluation, seed=3)
+    run_stages(**evaluation, seed=3)
     run = tmp_path / "run"
-    assert [words[-1] for words in commands] == ["--response_length=4", f"--b.table={run}/responses.parquet"]
+    assert [words[-1] for words in commands] == ["--response_length=4", "--judge=GoldJudge"]
     assert f"--output={run}/judged.parquet" in commands[1]
     assert not (run / "responses").exists()
     assert len(pd.read_parquet(run / "judged.parquet")) == 6
     commands.clear()
-    pipeline(**evaluation, seed=4)  # training stages have seeds
+    run_stages(**evaluation, seed=4)  # training stages have seeds
     assert commands == []
     (run / "judged.parquet").unlink()
-    pipeline(**evaluation)
+    run_stages(**evaluation)
     assert [words[0] for words in commands] == ["judge"]
 
 
 def test_tables_follow_a_stage_that_was_run_again_and_answers_stay(
     evaluation: dict[str, Any], commands: list[list[str]], tmp_path: Path, tokenizer: Any
 ) -> None:
-    pipeline(**evaluation)
+    run_stages(**evaluation)
     run = tmp_path / "run"
     before = pd.read_parquet(run / "judged.parquet")
     answers = run / "judged.parquet.answers.jsonl"
@@ -228,7 +216,7 @@ def test_tables_follow_a_stage_that_was_run_again_and_answers_stay(
     parts = run / "judged.parquet.parts"  # of a judgement that was killed
     parts.mkdir()
     commands.clear()
-    pipeline(**evaluation)
+    run_stages(**evaluation)
     assert [words[0] for words in commands] == ["generate", "judge"]
     assert (pd.read_parquet(run / "judged.parquet")["a"] != before["a"]).any()
     assert not parts.exists()
@@ -238,12 +226,12 @@ def test_tables_follow_a_stage_that_was_run_again_and_answers_stay(
 def test_a_table_of_other_settings_is_not_overwritten(
     evaluation: dict[str, Any], commands: list[list[str]], tmp_path: Path
 ) -> None:
-    pipeline(**evaluation)
+    run_stages(**evaluation)
     commands.clear()
     config = tmp_path / "generate.yaml"
     config.write_text(config.read_text() + "temperature: 0.7\n")
     with pytest.raises(UserError, match=r"responses\.parquet holds a run of the stage 'responses' with other settings"):
-        pipeline(**evaluation)
+        run_stages(**evaluation)
     assert commands == []
 
 

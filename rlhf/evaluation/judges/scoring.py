@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
 from typing_extensions import override
 
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.interface import ScoringJudge
+from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.models.loading import model_fingerprint
 from rlhf.synthetic.gold_score import gold_scores
@@ -27,6 +29,30 @@ class GoldJudge(ScoringJudge):
                 f"judge: {bare} of {len(records)} records have no hidden facts; GoldJudge works on embedded data only."
             )
         return gold_scores(queries, responses, records)
+
+
+class FunctionJudge(ScoringJudge):
+    """Prefers the response with the higher reward by a function.
+
+    Args:
+        function: a function as in `model.reward_function` of PPO.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        check_reward_functions("judge.", function=function)
+        self._function = function
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "function": name_of(self._function)}
+
+    @override
+    def scores(self, queries: list[str], responses: list[str], records: list[Mapping[str, Any]]) -> list[float]:
+        texts = [
+            {"query": query, "response": response, "record": dict(record)}
+            for query, response, record in zip(queries, responses, records, strict=True)
+        ]
+        return call_reward_function(self._function, texts, torch.device("cpu"), "judge.function").tolist()
 
 
 class RewardJudge(ScoringJudge):

@@ -24,12 +24,17 @@ def name_of(function: RewardFunction) -> str:
     return getattr(inner, "__name__", type(inner).__name__)
 
 
-def check_reward_functions(**functions: RewardFunction | None) -> None:
-    """Refuses functions that cannot be called with queries and responses, before anything expensive."""
+def check_reward_functions(prefix: str = "model.", **functions: RewardFunction | None) -> None:
+    """Refuses functions that cannot be called with queries and responses, before anything expensive.
+
+    Args:
+        prefix: goes before the names of the settings in messages.
+        functions: setting -> function.
+    """
     for setting, function in functions.items():
         if function is None:
             continue
-        said = f"model.{setting}: {name_of(function)}"
+        said = f"{prefix}{setting}: {name_of(function)}"
         if inspect.isclass(function) or not callable(function):
             raise UserError(f"{said} is no function; give the import path of one.")
         if inspect.iscoroutinefunction(function):
