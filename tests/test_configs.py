@@ -15,13 +15,15 @@ import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.studies.runner import Job, Runner, Stage, filled, with_takes
+from rlhf.studies.recipe import SECTIONS, Recipe, Shared, evaluation_stages
+from rlhf.studies.runner import Job, Runner, Stage, filled
 from rlhf.synthetic.posts import comparisons, demonstrations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "tldr"  # tested in tests/test_paper_configs.py
 STAGES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent != PAPER and "model:\n  class_path" in f.read_text())
-PIPELINES = sorted(f for f in CONFIGS.rglob("*.yaml") if "stages" in yaml.safe_load(f.read_text()))
+STUDIES = sorted(f for f in CONFIGS.rglob("*.yaml") if "stages" in yaml.safe_load(f.read_text()))
+PIPELINES = sorted(f for f in CONFIGS.rglob("*.yaml") if "sft" in yaml.safe_load(f.read_text()))
 
 
 def name(file: Path) -> str:
@@ -48,34 +50,38 @@ def test_a_stage_runs_for_a_step(file: Path, tmp_path: Path, model_path: str, wr
 
 
 def stages_of(file: Path, part: str) -> list[Stage]:
-    """A part of a pipeline, or of a study for its first size and the export after the first update."""
+    """A part of a study for its first size and the export after the first update, or the stages of a pipeline."""
     config = yaml.safe_load(file.read_text())
-
-    def read(part: str) -> list[Stage]:
-        given = config.get(part, [])
-        rows = yaml.safe_load((file.parent / given).read_text()) if isinstance(given, str) else given
-        return [Stage(**row) for row in rows]
-
-    stages = read(part)
+    if part == "stages" and file in PIPELINES:
+        return composed(config)
+    stages = [Stage(**row) for row in config.get(part, [])]
     if part == "stages":
-        stages += with_takes(read("evaluation"), config.get("evaluation_takes"))
-    return filled(stages, size=config.get("sizes", [config.get("size", "run")])[0], update=1)
+        stages += evaluation_stages(config["evaluation"])
+    return filled(stages, size=config["sizes"][0], update=1)
 
 
-@pytest.mark.parametrize("file", PIPELINES, ids=name)
+def composed(config: dict[str, Any]) -> list[Stage]:
+    """The stages of a pipeline on files of one's own, or those that it names."""
+    shared = {key: value for key, value in config.items() if key in Shared.__dataclass_fields__}
+    given = {"model": "model", "demonstrations": "demonstrations.jsonl", "comparisons": "comparisons.jsonl"}
+    given = given if "model" not in config else {}
+    sections = {section: config.get(section) for section in SECTIONS}
+    return Recipe(Shared(**given | shared), sections, size=config.get("size", "run")).stages()
+
+
+@pytest.mark.parametrize("file", [*PIPELINES, *STUDIES], ids=name)
 def test_a_pipeline_names_stages_and_settings_that_exist(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config: dict[str, Any] = yaml.safe_load(file.read_text())
     known: dict[str, set[str]] = {}
     for place, part in (("shared", "shared"), ("base", "base"), ("run", "stages"), ("run", "checkpoints")):
+        if file in PIPELINES and part != "stages":
+            continue
         others = {name: tmp_path / name for name in known if name != place}
-        runner = Runner(tmp_path / "run", CONFIGS.parent / config["config_dir"], others=others)
+        runner = Runner(tmp_path / "run", CONFIGS.parent / config.get("config_dir", "."), others=others)
         for stage in stages_of(file, part):
             for folder, taken in re.findall(r"\{(\w+)\}/([^/\"]+)", json.dumps(stage.takes)):
-                if folder == "configs":
-                    assert (runner.config_dir / taken).exists(), f"{stage.name} takes {taken}"
-                    continue
                 where = place if folder == "run" else folder
                 assert taken.removesuffix(".parquet") in known[where], f"{stage.name} takes {taken}"
             known.setdefault(place, set()).add(stage.name)
@@ -84,7 +90,7 @@ def test_a_pipeline_names_stages_and_settings_that_exist(
             capsys.readouterr()
 
 
-@pytest.mark.parametrize("file", [file for file in PIPELINES if "sizes" in yaml.safe_load(file.read_text())], ids=name)
+@pytest.mark.parametrize("file", STUDIES, ids=name)
 def test_a_study_reads_as_one(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     jobs: list[Job] = []

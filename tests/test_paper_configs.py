@@ -93,7 +93,7 @@ def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
     commands: list[list[str]] = []
     monkeypatch.setattr(stage_processes, "run", run)
     monkeypatch.chdir(FOLDER.parent.parent)
-    main(["pipeline", f"--config={FOLDER}/pipeline_{size}.yaml", "--seed=55513", f"--run_dir={tmp_path}"])
+    main(["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", "--seed=55513", f"--run_dir={tmp_path}"])
     assert [words[0] for words in commands] == ["fit"] * 3 + ["generate"] * 2 + ["judge"] * 2 + ["margins", "report"]
     for stage, line in zip(STAGES, commands, strict=False):
         assert line[2:8:2] == [f"configs/tldr/{name}.yaml" for name in ("common", stage, f"{stage}_{size}")]
@@ -107,10 +107,15 @@ def test_the_study_is_the_pipelines_over_sizes_and_seeds() -> None:
     assert (study["sizes"], study["seeds"]) == (SIZES, [44413, 55513, 66613, 77713])
     assert study["baselines"] == [{"name": "OpenAI 1.3B PPO", "parameters": 1_300_000_000, "win_rate": 0.7}]
     assert study["stages"][-1]["config"].pop() == "ppo_exports.yaml"
-    for size in SIZES:
-        pipeline = yaml.safe_load((FOLDER / f"pipeline_{size}.yaml").read_text())
-        assert study["stages"] == yaml.safe_load((FOLDER / pipeline["stages"]).read_text())
-        assert (pipeline["size"], pipeline["evaluation"]) == (size, study["evaluation"])
+    pipeline = yaml.safe_load((FOLDER / "pipeline.yaml").read_text())
+    assert [stage["config"] for stage in study["stages"]] == [pipeline[stage]["config"] for stage in STAGES]
+    generate, judge, margins = (study["evaluation"][command] for command in ("generate", "judge", "margins"))
+    assert generate["data.path"] == pipeline["demonstrations"]["path"]
+    assert {key: margins[f"data.{key}"] for key in pipeline["comparisons"]} == pipeline["comparisons"]
+    assert judge == {"judge": pipeline["judge"]["class_path"], "judge.model": pipeline["judge"]["init_args"]["model"]}
+    assert [row["batch_size"] for row in (generate, margins)] == [
+        pipeline[k]["batch_size"] for k in ("generate", "margins")
+    ]
     exports = yaml.safe_load((FOLDER / "ppo_exports.yaml").read_text())["trainer"]["callbacks+"]
     assert (
         yaml.safe_load((FOLDER / "ppo.yaml").read_text())["trainer"]["max_epochs"]
@@ -171,11 +176,22 @@ def test_the_study_runs_on_small_models_and_data(
     change("reward", {"data.init_args.demonstrations": sources["demonstrations"]})
     change("ppo", {"trainer.max_epochs": 2, "model.init_args.ppo.response_length": 6})
     change("ppo_exports", {"trainer.callbacks+": [{"class_path": EXPORT, "init_args": {"every_n_epochs": 1}}]})
-    change("generate", {"data": sources["demonstrations"], "response_length": 6})
-    change("margins", {"data": sources["comparisons"]})
-    change("judge", {"judge": "GoldJudge"})
+    study = yaml.safe_load((FOLDER / "scaling.yaml").read_text())
+    generates = [study["evaluation"]["generate"], study["checkpoints"][0]["takes"]]
+    for takes, kind in (
+        (generates[0], "demonstrations"),
+        (generates[1], "demonstrations"),
+        (study["evaluation"]["margins"], "comparisons"),
+    ):
+        takes |= {f"data.{key}": value for key, value in sources[kind].items()}
+    for takes in generates:
+        takes["response_length"] = 6
+    for takes in study["evaluation"]["judge"], study["checkpoints"][1]["takes"]:
+        del takes["judge.model"]
+        takes["judge"] = "GoldJudge"
+    (configs / "scaling.yaml").write_text(yaml.safe_dump(study))
     out = tmp_path / "out"
-    words = [f"--config={FOLDER}/scaling.yaml", f"--config_dir={configs}", f"--run_dir={out}"]
+    words = [f"--config={configs}/scaling.yaml", f"--config_dir={configs}", f"--run_dir={out}"]
     main(["scaling", *words, "--sizes=[1b, 2.8b]", "--seeds=[44413]"])
     assert (out / "report.md").is_file()
     assert [(star.name, star.win_rate) for star in seen] == [("OpenAI 1.3B PPO", 0.7)]

@@ -14,6 +14,7 @@ from rlhf.callbacks.critic_warmup import CriticWarmup
 from rlhf.callbacks.ppo_curves import PPOCurves
 from rlhf.callbacks.sample_table import SampleTable
 from rlhf.errors import UserError
+from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
 from rlhf.models.frozen import FrozenModel, Placement
@@ -23,7 +24,6 @@ from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
 from rlhf.models.translated import TranslatedModel
 from rlhf.modules.ppo_models import REFERENCE, check_models, check_run, load_actor_critic, load_reward_model
-from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae

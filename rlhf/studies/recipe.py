@@ -29,9 +29,9 @@ class Shared:
     """What the stages of a pipeline share; `rlhf.studies.pipeline.pipeline` describes it."""
 
     model: str | None = None
-    demonstrations: str | Source | None = None
-    comparisons: str | Source | None = None
-    prompts: str | Source | None = None
+    demonstrations: str | Source | Settings | None = None
+    comparisons: str | Source | Settings | None = None
+    prompts: str | Source | Settings | None = None
     validation: float | None = None
     reward_model: str | None = None
     reward_function: str | None = None
@@ -119,9 +119,7 @@ class Recipe:
             stages.insert(0, self._stage("data", "synthesize", {}, {}, "synthesize"))
         return [*stages, *(self._evaluated() if self.runs("ppo") else [])]
 
-    def _stage(
-        self, name: str, command: Any, takes: Settings, settings: Settings, section: str | None = None
-    ) -> Stage:
+    def _stage(self, name: str, command: Any, takes: Settings, settings: Settings, section: str | None = None) -> Stage:
         """Returns a stage with the settings of its section, which win, and its overrides, which win over them."""
         own = self.sections.get(section or name)
         own = dict(own) if isinstance(own, Mapping) else {}
@@ -158,7 +156,9 @@ class Recipe:
 
     def _sources(self, name: str) -> dict[str, Settings]:
         """Returns the sources of a stage: `train`, `validation`, `demonstrations` -> settings of a `Source`."""
-        records = {"sft": self.demonstrations or self.comparisons, "reward": self.comparisons, "ppo": self.prompts}[name]
+        records = {"sft": self.demonstrations or self.comparisons, "reward": self.comparisons, "ppo": self.prompts}[
+            name
+        ]
         sources = {"train": self._side(records, "train"), "validation": self._side(records, "validation")}
         if name == "reward" and self.demonstrations is not None:
             sources["demonstrations"] = {**self._side(self.demonstrations, "train"), "limit": CENTRING}
@@ -167,12 +167,13 @@ class Recipe:
             sources["validation"] = {"limit": VALIDATED} | sources["validation"]
         return sources
 
-    def _side(self, records: str | Source | None, side: Literal["train", "validation"]) -> Settings:
+    def _side(self, records: str | Source | Settings | None, side: Literal["train", "validation"]) -> Settings:
         """Returns the settings of the training or validation side of records.
 
         A folder or hub dataset has a split for each; a single file, or all with `validation`, is shared out by queries.
         """
-        given = {"path": records} if isinstance(records, str) else asdict(records) if records is not None else {}
+        given = {"path": records} if isinstance(records, str) else records
+        given = asdict(given) if isinstance(given, Source) else given or {}
         source = {key: value for key, value in given.items() if value is not None}
         path = Path(str(source["path"])).expanduser()
         single = path.is_file() or (not path.exists() and parse_name(path).kind)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.modules import PPOModule
 from rlhf.evaluation.reward_functions import call_reward_function, check_reward_functions
+from rlhf.modules import PPOModule
 
 TEXTS = [{"query": f"q{n}", "response": "x" * n, "record": {"answer": n, "id": f"i{n}"}} for n in (3, 1, 2)]
 LENGTHS = [3.0, 1.0, 2.0]

@@ -176,7 +176,9 @@ def evaluation(tmp_path: Path, model_path: str, commands: list[list[str]], demon
     table = "{run}/responses.parquet"
     stages = [
         Stage("responses", "generate", "generate.yaml", takes),
-        Stage("judged", "judge", takes={"a.table": table, "b.table": table, "b.column": "reference", "judge": "GoldJudge"}),
+        Stage(
+            "judged", "judge", takes={"a.table": table, "b.table": table, "b.column": "reference", "judge": "GoldJudge"}
+        ),
     ]
     return {"stages": stages, "run_dir": str(tmp_path / "run"), "config_dir": str(tmp_path)}
 

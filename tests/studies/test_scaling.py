@@ -16,6 +16,7 @@ from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.report.runs import Run
 from rlhf.studies.processes import Ended, stage_processes
+from rlhf.studies.recipe import evaluation_stages
 from rlhf.studies.scaling import count_parameters
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
@@ -131,7 +132,7 @@ def test_the_order_the_seeds_and_the_folders(
     seen, runs = pretended
     main(["scaling", f"--config={STUDY}", f"--run_dir={tmp_path}/out", "--processes=2"])
     config = yaml.safe_load(STUDY.read_text())
-    evaluation = yaml.safe_load((STUDY.parent / config["evaluation"]).read_text())[:-1]  # without its report
+    evaluation = evaluation_stages(config["evaluation"])
     names = [place(words, tmp_path / "out") for words in seen]
     assert names[0] == "shared/data"
     assert len(names) == len(set(names)) == 1 + 3 * 2 + 3 * 2 * (len(config["stages"]) + len(evaluation) + 2 * 2)
@@ -140,7 +141,11 @@ def test_the_order_the_seeds_and_the_folders(
         for seed in config["seeds"]:
             own = [name.rpartition("/")[2] for name in names if name.startswith(f"{size}/seed-{seed}/")]
             judged = ["generate_8", "judge_8", "generate_16", "judge_16"]
-            assert own == [stage["name"] for stage in [*config["stages"], *evaluation]] + judged
+            assert own == [
+                *(stage["name"] for stage in config["stages"]),
+                *(stage.name for stage in evaluation),
+                *judged,
+            ]
             assert names.index(f"{size}/base/pretrain") < names.index(f"{size}/seed-{seed}/sft")
     for name, words in zip(names, seen, strict=True):
         seeds = [word for word in words if word.startswith("--seed")]
