@@ -1,4 +1,4 @@
-"""From what the stages of a pipeline share to the stages themselves: the one place that says which setting goes where."""
+"""From what the stages of a pipeline share to the stages themselves: it alone says which setting goes where."""
 
 from __future__ import annotations
 
