@@ -71,7 +71,7 @@ class RewardModule(StageModule):
         Args:
             batch: `input_ids` and `attention_mask`, `(2B, T)`: all chosen, then all rejected.
         """
-        chosen, rejected = self.model.score(batch["input_ids"], batch["attention_mask"]).chunk(2)
+        chosen, rejected = self.model.score(batch["input_ids"], self.host_masks(batch)["attention_mask"]).chunk(2)
         return chosen, rejected
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Any]) -> Tensor:

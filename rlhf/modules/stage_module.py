@@ -29,6 +29,7 @@ from rlhf.seeding import shared_seed
 from rlhf.strategies import check_strategy, engine_dtype
 
 EPOCH_MEANS = "epoch_means"  # their key in a checkpoint
+HOST = "host_masks"  # their key in a batch on its device
 
 
 class StageModule(LightningModule):
@@ -104,6 +105,18 @@ class StageModule(LightningModule):
         """Computes this rank's rewards of some demonstrations, whose mean should be 0, if there are any."""
         return None
 
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if isinstance(batch, dict):
+            moved[HOST] = {name: mask for name, mask in batch.items() if name.endswith("_mask")}
+        return moved
+
+    @staticmethod
+    def host_masks(batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the masks of a batch as the loader made them, on the CPU: what is made of them waits for no GPU."""
+        return batch.get(HOST, batch)
+
     @torch.no_grad()
     def score_batches(
         self, model: ScalarModel | TranslatedModel, batches: Iterable[dict[str, Tensor]], limit: int | None = None
@@ -112,8 +125,7 @@ class StageModule(LightningModule):
         scores: list[Tensor] = []
         with self.autocast():
             for batch in batches:
-                ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-                scores.append(model.score(ids, mask))
+                scores.append(model.score(batch["input_ids"].to(self.device), batch["attention_mask"]))
                 if limit is not None and sum(map(len, scores)) >= limit:
                     break
         return torch.cat(scores).to(accumulator_dtype(self.device))
