@@ -29,7 +29,6 @@ from rlhf.seeding import shared_seed
 from rlhf.strategies import check_strategy, engine_dtype
 
 EPOCH_MEANS = "epoch_means"  # their key in a checkpoint
-HOST = "host_masks"  # their key in a batch on its device
 
 
 class StageModule(LightningModule):
@@ -104,18 +103,6 @@ class StageModule(LightningModule):
     def demonstration_rewards(self) -> Tensor | None:
         """Computes this rank's rewards of some demonstrations, whose mean should be 0, if there are any."""
         return None
-
-    @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if isinstance(batch, dict):
-            moved[HOST] = {name: mask for name, mask in batch.items() if name.endswith("_mask")}
-        return moved
-
-    @staticmethod
-    def host_masks(batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the masks of a batch as the loader made them, on the CPU: what is made of them waits for no GPU."""
-        return batch.get(HOST, batch)
 
     @torch.no_grad()
     def score_batches(

@@ -1,7 +1,7 @@
 """Token sequences: padding, positions, stop tokens, log-probabilities of chosen tokens.
 
-An attention mask is 1, or true, on real tokens and 0 on padding. Functions that move or cut token ids take a mask on the
-CPU for ids on a GPU, and return the mask where it was: what depends on lengths then waits for no device.
+An attention mask is 1, or true, on real tokens and 0 on padding. Functions that take token ids, too, take a mask on the CPU
+for ids on a GPU, and return the mask where it was: what depends on lengths then waits for no GPU.
 """
 
 from collections.abc import Sequence
@@ -58,8 +58,9 @@ def causal_inputs(input_ids: Ids, attention_mask: Mask) -> dict[str, Ids]:
     There is no attention mask: no real token sees the padding behind it, and without a mask attention takes its fast
     causal kernels.
     """
-    positions, mask = torch.arange(input_ids.shape[1], device=input_ids.device), sent(attention_mask, input_ids.device)
-    return {"input_ids": input_ids * mask, "position_ids": positions.expand_as(input_ids)}
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    ids = input_ids * sent(attention_mask, input_ids.device)
+    return {"input_ids": ids, "position_ids": positions.expand_as(input_ids)}
 
 
 def last_real_token(attention_mask: Mask) -> PerRow:
