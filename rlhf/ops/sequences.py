@@ -1,7 +1,7 @@
 """Token sequences: padding, positions, stop tokens, log-probabilities of chosen tokens.
 
-An attention mask is 1, or true, on real tokens and 0 on padding. Functions that take token ids, too, take a mask on the CPU
-for ids on a GPU, and return the mask where it was: what depends on lengths then waits for no GPU.
+An attention mask is 1, or true, on real tokens and 0 on padding. It may be on the CPU while the ids are on a GPU: what
+is made of the mask alone stays there, so that lengths can be read without waiting for the GPU.
 """
 
 from collections.abc import Sequence

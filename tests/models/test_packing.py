@@ -164,6 +164,7 @@ def variable_length_attention(
     return torch.cat(rows)
 
 
+@pytest.mark.cpu_only("a GPU has the kernel")
 @pytest.mark.parametrize("name", TAKE)
 def test_a_gpus_kernel_is_given_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch, from_config: Build) -> None:
     """The kernel runs on GPUs only: one of the same signature stands in for it."""
