@@ -2,11 +2,19 @@
 
 import errno
 import hashlib
+import json
 import os
+import shlex
 import shutil
+import socket
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from textwrap import shorten
+from time import strftime
 
 from rlhf.errors import UserError
 
@@ -17,6 +25,7 @@ EXPORT = "export"
 MANIFEST = "rlhf.json"  # of an export: written last
 NOTES = ".json"  # the settings of <table> are in <table>.json
 PARTS = ".parts"  # the finished rows of an unfinished <table> are in the folder <table>.parts
+LOCK, OWNER = ".lock", ".owner.json"  # in a folder that one command at a time writes into: which one
 
 
 def is_main_process() -> bool:
@@ -25,30 +34,53 @@ def is_main_process() -> bool:
     return rank == os.environ.get("NODE_RANK", "0") == "0"
 
 
-def claim(run_dir: str, resuming: bool, setting: str = "run_dir") -> Path:
-    """Creates the folder of a new run, or finds that of a run to resume.
+def create_folder(path: str, setting: str = "run_dir") -> Path:
+    """Creates a folder to write into, or finds it.
 
     Args:
-        run_dir: the folder.
-        resuming: the folder may hold a run.
+        path: the folder.
         setting: how the user names it, for messages.
 
     Raises:
-        UserError: it cannot be written, or it holds another run.
+        UserError: it cannot be written.
     """
-    folder = Path(run_dir)
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{setting}: the folder {folder} cannot be created: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"{setting}: the folder {folder} cannot be written.")
-    if (folder / CONFIG).exists() and not resuming:
-        raise UserError(
-            f"{setting}: {folder} already holds a run; choose another folder with --{setting}, or resume that run with "
-            "--ckpt_path last."
-        )
     return folder
+
+
+@contextmanager
+def claimed(run_dir: str, resuming: bool) -> Iterator[None]:
+    """Makes this process the owner of the folder of a training run, a new one or one to resume, within the block.
+
+    What an earlier try left that ended before its first checkpoint is moved aside, so that its curves do not mix with
+    those of this run.
+
+    Raises:
+        UserError: another process owns the folder, or it holds a run and this one is new.
+    """
+    folder = Path(run_dir)
+    with owned(folder):
+        if not holds_run(folder):
+            if (folder / CONFIG).exists():
+                print(f"{folder} has no checkpoint yet; what an earlier try left there is now in {set_aside(folder)}.")
+        elif not resuming:
+            raise UserError(
+                f"run_dir: {folder} already holds a run; choose another folder with --run_dir, or resume that run with "
+                "--ckpt_path last."
+            )
+        yield
+
+
+def holds_run(folder: Path) -> bool:
+    """Tells whether a run folder has a checkpoint or an export: something that took time to make."""
+    exports = (is_complete(path) for path in (*folder.glob(f"{EXPORT}*"), previous_path(folder / EXPORT)))
+    return any(exports) or any(not p.name.startswith((PARTIAL, TRASH)) for p in folder.rglob("*.ckpt"))
 
 
 def is_complete(export: Path) -> bool:
@@ -56,17 +88,94 @@ def is_complete(export: Path) -> bool:
     return (export / MANIFEST).is_file()
 
 
+# --------------------------------------------------------------------------------------------------- one owner
+
+
+@contextmanager
+def owned(folder: Path, setting: str = "run_dir", patience: float = 0) -> Iterator[None]:
+    """Keeps other processes from owning a folder within the block, by a lock that ends with this process at the latest.
+
+    Args:
+        folder: a folder that exists; one process can own it several times.
+        setting: how the user names it, for messages.
+        patience: seconds to wait for another owner.
+
+    Raises:
+        UserError: another process owns it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.resolve() / LOCK, thread_local=False, is_singleton=True)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not patience:
+                raise
+            print(f"{folder} is in use by {_owner(folder)}; waiting up to {patience:.0f} s for its end", flush=True)
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise UserError(
+            f"{setting}: {folder} is in use by {_owner(folder)}; wait for its end, stop it, or choose another folder "
+            f"with --{setting}."
+        ) from None
+    except OSError as error:  # a file system without locks
+        warnings.warn(f"{folder} cannot be locked ({error}); make sure that nothing else writes into it.", stacklevel=2)
+    try:
+        with suppress_os_errors():  # a full disk is no news here
+            command = shorten(f"train.py {shlex.join(sys.argv[1:])}", 200)
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": strftime("%F %T"), "command": command}
+            write_text(folder / OWNER, json.dumps(owner) + "\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    """Describes the process that owns a folder, by the file that it has written there."""
+    try:
+        owner = json.loads((folder / OWNER).read_text())
+        return "process {pid} on {host}, since {since} ({command})".format(**owner)
+    except (OSError, ValueError, KeyError):  # it is just about to write it
+        return "another process"
+
+
+def set_aside(place: Path) -> Path:
+    """Moves all that is in a folder to the first free folder beside it, `sft.1`, or a table to `responses.1.parquet`.
+
+    The folder itself stays, so that its owner owns it still; the notes and parts of a table move with it.
+    """
+    stem, suffix = (place.name, "") if place.is_dir() else (place.stem, place.suffix)
+    names = (place.with_name(f"{stem}.{number}{suffix}") for number in count(1))
+    target = next(path for path in names if not any(path.parent.glob(f"{path.name}*")))
+    if place.is_dir():
+        target.mkdir()
+        moves = {path: target / path.name for path in place.iterdir() if path.name not in (LOCK, OWNER)}
+    else:
+        moves = {_named(place, ending): _named(target, ending) for ending in ("", NOTES, PARTS)}
+    for old, new in moves.items():
+        if old.exists():
+            old.rename(new)
+    return target
+
+
+def _named(table: Path, ending: str) -> Path:
+    return table.with_name(f"{table.name}{ending}")
+
+
 # ------------------------------------------------------------------------------------------- whole, or not at all
+
+PARTIAL, PREVIOUS, TRASH = ".partial-", ".previous-", ".trash-"
 
 
 def partial_path(path: Path) -> Path:
     """Returns where a file or folder lies while it is being written."""
-    return path.with_name(f".partial-{path.name}")
+    return path.with_name(f"{PARTIAL}{path.name}")
 
 
 def previous_path(path: Path) -> Path:
     """Returns where the old version of a folder lies while the new one takes its place."""
-    return path.with_name(f".previous-{path.name}")
+    return path.with_name(f"{PREVIOUS}{path.name}")
 
 
 @contextmanager
@@ -120,7 +229,7 @@ def _put_back(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Deletes a file or folder, if there is one; a folder is renamed first, so that no half of it is ever seen."""
-    trash = path.with_name(f".trash-{path.name}")
+    trash = path.with_name(f"{TRASH}{path.name}")
     for target in (trash, path):
         if target.exists():
             if target is path:

@@ -1,12 +1,14 @@
 """The command line: `fit`, `check`, `validate`, `test` and `predict` for one stage, and commands for all around it."""
 
 import importlib
+import json
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
 
 from rlhf.cli.parsing import message_of, parse, split_words
 from rlhf.errors import UserError
@@ -91,12 +93,21 @@ def _call(command: str, words: list[str]) -> None:
         from rlhf.studies.recipe import SECTIONS
 
         words, more["overrides"] = split_words(words, SECTIONS)
-    config = parse(parser, words)
+    config = parse(parser, _with_list(words, "--redo"))
     config.pop("config", None)
     try:
         function(**vars(parser.instantiate(config)), **more)
     except UserError as error:  # settings have other names here than in a stage
         raise UserError(re.sub(r"\b(data\.(?=text\.)|model\.(?=eos_tokens))", "", str(error))) from error
+
+
+def _with_list(words: list[str], option: str) -> list[str]:
+    """Lets several words follow an option, as in `--redo sft reward`, which jsonargparse wants in one."""
+    if option not in words:
+        return words
+    start = words.index(option) + 1
+    values = list(takewhile(lambda word: not word.startswith(("-", "[")), words[start:]))
+    return [*words[: start - 1], f"{option}={json.dumps(values)}", *words[start + len(values) :]] if values else words
 
 
 def _quiet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class SaveConfig(SaveConfigCallback):
 class StageCLI(LightningCLI):
     """Runs `fit`, `check`, `validate`, `test` and `predict` of a stage."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.owned:  # the run folder
+            super().__init__(*args, **kwargs)  # runs it all
+
     @classmethod
     def run(cls, words: list[str]) -> StageCLI:
         """Parses a command line and runs it."""
@@ -103,10 +108,11 @@ class StageCLI(LightningCLI):
         if self.config.subcommand == "check":
             self.save_config_callback = None
             return
-        resuming = settings.get("ckpt_path") is not None or self.config.subcommand != "fit"
-        self._find_checkpoint(settings)
         if files.is_main_process() and not settings.trainer.fast_dev_run:
-            files.claim(settings.run_dir, resuming)
+            files.create_folder(settings.run_dir)
+            if self.config.subcommand == "fit":
+                self.owned.enter_context(files.claimed(settings.run_dir, settings.get("ckpt_path") is not None))
+        self._find_checkpoint(settings)
 
     def _find_checkpoint(self, settings: Any) -> None:
         """Replaces `last` by the path of the last checkpoint; refuses one that is missing or incomplete."""

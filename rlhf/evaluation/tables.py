@@ -103,7 +103,7 @@ def claim(output: Path, settings: Mapping[str, Any], write: bool = True) -> bool
         UserError: the place cannot be written, or holds a table, or parts of one, made with other settings.
     """
     check_suffix(output, "output")
-    files.claim(str(output.parent), resuming=True, setting="output")
+    files.create_folder(str(output.parent), "output")
     now, known = json.loads(json.dumps(settings)), read_notes(output).get("settings")
     finished = output.exists()
     begun = finished or parts_of(output).exists()

@@ -41,7 +41,7 @@ def report(
     if baselines and any(run.parameters is None for run in runs):
         raise UserError("baselines: they are shown over their number of parameters, so give that of the runs too.")
     evidence = gather(runs)
-    out = files.claim(output, resuming=True, setting="output")
+    out = files.create_folder(output, "output")
     tables = analyse(evidence, lengths)
     page = Page(out, tables)
     page.add("# Report")

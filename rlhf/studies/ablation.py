@@ -1,5 +1,6 @@
 """Runs ablations: PPO with small changes, over seeds, each compared with the default."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -39,6 +40,7 @@ def ablate(
     run_dir: str = "runs/ablations",
     config_dir: str = "configs/ablations",
     processes: PositiveInt = 1,
+    redo: Sequence[str] = (),
 ) -> None:
     """Runs PPO for the default and for each ablation, over seeds, and plots each ablation against the default.
 
@@ -54,13 +56,12 @@ def ablate(
         run_dir: folder of all runs and of the result.
         config_dir: folder of the YAML files of the ablations.
         processes: how many runs to have at a time; they share the cores.
+        redo: runs to make again, such as default/seed-1; what they have made is moved aside.
     """
     keys = product(dict.fromkeys([DEFAULT, *ablations]), seeds)
     runs = {(name, seed): _run_of(stage, name, seed, Path(config_dir)) for name, seed in keys}
     out = Path(run_dir)
-    runner = Runner(out, others={"base": Path(base)}, logged=True)
-    for run in runs.values():
-        runner.check(run)
+    runner = Runner(out, others={"base": Path(base)}, logged=True, redo=redo)
     jobs = [
         Job(run.name, partial(runner.run_stage, run, f"[{number}/{len(runs)}]"))
         for number, run in enumerate(runs.values(), 1)
@@ -72,7 +73,9 @@ def ablate(
             write_result(read_points(done), out)
             print(f"Result:  {out / 'ablations.md'}\nPlot:    {out / 'ablations.png'}")
 
-    run_jobs(jobs, processes, write_finished)
+    with runner:
+        runner.prepare([*runs.values()])
+        run_jobs(jobs, processes, write_finished)
 
 
 def _run_of(stage: Stage, name: str, seed: int, config_dir: Path) -> Stage:

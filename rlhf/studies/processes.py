@@ -106,6 +106,7 @@ def _main(words: list[str], log: Path | None, peak: Any) -> None:
     from rlhf.hardware import peak_resident_gib  # imports torch, which preload.py must not do before it blocks signals
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # the process that was forked blocks them
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -119,3 +120,11 @@ def _main(words: list[str], log: Path | None, peak: Any) -> None:
     finally:
         peak.value = peak_resident_gib()
         atexit._run_exitfuncs()  # multiprocessing leaves them out; they delete temporary folders of libraries
+
+
+def _stop_with_parent() -> None:
+    """Sends this stage SIGTERM, on which it saves and stops, when the process that started it is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

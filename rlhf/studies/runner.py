@@ -9,9 +9,12 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from typing_extensions import Self
 
 from rlhf import files
 from rlhf.errors import UserError
@@ -23,6 +26,7 @@ PRODUCT = {"fit": f"{files.EXPORT}/{files.MANIFEST}", "synthesize": "synthesize.
 TABLES = ("generate", "judge", "margins")  # the product of such a stage is one file
 TABLE_SUFFIX = ".parquet"
 SEED = {"fit": "seed_everything", "synthesize": "seed"}
+PATIENCE = 60.0  # seconds that the stage of a pipeline that was killed may need to save
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ def filled(stages: Iterable[Stage], **values: object) -> list[Stage]:
 
 @dataclass
 class Runner:
-    """Runs stages in one run folder, each in its own process; one at a time, or several from threads."""
+    """Runs stages in one run folder, each in its own process; one at a time, or several from threads.
+
+    It owns the folder until it is closed, as a context manager is.
+    """
 
     run: Path  # its file `pipeline.json` records what was run
     config_dir: Path = Path()
@@ -69,11 +76,50 @@ class Runner:
     arguments: Sequence[str] = ()  # for the command line of every training stage
     others: dict[str, Path] = field(default_factory=dict)  # folders of other pipelines, for `{name}` in `takes`
     logged: bool = False  # whether a stage writes what it prints to `<name>.log` in the run folder
+    redo: Sequence[str] | None = None  # stages to make again, with all that is made from them; None: no such setting
 
     def __post_init__(self) -> None:
-        files.claim(str(self.run), resuming=True)
+        self._owned = ExitStack()
+        self._owned.enter_context(files.owned(files.create_folder(str(self.run))))
         self._lock = threading.Lock()
         self._recorded = read_state(self.run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._owned.close()
+
+    def prepare(self, stages: Sequence[Stage]) -> None:
+        """Moves aside what `redo` names and all that is made from it, and refuses what has other settings.
+
+        Args:
+            stages: all stages that are to run, in their order.
+
+        Raises:
+            UserError: `redo` names no stage, or results of other settings are in the way.
+        """
+        redo, renewed, refused = set(self.redo or ()), set[str](), list[Stage]()
+        if unknown := redo - {stage.name for stage in stages}:
+            names = ", ".join(stage.name for stage in stages)
+            raise UserError(f"redo: there is no stage {min(unknown)!r}; the stages are {names}.")
+        for stage in stages:
+            with self._alone(stage):
+                taken = _names("run", json.dumps(stage.takes)) - {stage.name}
+            if stage.name in redo or taken & redo:
+                redo.add(stage.name)
+            elif self._blocks(stage, self._made_from(stage), renewed):
+                refused.append(stage)
+            elif not taken & renewed and self.check(stage):
+                continue
+            renewed.add(stage.name)
+        if refused:
+            raise self._refusal(refused)
+        for stage in stages:
+            if stage.name in redo and self._holds(stage):
+                with self._alone(stage):
+                    print(f"redo: {self.place(stage)} is now {files.set_aside(self.place(stage))}", flush=True)
+        self._write({name: entry for name, entry in self._recorded.items() if name not in redo})
 
     def run_stage(self, stage: Stage, title: str = "") -> None:
         """Runs or resumes a stage, and skips a finished one.
@@ -83,13 +129,15 @@ class Runner:
         """
         title = f"{title} {stage.name}".strip()
         words, made_from, place = self.words(stage), self._made_from(stage), self.place(stage)
-        if self.check(stage):
+        with self._alone(stage):
+            finished = self.check(stage)
+        if finished:
             print(f"{title}: finished before, skipped", flush=True)
             return
         if self._outdated(stage, made_from):
             for suffix in ("", files.NOTES, files.PARTS):  # the answers of a judge stay
                 files.remove(place.with_name(place.name + suffix))
-        resuming = stage.command == "fit" and (place / files.CONFIG).exists()
+        resuming = stage.command == "fit" and files.holds_run(place)
         if resuming:
             words += ["--ckpt_path", "last"]
         print(f"{title}: {'resuming' if resuming else 'train.py ' + ' '.join(words)}", flush=True)
@@ -100,7 +148,8 @@ class Runner:
         stage_processes.check()
         if ended.status:
             status = f"{ended.status}, see {log}" if log else ended.status
-            raise UserError(f"the stage {stage.name} ended with status {status}; the same command resumes it.")
+            how = "the same command without --redo" if self.redo else "the same command"
+            raise UserError(f"the stage {stage.name} ended with status {status}; {how} resumes it.")
         measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
         self._record(stage, entry | {"finished": True, **measured})
         print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)
@@ -120,19 +169,47 @@ class Runner:
         Raises:
             UserError: it cannot run: something that it takes is missing, or there is a run with other settings.
         """
-        made_from, place, known = self._made_from(stage), self.place(stage), self._recorded.get(stage.name)
-        if known is None and stage.command == "fit" and (place / files.CONFIG).exists():
-            raise UserError(f"{place} holds a run that this pipeline did not start; choose another --run_dir.")
-        if known is None or not place.exists():
+        made_from = self._made_from(stage)
+        if self._blocks(stage, made_from):
+            raise self._refusal([stage])
+        return self._same(stage, made_from) and self.finished(stage)
+
+    def _same(self, stage: Stage, made_from: dict[str, Any]) -> bool:
+        return made_from.items() <= self._recorded.get(stage.name, {}).items()
+
+    def _blocks(self, stage: Stage, made_from: dict[str, Any], renewed: Iterable[str] = ()) -> bool:
+        """Tells whether a stage has results of other settings, or from stages that are made again, that nobody gave up.
+
+        Tables of these settings are made again without a question, and so is what has neither checkpoint nor export.
+        """
+        known = self._recorded.get(stage.name)
+        if not self._holds(stage) or (known is None and stage.command != "fit"):
             return False
-        if all(known.get(key) == value for key, value in made_from.items()):
-            return self.finished(stage)
-        if stage.command == "report" or self._outdated(stage, made_from):
+        if known is not None and stage.command in TABLES and known.get("settings") == made_from["settings"]:
             return False
-        raise UserError(
-            f"{place} holds a run of the stage {stage.name!r} with other settings or from other exports; choose "
-            "another --run_dir, or delete it to run the stage again."
+        return not self._same(stage, made_from) or not made_from["taken"].keys().isdisjoint(renewed)
+
+    def _holds(self, stage: Stage) -> bool:
+        """Tells whether a stage has made something that took time."""
+        place = self.place(stage)
+        if stage.command == "fit":
+            return files.holds_run(place)
+        if stage.command in TABLES:
+            return place.exists() or place.with_name(place.name + files.PARTS).exists()
+        return stage.command != "report" and self.product(stage).exists()
+
+    def _refusal(self, stages: Sequence[Stage]) -> UserError:
+        names = [stage.name for stage in stages]
+        how = f"move aside with --redo {' '.join(names)}" if self.redo is not None else "move away"
+        return UserError(
+            f"{self.run} holds results of {', '.join(names)} with other settings or from other exports, which you can "
+            f"{how} to make them again; or choose another --run_dir."
         )
+
+    def _alone(self, stage: Stage) -> AbstractContextManager[None]:
+        """Owns the folder of a stage, once what a killed pipeline has left running there has saved and stopped."""
+        place = self.place(stage)
+        return files.owned(place, patience=PATIENCE) if stage.command == "fit" and place.exists() else nullcontext()
 
     def finished(self, stage: Stage) -> bool:
         """Tells whether a stage was run to its end, with whatever settings."""
@@ -207,8 +284,11 @@ class Runner:
 
     def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
         with self._lock:
-            self._recorded = {**self._recorded, stage.name: entry}
-            files.write_text(self.run / STATE, json.dumps(self._recorded, indent=2) + "\n")
+            self._write({**self._recorded, stage.name: entry})
+
+    def _write(self, recorded: dict[str, dict[str, Any]]) -> None:
+        self._recorded = recorded
+        files.write_text(self.run / STATE, json.dumps(recorded, indent=2) + "\n")
 
 
 def as_word(value: Any) -> str:

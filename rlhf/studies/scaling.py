@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -86,27 +87,29 @@ def scaling(
     if checkpoints and not (_exporting(checkpoints) and checkpoints[-1].command == "judge"):
         raise UserError("checkpoints: one stage must take '{run}/ppo/export-{update}', and the last one must judge.")
     out = Path(run_dir)
-    new = partial(Runner, config_dir=Path(config_dir), arguments=arguments or [], logged=True)
-    commons = new(out / SHARED)
-    jobs, members = [commons.job(SHARED, shared)], []
-    for size in sizes:
-        before, own, exports = (filled(group, size=size) for group in (base, stages, checkpoints))
-        for stage in [*shared, *before, *own, *exports]:
-            commons.words(stage)  # raises if a config file is missing
-        bases = new(out / size / BASE, others={SHARED: commons.run})
-        jobs.append(bases.job(f"{size}/{BASE}", before, after=SHARED))
-        for seed in seeds:
-            runner = new(out / size / f"seed-{seed}", seed=seed, others={SHARED: commons.run, BASE: bases.run})
-            members.append(_Member(size, seed, runner, own, exports))
-            jobs.append(runner.job(f"{size}/seed-{seed}", members[-1].every_stage(), after=f"{size}/{BASE}"))
+    with ExitStack() as owned:
+        new = partial(Runner, config_dir=Path(config_dir), arguments=arguments or [], logged=True)
+        commons = owned.enter_context(new(out / SHARED))
+        jobs, members = [commons.job(SHARED, shared)], []
+        for size in sizes:
+            before, own, exports = (filled(group, size=size) for group in (base, stages, checkpoints))
+            for stage in [*shared, *before, *own, *exports]:
+                commons.words(stage)  # raises if a config file is missing
+            bases = owned.enter_context(new(out / size / BASE, others={SHARED: commons.run}))
+            jobs.append(bases.job(f"{size}/{BASE}", before, after=SHARED))
+            for seed in seeds:
+                others = {SHARED: commons.run, BASE: bases.run}
+                runner = owned.enter_context(new(out / size / f"seed-{seed}", seed=seed, others=others))
+                members.append(_Member(size, seed, runner, own, exports))
+                jobs.append(runner.job(f"{size}/seed-{seed}", members[-1].every_stage(), after=f"{size}/{BASE}"))
 
-    def write_report() -> None:
-        finished = [member for member in members if all(map(member.runner.finished, member.stages))]
-        if finished:
-            report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
-            print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
+        def write_report() -> None:
+            finished = [member for member in members if all(map(member.runner.finished, member.stages))]
+            if finished:
+                report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
+                print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
 
-    run_jobs(jobs, processes, write_report)
+        run_jobs(jobs, processes, write_report)
 
 
 def _exporting(checkpoints: list[Stage]) -> str | None:

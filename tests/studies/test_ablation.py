@@ -186,12 +186,12 @@ def test_what_can_not_run_is_refused_before_anything_runs(
     commands.clear()
     overlay = tmp_path / "configs" / "k3.yaml"
     overlay.write_text("# changed\n")
-    assert "'k3/seed-1' with other settings" in refused()
+    assert "results of k3/seed-1 with other settings" in refused()
     overlay.write_text("# k3\n")
     base = json.loads((tmp_path / "base" / "pipeline.json").read_text())
     base["sft"]["identity"] = "another"
     (tmp_path / "base" / "pipeline.json").write_text(json.dumps(base))
-    assert "'default/seed-1' with other settings or from other exports" in refused()
+    assert "results of default/seed-1, k3/seed-1 with other settings or from other exports" in refused()
     assert commands == []
 
 

@@ -110,7 +110,7 @@ def test_a_stopped_pipeline_goes_on(
 def test_other_settings_never_overwrite(quickstart: dict[str, Any], commands: list[list[str]]) -> None:
     few = quickstart | FEW
     pipeline(**few)
-    with pytest.raises(UserError, match="sft' with other settings"):
+    with pytest.raises(UserError, match="results of sft with other settings"):
         pipeline(**(few | {"trainer": QUICK | {"max_epochs": 3}}))
     with pytest.raises(UserError, match="with other settings"):
         pipeline(**(few | {"seed": 5}))
@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_was_moved_to(
     assert commands == []
     config = moved / "configs" / "sft.yaml"
     config.write_text(config.read_text() + "# changed\n")
-    with pytest.raises(UserError, match="sft' with other settings"):
+    with pytest.raises(UserError, match="results of sft with other settings"):
         pipeline(**few | {"run_dir": str(moved / "run"), "config_dir": str(moved / "configs")})
 
 
@@ -232,7 +232,7 @@ def test_a_table_of_other_settings_is_not_overwritten(
     commands.clear()
     config = tmp_path / "generate.yaml"
     config.write_text(config.read_text() + "temperature: 0.7\n")
-    with pytest.raises(UserError, match=r"responses\.parquet holds a run of the stage 'responses' with other settings"):
+    with pytest.raises(UserError, match=r"results of responses with other settings"):
         run_stages(**evaluation)
     assert commands == []
 

@@ -239,7 +239,7 @@ def test_other_settings_are_refused_before_anything_is_overwritten(
     with pytest.raises(SystemExit):
         main(study)
     error = capsys.readouterr().err
-    assert error.count("holds a run of the stage 'ppo' with other settings") == 4
+    assert error.count("holds results of ppo with other settings") == 4
     assert seen == []
 
 
