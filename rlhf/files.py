@@ -37,18 +37,32 @@ def claim(run_dir: str, resuming: bool, setting: str = "run_dir") -> Path:
         UserError: it cannot be written, or it holds another run.
     """
     folder = Path(run_dir)
+    check_writable(folder, setting)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{setting}: the folder {folder} cannot be created: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{setting}: the folder {folder} cannot be written.")
     if (folder / CONFIG).exists() and not resuming:
         raise UserError(
             f"{setting}: {folder} already holds a run; choose another folder with --{setting}, or resume that run with "
             "--ckpt_path last."
         )
     return folder
+
+
+def existing(path: Path) -> Path:
+    """Returns a path, or the folder above it that is there if it is not."""
+    return next(found for found in (path, *path.absolute().parents) if found.exists())
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Refuses a folder that cannot be written, or cannot be created; nothing is created."""
+    found = existing(folder)
+    if not found.is_dir():
+        raise UserError(f"{setting}: the folder {folder} cannot be created: {found} is a file.")
+    if not os.access(found, os.W_OK):
+        problem = "cannot be written" if found == folder else f"cannot be created: {found} cannot be written"
+        raise UserError(f"{setting}: the folder {folder} {problem}.")
 
 
 def is_complete(export: Path) -> bool:
