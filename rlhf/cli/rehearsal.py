@@ -101,6 +101,7 @@ class Rehearsal:
         self.exports: dict[str, str] = {}  # path of an export -> the folder that has all of it but the weights
         self.found: dict[str, list[str]] = {}  # sentence -> stages
         self.disks = Disks()
+        self._tokenizers: dict[str, Any] = {}
 
     def look_at(self, name: str, words: list[str]) -> None:
         """Looks at a stage."""
@@ -157,11 +158,12 @@ class Rehearsal:
 
     def some_tokenizer(self, path: str | None, eos_tokens: list[str] | None = None) -> Any:
         """Returns the tokenizer of a model, or of what stands in for it, with a new PAD if its own will not do."""
-        try:
-            there = self.stand_ins.get(_plain(path or ""), path)
-            return load_tokenizer(there, PAD_TOKEN, eos_tokens=eos_tokens) if there else _NoTokenizer()
-        except UserError:
-            return _NoTokenizer()
+        there = self.stand_ins.get(_plain(path or ""), path) or ""
+        if there not in self._tokenizers:  # without a network a name on the hub takes long to be refused
+            self._tokenizers[there] = _NoTokenizer()
+            with suppress(UserError):
+                self._tokenizers[there] = load_tokenizer(there, PAD_TOKEN, eos_tokens=eos_tokens)
+        return self._tokenizers[there]
 
     # ---------------------------------------------------------------------------------------------------- training
 

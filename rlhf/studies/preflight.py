@@ -24,5 +24,5 @@ def complaints(jobs: Sequence[tuple[str, list[str]]], stand_ins: dict[str, str])
         if found.is_file():
             sentences: list[str] = json.loads(found.read_text())
             return sentences
-        last = [*filter(None, map(str.strip, log.read_text(errors="replace").splitlines())), "no output"]
-        return [f"the stages could not be looked at: the process ended with status {ended.status}, {last[-2:][0]}"]
+        last = next(filter(None, map(str.strip, reversed(log.read_text(errors="replace").splitlines()))), "silently")
+        return [f"the stages could not be looked at: the process ended with status {ended.status}, {last}"]
