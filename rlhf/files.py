@@ -45,12 +45,11 @@ def create_folder(path: str, setting: str = "run_dir") -> Path:
         UserError: it cannot be written.
     """
     folder = Path(path)
+    check_writable(folder, setting)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{setting}: the folder {folder} cannot be created: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{setting}: the folder {folder} cannot be written.")
     return folder
 
 
@@ -81,6 +80,21 @@ def holds_run(folder: Path) -> bool:
     """Tells whether a run folder has a checkpoint or an export: something that took time to make."""
     exports = (is_complete(path) for path in (*folder.glob(f"{EXPORT}*"), previous_path(folder / EXPORT)))
     return any(exports) or any(not p.name.startswith((PARTIAL, TRASH)) for p in folder.rglob("*.ckpt"))
+
+
+def existing(path: Path) -> Path:
+    """Returns a path, or the folder above it that is there if it is not."""
+    return next(found for found in (path, *path.absolute().parents) if found.exists())
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Refuses a folder that cannot be written, or cannot be created; nothing is created."""
+    found = existing(folder)
+    if not found.is_dir():
+        raise UserError(f"{setting}: the folder {folder} cannot be created: {found} is a file.")
+    if not os.access(found, os.W_OK):
+        problem = "cannot be written" if found == folder else f"cannot be created: {found} cannot be written"
+        raise UserError(f"{setting}: the folder {folder} {problem}.")
 
 
 def is_complete(export: Path) -> bool:

@@ -7,8 +7,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
+from typing import Any
 
 from rlhf.cli.parsing import message_of, parse, split_words
 from rlhf.errors import UserError
@@ -27,6 +29,7 @@ VERBS = {  # each is a function of the same name in a module
     "judge": ("rlhf.evaluation.pairwise", "ask a judge which of two responses to each query is better"),
     "margins": ("rlhf.evaluation.margins", "write the reward model's margin of every comparison"),
     "report": ("rlhf.report.report", "write a page with figures and tables from judged tables"),
+    "rehearse": ("rlhf.cli.rehearsal", ""),  # for rlhf.studies.preflight only, so the help leaves it out
     "scaling": ("rlhf.studies.scaling", "run stages for several model sizes and seeds, and write one report"),
     "ablate": ("rlhf.studies.ablation", "run PPO with small changes and plot each against the default"),
 }
@@ -76,28 +79,41 @@ def main(args: Sequence[str] | None = None) -> None:
 def overview() -> str:
     """Returns the top-level help."""
     described = {**STAGE_VERBS, **{name: text for name, (_, text) in VERBS.items()}}
-    lines = [f"  {name:<12}{text}" for name, text in described.items()]
+    lines = [f"  {name:<12}{text}" for name, text in described.items() if text]
     return "\n".join(["usage: python train.py COMMAND [--help] [--config FILE.yaml] [--KEY VALUE ...]", "", *lines])
 
 
 def _call(command: str, words: list[str]) -> None:
     """Calls a function with arguments from the command line and YAML; its docstring is the help."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
     function = getattr(importlib.import_module(VERBS[command][0]), command)
-    parser = ArgumentParser(prog=f"train.py {command}", exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
-    parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
     more = {}
     if command == "pipeline":  # settings of its stages are words of their command lines
         from rlhf.studies.recipe import SECTIONS
 
         words, more["overrides"] = split_words(words, SECTIONS)
+    parser, config = parsed(function, words)
+    with own_names():
+        function(**vars(parser.instantiate(config)), **more)
+
+
+def parsed(function: Callable[..., Any], words: list[str]) -> tuple[Any, Any]:
+    """Parses the command line of a function; returns the parser and the arguments, of which it makes objects."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(prog=f"train.py {function.__name__}", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+    parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
     config = parse(parser, _with_list(words, "--redo"))
     config.pop("config", None)
+    return parser, config
+
+
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Gives the settings in errors the names that they have in these commands, not those of a stage."""
     try:
-        function(**vars(parser.instantiate(config)), **more)
-    except UserError as error:  # settings have other names here than in a stage
+        yield
+    except UserError as error:
         raise UserError(re.sub(r"\b(data\.(?=text\.)|model\.(?=eos_tokens))", "", str(error))) from error
 
 

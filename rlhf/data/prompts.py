@@ -100,15 +100,22 @@ class RolloutDataModule(StageDataModule):
                         f"data.{name} has {rows} rows, which gives some processes one batch more than others; with a "
                         f"model placed in zero3 set data.{name}.limit to a multiple of {world_size}."
                     )
-        if stage != "fit":
-            return
-        ppo, prompts = self.module.ppo, len(self.query_lengths)
+        if stage == "fit":
+            self.check_horizon()
+            self.check_prompts()
+
+    def check_horizon(self) -> None:
+        """Refuses a horizon of the KL controller that is too short for the batch."""
+        ppo = self.module.ppo
         if ppo.kl_target is not None and ppo.kl_horizon <= 0.2 * self.batch_size:
             raise UserError(
                 f"model.ppo.kl_horizon is {ppo.kl_horizon}; it must be more than a fifth of data.batch_size "
                 f"{self.batch_size}, or the KL coefficient could become negative."
             )
-        if self.batch_size > prompts:
+
+    def check_prompts(self) -> None:
+        """Refuses a batch that is larger than the number of prompts."""
+        if self.batch_size > (prompts := len(self.query_lengths)):
             raise UserError(
                 f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
                 "would hold the same prompt twice."

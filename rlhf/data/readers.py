@@ -61,7 +61,7 @@ def parse_name(file: Path) -> FileName:
     return FileName(name.stem, name.suffix if known else "", compression)
 
 
-def read_files(files: Sequence[Path], field: str | None, setting: str) -> Dataset:
+def read_files(files: Sequence[Path], field: str | None, setting: str, limit: int | None = None) -> Dataset:
     """Reads JSON, CSV and TSV files as one dataset; what was read once comes from the cache of `datasets`.
 
     Columns that a record lacks are None. A column with values of several kinds, such as numbers and texts, keeps each.
@@ -69,18 +69,19 @@ def read_files(files: Sequence[Path], field: str | None, setting: str) -> Datase
     Args:
         field: where the list of records is in a JSON file that is one object.
         setting: how the user names the files, for messages.
+        limit: read only this many records, the first ones.
     """
     stats = [(str(file.resolve()), file.stat()) for file in files]
     known = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
-    key = fingerprint([str(_VERSION), field or "", *known])
+    key = fingerprint([str(_VERSION), field or "", *known, *([] if limit is None else [str(limit)])])
     target = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf" / f"records-{key}.arrow"
     if not target.is_file():
-        schema = _features(_chunks(files, field, setting)).arrow_schema
+        schema = _features(_chunks(files, field, setting, limit)).arrow_schema
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{uuid.uuid4().hex}")  # another process may write the same
         try:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-                for chunk in _chunks(files, field, setting):
+                for chunk in _chunks(files, field, setting, limit):
                     columns = [_array([record.get(f.name) for record in chunk], f.type) for f in schema]
                     stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
             partial.replace(target)
@@ -89,8 +90,8 @@ def read_files(files: Sequence[Path], field: str | None, setting: str) -> Datase
     return Dataset.from_file(str(target))
 
 
-def _chunks(files: Sequence[Path], field: str | None, setting: str) -> Iterator[list[Record]]:
-    records = chain.from_iterable(_records(file, field, setting) for file in files)
+def _chunks(files: Sequence[Path], field: str | None, setting: str, limit: int | None) -> Iterator[list[Record]]:
+    records = islice(chain.from_iterable(_records(file, field, setting) for file in files), limit)
     while chunk := list(islice(records, _CHUNK)):
         yield chunk
 

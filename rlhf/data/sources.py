@@ -145,9 +145,9 @@ def _load(source: Source, setting: str) -> Dataset:
             raise UserError(f"{setting}.field is for JSON files, and {source.path} is none.")
         if not files:
             return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-        return (
-            _read_parquet(files, setting) if files[0].suffix == ".parquet" else read_files(files, source.field, setting)
-        )
+        if files[0].suffix == ".parquet":
+            return _read_parquet(files, setting)
+        return read_files(files, source.field, setting, source.limit)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         if "scripts are no longer supported" in reason:

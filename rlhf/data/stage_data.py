@@ -128,11 +128,15 @@ class StageDataModule(LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         self.load()
+        self.check_rows()
+        if stage == "fit":
+            self.set_accumulation()
+
+    def check_rows(self) -> None:
+        """Refuses rows of the loaded splits that the model cannot read."""
         advice = "lower data.text.max_query_length, or the response length"
         check_context(self.module.model_config, self.longest(), "The longest sequence", advice)
         self._check_ids()
-        if stage == "fit":
-            self.set_accumulation()
 
     def longest(self) -> int:
         """Returns the tokens of the longest sequence that the model will see."""

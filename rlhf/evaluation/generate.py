@@ -18,11 +18,13 @@ from rlhf.data.tokenising import load_demonstrations
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.hardware import best_device
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import (
     check_context,
     check_language_model,
     check_reward_model,
     load_causal_lm,
+    load_config,
     model_fingerprint,
 )
 from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer, same_tokens
@@ -62,17 +64,12 @@ def generate(
         eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
             `generation_config.json`.
     """
-    config = check_language_model(model, "model")
-    if reward is not None:
-        check_reward_model(reward, "reward")
-    tokenizer = load_tokenizer(model, PAD_TOKEN, "model", eos_tokens)
+    tokenizer = check_models(model, reward, eos_tokens)
     with ranks() as processes:
         with processes.first_alone():
             records = load_demonstrations(data, "data", tokenizer, text, need_response=False).to_list()
+        check_records(records, model, tokenizer, response_length, reward)
         rows = _one_per_query(records, f"{data.path} ({data.split})", verbose=processes.rank == 0)
-        longest = max(len(row["query_ids"]) for row in rows) + response_length
-        what = f"response_length: the longest query with a response of {response_length} tokens"
-        check_context(config, longest, what, "lower response_length or text.max_query_length")
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
         settings = {
             "model": model_fingerprint(model, "model"),
@@ -87,12 +84,28 @@ def generate(
         parts = Parts(output, settings, rows, batch_size, processes)
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
-            if not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
-                refuse_conversations((row["record"] for row in rows), "reward")
             control = text.special_tokens == "control"
             load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control)
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         return parts.merge(finish=_with_gold)
+
+
+def check_models(model: str, reward: str | None, eos_tokens: list[str] | None) -> Any:
+    """Refuses models that cannot generate and score, and returns the tokenizer; no weights are loaded."""
+    check_language_model(model, "model")
+    if reward is not None:
+        register_classifier(check_reward_model(reward, "reward"), "reward")
+    return load_tokenizer(model, PAD_TOKEN, "model", eos_tokens)
+
+
+def check_records(records: list[Row], model: str, tokenizer: Any, response_length: int, reward: str | None) -> None:
+    """Refuses records that the models cannot read."""
+    longest = max(len(row["query_ids"]) for row in records) + response_length
+    what = f"response_length: the longest query with a response of {response_length} tokens"
+    advice = "lower response_length or text.max_query_length"
+    check_context(load_config(model, "model"), longest, what, advice)
+    if reward is not None and not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
+        refuse_conversations((row["record"] for row in records), "reward")
 
 
 def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:

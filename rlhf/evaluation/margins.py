@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
+from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import check_reward_model, model_fingerprint
 from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
 
@@ -39,10 +41,10 @@ def margins(
         text: formats and maximum lengths.
         batch_size: texts that go through the model at a time.
     """
-    check_reward_model(reward, "reward")
+    tokenizer = check_model(reward)
     with ranks() as processes:
         with processes.first_alone():
-            rows = load_comparisons(data, "data", load_tokenizer(reward, PAD_TOKEN, "reward"), text).to_list()
+            rows = load_comparisons(data, "data", tokenizer, text).to_list()
         contents = (str(row[c]) for row in rows for c in (*_TEXTS, "chosen_ids", "rejected_ids"))
         settings = {
             "reward": model_fingerprint(reward, "reward"),
@@ -53,6 +55,12 @@ def margins(
         load, control = partial(RewardScorer, reward, "reward", batch_size), text.special_tokens == "control"
         parts.make("margins", f"Scoring with {reward}", lambda: partial(_margins, load(control=control)))
         return parts.merge()
+
+
+def check_model(reward: str) -> Any:
+    """Refuses a model that is no reward model, and returns its tokenizer; no weights are loaded."""
+    register_classifier(check_reward_model(reward, "reward"), "reward")
+    return load_tokenizer(reward, PAD_TOKEN, "reward")
 
 
 def _margins(scorer: RewardScorer, rows: list[Row]) -> pd.DataFrame:

@@ -68,7 +68,7 @@ def judge(
         only_shared: judge only the queries that both tables have; otherwise tables with different queries are an error.
     """
     file = Path(output)
-    joined = _join(a, b, only_shared)
+    joined = join(a, b, only_shared)
     contents = files.fingerprint([joined.to_csv(index=False)])
     settings = {"tables": contents, "a": a.label, "b": b.label, "judge": judge.settings()}
     if claim(file, settings):
@@ -86,7 +86,7 @@ def judge(
     return table
 
 
-def _join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
+def join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
     """Reads `id`, `query`, and the texts and numbers of both candidates, in the order of the first table."""
     ours, theirs = (read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b)))
     shared = int(ours["query"].isin(theirs["query"]).sum())

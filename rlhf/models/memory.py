@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FLOAT32, BFLOAT16 = 4, 2
 ZERO3_PREFETCH = 50_000_000  # values that DeepSpeed gathers before their use (stage3_prefetch_bucket_size)
+TRAINED = {"sft": slice(0, 1), "reward": slice(1, 2), "ppo": slice(0, 2)}  # of what `networks` returns
 AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the backward pass (measured)
 
 
@@ -107,7 +108,7 @@ class Network:
         self.matrices = {name: p.numel() for name, p in own if p.dim() == 2}
 
 
-def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, Network, Network]:
+def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, ...]:
     """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded.
 
     SFT, which some types allow alone, gets the language model twice.
@@ -123,14 +124,19 @@ def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, Net
     return Network(language_model), Network(scalar_model), Network(backbone_of(language_model))
 
 
+def trained_parameters(config: PreTrainedConfig, stage: str) -> int:
+    """Counts the values that a stage trains. Nothing is loaded."""
+    return sum(network.parameters for network in networks(config, stage)[TRAINED[stage]])
+
+
 class _Formula:
     """The terms of the estimate in bytes, one method each."""
 
     def __init__(self, config: PreTrainedConfig, run: Workload) -> None:
         self.run, self.config = run, config.get_text_config()
-        self.language_model, self.scalar_model, self.backbone = networks(config, run.stage)
-        both = [self.language_model, self.scalar_model]
-        self.trained = {"sft": both[:1], "reward": both[1:], "ppo": both}[run.stage]
+        measured = networks(config, run.stage)
+        self.language_model, self.scalar_model, self.backbone = measured
+        self.trained = measured[TRAINED[run.stage]]
         self.zero = run.strategy == "zero2"
         self.mixed = run.precision == "bf16-mixed"
         self.parameters = sum(network.parameters for network in self.trained)

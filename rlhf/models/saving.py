@@ -13,7 +13,7 @@ from rlhf.models.loading import first_line, load_config, load_generation_config,
 from rlhf.models.tokenizers import eos_ids
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -28,21 +28,36 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 def rehearse_export(path: str, tokenizer: PreTrainedTokenizerBase, setting: str = "model.model_path") -> None:
     """Writes all of an export but its weights to a temporary folder, so that a fault shows before the training."""
-    config = load_config(path, setting)
-    generation, _ = load_generation_config(path, config)
-    _set_tokens(config, tokenizer)
-    with quiet(), TemporaryDirectory() as folder:
-        generation, problem = _exportable(generation, tokenizer)
-        try:
-            for part in (config, generation, tokenizer):
-                part.save_pretrained(folder)
-        except Exception as error:  # whatever a library may raise, now or after hours
-            raise UserError(f"{setting}: an export of {path} could not be written: {first_line(error)}") from error
+    with TemporaryDirectory() as folder:
+        problem = save_without_weights(load_config(path, setting), path, tokenizer, Path(folder), setting)
     if problem:
         rank_zero_info(
             f"{setting}: the generation_config.json of {path} contradicts itself, so that it cannot be written again; "
             f"exports keep its special tokens only, and sampling here uses nothing else of it. {problem}"
         )
+
+
+def save_without_weights(
+    config: PreTrainedConfig, path: str, tokenizer: PreTrainedTokenizerBase, folder: Path, setting: str
+) -> str:
+    """Writes all of an export of a model with this configuration but its weights.
+
+    Args:
+        path: the model that is trained, which has the generation configuration.
+
+    Returns:
+        What is wrong with that, so that it cannot be written whole.
+    """
+    found, _ = load_generation_config(path, config)
+    _set_tokens(config, tokenizer)
+    with quiet():
+        generation, problem = _exportable(found, tokenizer)
+        try:
+            for part in (config, generation, tokenizer):
+                part.save_pretrained(folder)
+        except Exception as error:  # whatever a library may raise, now or after hours
+            raise UserError(f"{setting}: an export of {path} could not be written: {first_line(error)}") from error
+    return problem
 
 
 def _set_tokens(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -38,7 +38,7 @@ def check_models(
     check_pad_in_embedding(tokenizer, config, model_path)
     check_language_model(reference_path, REFERENCE)
     if reward_path is not None:
-        check_reward_model(reward_path, REWARD)
+        register_classifier(check_reward_model(reward_path, REWARD), REWARD)
         found = load_tokenizer(reward_path, PAD_TOKEN, REWARD)
         if same_tokens(found, tokenizer):
             return None

@@ -10,7 +10,7 @@ from rlhf.errors import UserError
 from rlhf.report.analysis import analyse, gather
 from rlhf.report.lengths import Unit
 from rlhf.report.page import Page, markdown
-from rlhf.report.runs import Baseline, Run
+from rlhf.report.runs import Baseline, Run, ordered
 from rlhf.report.summary import sample_responses
 
 
@@ -38,8 +38,7 @@ def report(
 
     from rlhf.report import sections  # which imports seaborn
 
-    if baselines and any(run.parameters is None for run in runs):
-        raise UserError("baselines: they are shown over their number of parameters, so give that of the runs too.")
+    check_runs(runs, baselines)
     evidence = gather(runs)
     out = files.create_folder(output, "output")
     tables = analyse(evidence, lengths)
@@ -61,3 +60,10 @@ def report(
     shown = [summary.drop(columns=constant), *([tables["claims"]] if "claims" in tables else [])]
     Console().print(Markdown("\n\n".join(map(markdown, shown))))
     return tables
+
+
+def check_runs(runs: Sequence[Run], baselines: Sequence[Baseline]) -> list[Run]:
+    """Refuses runs that cannot be shown together, before their tables are read; returns them in order."""
+    if baselines and any(run.parameters is None for run in runs):
+        raise UserError("baselines: they are shown over their number of parameters, so give that of the runs too.")
+    return ordered(runs)

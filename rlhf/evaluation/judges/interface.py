@@ -51,6 +51,9 @@ class Judge(ABC):
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **public}
 
+    def check(self) -> None:  # noqa: B027  (most judges can do no more than to be made)
+        """Refuses a model that cannot judge, long before the first pair; no weights are loaded."""
+
     def prepare(self, answers: Path) -> None:  # noqa: B027  (most judges have nothing to prepare)
         """Prepares the judge before the first pair, and refuses what would otherwise fail later.
 

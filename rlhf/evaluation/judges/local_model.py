@@ -71,8 +71,12 @@ class LocalJudge(AskingJudge):
         return {**super().settings(), "model": model_fingerprint(self._model, "judge.model")}
 
     @override
-    def prepare(self, answers: Path) -> None:
+    def check(self) -> None:
         check_language_model(self._model, "judge.model")
+
+    @override
+    def prepare(self, answers: Path) -> None:
+        self.check()
         super().prepare(answers)
 
     @override

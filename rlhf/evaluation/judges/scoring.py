@@ -12,7 +12,8 @@ from rlhf.errors import UserError
 from rlhf.evaluation.judges.interface import ScoringJudge
 from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.evaluation.reward_scorer import RewardScorer
-from rlhf.models.loading import model_fingerprint
+from rlhf.models.classifiers import register_classifier
+from rlhf.models.loading import check_reward_model, model_fingerprint
 from rlhf.synthetic.gold_score import gold_scores
 
 
@@ -73,6 +74,10 @@ class RewardJudge(ScoringJudge):
     @override
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "model": model_fingerprint(self._model, "judge.model")}
+
+    @override
+    def check(self) -> None:
+        register_classifier(check_reward_model(self._model, "judge.model"), "judge.model")
 
     @override
     def prepare(self, answers: Path) -> None:
