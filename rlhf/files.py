@@ -21,6 +21,8 @@ from rlhf.errors import UserError
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CURVES = "tensorboard"
+SUMMARY = "summary.json"  # of a report: findings, summary and claims, as records
+FINDINGS = "findings.json"  # name -> what a run says of itself that a user should know
 EXPORT = "export"
 MANIFEST = "rlhf.json"  # of an export: written last
 NOTES = ".json"  # the settings of <table> are in <table>.json

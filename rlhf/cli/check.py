@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from rlhf.callbacks.findings import INVARIANTS
 from rlhf.callbacks.invariants import Invariants
+from rlhf.callbacks.learning import Learning
 from rlhf.cli.parsing import message_of
 from rlhf.data.chat import conversation_of
 from rlhf.data.quality import overlap, quality_issues
@@ -24,6 +25,7 @@ from rlhf.data.tokenising import lengths
 from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory, peak_memory_gib
 from rlhf.models.classifiers import register_classifier
+from rlhf.models.learning_rates import proposed_learning_rate
 from rlhf.models.memory import estimate
 from rlhf.models.tokenizers import eos_disagreement, eos_ids
 from rlhf.modules import StageModule
@@ -55,8 +57,9 @@ class StageTrainer(Trainer):
         """
         given: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         invariants, one_update = next((c for c in given if isinstance(c, Invariants)), Invariants()), OneUpdate()
+        learning = Learning(quiet=True)
         invariants.act = lambda finding: None  # type: ignore[method-assign]  # the table shows it
-        given += [one_update, *([] if invariants in given else [invariants])]
+        given += [one_update, learning, *([] if invariants in given else [invariants])]
         failure: str | None = None
         try:
             self.fit(model, datamodule=datamodule)
@@ -72,12 +75,14 @@ class StageTrainer(Trainer):
             *_data_rows(datamodule),
             *_batch_rows(self, model, datamodule),
             *_finding_rows(invariants),
-            *_rollout_rows(datamodule),
+            *_learning_rows(learning),
+            *_rollout_rows(datamodule, learning),
             *_cost_rows(self, model, datamodule, one_update),
             Row("run", "one update", failure or "done", "wrong" if failure else "ok"),
         ]
         if self.is_global_zero:
-            _show(rows, [*(str(f) for f in invariants.findings.values() if not f.holds), *filter(None, [failure])])
+            broken = [str(finding) for finding in invariants.findings.values() if not finding.holds]
+            _show(rows, wrong=[*broken, *filter(None, [failure])], look=list(learning.found.values()))
         if any(row.verdict == "wrong" for row in rows):
             raise SystemExit(1)
 
@@ -181,14 +186,22 @@ def _finding_rows(invariants: Invariants) -> Iterator[Row]:
             yield Row("invariants", f"{name} ({known.detail})", text, "ok" if finding.holds else "wrong")
 
 
-def _rollout_rows(data: StageDataModule) -> Iterator[Row]:
+def _learning_rows(learning: Learning) -> Iterator[Row]:
+    if learning.parameters:
+        rate, proposed = learning.learning_rate, proposed_learning_rate(learning.parameters)
+        text = f"{rate:.1e}; usual for {learning.parameters:,} parameters: about {proposed:.1e}"
+        yield Row("learning", "learning rate", text, "look" if "learning_rate" in learning.found else "ok")
+
+
+def _rollout_rows(data: StageDataModule, learning: Learning) -> Iterator[Row]:
     rollout = getattr(data, "last_rollout", None)
     if rollout is None:
         return
     share = rollout.has_eos.float().mean().item()
     yield Row("rollout", "responses with EOS", f"{share:.1%}", "look" if share < 0.5 else "ok")
     yield Row("rollout", "tokens per response", f"{rollout.lengths.float().mean().item():.1f}")
-    yield Row("rollout", "score", f"{rollout.scores.mean().item():.3f}, std {rollout.scores.std().item():.3f}")
+    score = f"{rollout.scores.mean().item():.3f}, std {rollout.scores.std(correction=0).item():.3f}"
+    yield Row("rollout", "score", score, "look" if "equal_scores" in learning.found else "ok")
 
 
 def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one_update: OneUpdate) -> Iterator[Row]:
@@ -214,7 +227,7 @@ def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one
     yield Row("cost", "the whole run", f"{whole} for {total} {unit}s, without validation")
 
 
-def _show(rows: list[Row], sentences: list[str]) -> None:
+def _show(rows: list[Row], wrong: list[str], look: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -225,5 +238,6 @@ def _show(rows: list[Row], sentences: list[str]) -> None:
             table.add_row("" if n else group, row.what, row.value, f"[{COLOURS[row.verdict]}]{row.verdict}[/]")
     console = Console(emoji=False, highlight=False)
     console.print(table)
-    for sentence in sentences:
-        console.print(f"wrong: {sentence}", markup=False, style="red")
+    for verdict, style, sentences in (("look", "yellow", look), ("wrong", "red", wrong)):
+        for sentence in sentences:
+            console.print(f"{verdict}: {sentence}", markup=False, style=style)

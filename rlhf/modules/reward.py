@@ -80,6 +80,13 @@ class RewardModule(StageModule):
         return pairwise_losses(chosen, rejected) + self.centering * (chosen + rejected) ** 2
 
     @override
+    @torch.no_grad()
+    def row_losses(self, batch: dict[str, Any]) -> Tensor:
+        with self.autocast():
+            losses = self.pair_losses(*self.scores(batch), batch)
+        return losses[batch["pair_mask"].bool()]
+
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         chosen, rejected = self.scores(batch)
         losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()

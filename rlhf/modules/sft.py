@@ -21,6 +21,7 @@ from rlhf.modules.settings import Optimization, Positive
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
 from rlhf.ops.masking import masked_mean
+from rlhf.ops.sequences import response_lengths
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import generator
 
@@ -108,6 +109,13 @@ class SFTModule(StageModule):
         return logprobs.new_zeros(mask.shape).index_put(there, -logprobs), mask
 
     @override
+    @torch.no_grad()
+    def row_losses(self, batch: dict[str, Any]) -> Tensor:
+        with self.autocast():
+            losses, mask = self.token_losses(batch)
+        return (losses.sum(1) / mask.sum(1))[mask.any(1)]
+
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses, mask = self.token_losses(batch)
         self.epoch_means.add("loss/sft", losses, mask)
@@ -121,24 +129,25 @@ class SFTModule(StageModule):
         self.log(f"{split}/loss", masked_mean(losses, mask), batch_size=int(mask.sum()), sync_dist=True, prog_bar=True)
         samples = self.predict_step(batch, batch_idx)
         scores = rouge([s["response"] for s in samples], [s["reference"] for s in samples])
+        scores["eos"] = sum(s["has_eos"] for s in samples) / len(samples)
         self.log_dict({f"{split}/{k}": v for k, v in scores.items()}, batch_size=len(samples), sync_dist=True)
         return {"samples": samples}
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        responses = self.respond(batch, batch_idx)
-        rows = zip(batch["query"], responses, batch["reference"], strict=True)
-        return [{"query": q, "response": r, "reference": t} for q, r, t in rows]
+        rows = zip(batch["query"], *self.respond(batch, batch_idx), batch["reference"], strict=True)
+        return [{"query": q, "response": r, "reference": t, "has_eos": ended} for q, r, ended, t in rows]
 
-    def respond(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Samples a text for each of the left-padded `queries (B, P)` of a batch."""
+    def respond(self, batch: dict[str, Any], batch_idx: int) -> tuple[list[str], list[bool]]:
+        """Samples a text for each of the left-padded `queries (B, P)` of a batch, and tells whether it has ended."""
         random = generator(self.device, self.global_rank, batch_idx)
         numbers = uniforms(len(batch["queries"]), self.response_length, random)
         decoding = Decoding(self.temperature, eos_ids(self.tokenizer), self.tokenizer.pad_token_id)
         with self.autocast():
             responses = sample(self.model, batch["queries"], batch["query_mask"], numbers, decoding)
         queries = [row[kept].tolist() for row, kept in zip(batch["queries"], batch["query_mask"].bool(), strict=True)]
-        return decode_responses(self.tokenizer, queries, responses.tolist())
+        _, has_eos = response_lengths(responses, eos_ids(self.tokenizer))
+        return decode_responses(self.tokenizer, queries, responses.tolist()), has_eos.tolist()
 
     @override
     def default_callbacks(self) -> list[Callback]:

@@ -16,6 +16,7 @@ from typing_extensions import override
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
+from rlhf.callbacks.learning import Learning
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
@@ -95,6 +96,10 @@ class StageModule(LightningModule):
     def frozen_models(self) -> list[FrozenModel[Any]]:
         """Models that are only read."""
         return []
+
+    def row_losses(self, batch: Any) -> Tensor | None:
+        """Computes the loss of each row of a training batch that counts, `(n,)`, if rows have one."""
+        return None
 
     def padding_side_difference(self, batch: Any) -> Tensor | None:
         """Measures how much the rewards of a training batch depend on the side of the padding, if there are any."""
@@ -199,7 +204,7 @@ class StageModule(LightningModule):
 
     def default_callbacks(self) -> list[Callback]:
         """Returns the callbacks of the stage; one of the same class in `trainer.callbacks` replaces its default."""
-        return [DisableDropout(), Invariants()]
+        return [DisableDropout(), Invariants(), Learning()]
 
     @override
     def configure_callbacks(self) -> list[Callback]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from rlhf.evaluation import statistics
-from rlhf.report import agreement, calibration, claims, lengths, overoptimisation, rouge_means, summary
+from rlhf.report import agreement, calibration, claims, lengths, overoptimisation, rouge_means, run_findings, summary
 from rlhf.report.curve_files import curve_rows
 from rlhf.report.runs import PPO, RUN, SFT, Run, check_shared_queries, judged_rows, margin_rows, ordered
 
@@ -14,6 +14,7 @@ PANELS = {
     "sft": {
         "Loss": ["loss/sft_step", "validation/loss"],
         "ROUGE on validation": ["validation/rouge1", "validation/rouge2", "validation/rougeL"],
+        "Share of validation responses with EOS": ["validation/eos"],
     },
     "reward": {
         "Loss": ["loss/reward_step", "validation/loss"],
@@ -38,6 +39,7 @@ class Evidence(NamedTuple):
     margins: pd.DataFrame  # of `margin_rows`
     course: pd.DataFrame  # of `course`, with SFT as update 0; where no run has checkpoints, of `validated_course`
     curves: pd.DataFrame  # of `curve_rows`: those of PANELS, and all of validation
+    findings: pd.DataFrame  # of `run_findings.findings_table`
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
@@ -53,16 +55,17 @@ def gather(runs: Sequence[Run]) -> Evidence:
         course = overoptimisation.course(pd.concat([starts, checkpoints], ignore_index=True), curves)
     else:
         course = overoptimisation.validated_course(rows[RUN].drop_duplicates(), curves)
-    return Evidence(rows, margin_rows(runs), course, curves)
+    return Evidence(rows, margin_rows(runs), course, curves, run_findings.findings_table(runs, rows))
 
 
 def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> dict[str, pd.DataFrame]:
     """Computes the tables of a report under the names of their CSV files, without those that lack data."""
-    rows, margins, course, curves = evidence
+    rows, margins, course, curves, findings = evidence
     with_lengths = lengths.with_lengths(rows, unit)
     bins, scores = lengths.length_bins(with_lengths), rouge_means.rouge_rows(rows)
     rates = statistics.win_rates(rows)
     tables = {
+        "findings": findings,
         "summary": summary.summarise(rows, scores),
         "win_rates": rates,
         "differences": statistics.policy_differences(rows),

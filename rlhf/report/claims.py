@@ -35,10 +35,10 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def verdict(differences: Sequence[Estimate]) -> str:
-    """Judges the claim that all differences are above 0: it fails where some interval lies below 0."""
+    """Judges the claim that all differences are above 0: it fails where some interval does not reach above 0."""
     if all(found.low > 0 for found in differences):
         return HOLDS
-    return FAILS if any(found.high < 0 for found in differences) else OPEN
+    return FAILS if any(found.high <= 0 for found in differences) else OPEN
 
 
 def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
@@ -58,13 +58,18 @@ def ppo_beats_sft(differences: pd.DataFrame) -> list[Claim]:
 def ahead_at_every_length(differences: pd.DataFrame) -> list[Claim]:
     """Tests whether PPO is at or above SFT at every length at each size, by `lengths.bin_differences`.
 
-    It does not hold where the interval of some bin lies below 0, and is undecided where only the difference does.
+    It holds where no difference is below 0 and the interval of some bin lies above 0. It does not hold where the
+    interval of some bin lies below 0, or where nothing differs.
     """
     claims = []
     for size, part in differences.groupby("size", sort=False):
         below = part[part["difference"] < 0]
-        found = HOLDS if below.empty else FAILS if (part["high"] < 0).any() else OPEN
+        nothing = (part["difference"] == 0).all()
+        ahead = below.empty and (part["low"] > 0).any()
+        found = HOLDS if ahead else FAILS if nothing or (part["high"] < 0).any() else OPEN
         text = f"{len(part) - len(below)} of {len(part)} bins with {ENOUGH} queries or more of both"
+        if nothing:
+            text += "; no difference in any"
         if len(below):
             bins = below[["bin", "difference", "low", "high"]].itertuples(index=False)
             listed = ", ".join("{:+.2f} ({:+.3f}, {:+.3f} to {:+.3f})".format(*row) for row in bins)

@@ -1,5 +1,6 @@
 """The report of one run or of many over sizes and seeds: one page with tables, figures, claims and samples."""
 
+import json
 from collections.abc import Sequence
 
 import pandas as pd
@@ -21,7 +22,7 @@ def report(
     lengths: Unit = "tokens",
     samples: NonNegativeInt = 5,
 ) -> dict[str, pd.DataFrame]:
-    """Writes report.md, PNG figures and the CSV tables behind them, from judged tables; no model is loaded.
+    """Writes report.md, summary.json, PNG figures and the CSV tables, from judged tables; no model is loaded.
 
     A report in the same folder is replaced: its tables and figures that the new one does not have are deleted. Returns
     the tables of the report, as returned by `analyse`.
@@ -44,6 +45,7 @@ def report(
     tables = analyse(evidence, lengths)
     page = Page(out, tables)
     page.add("# Report")
+    sections.add_findings(page)
     sections.add_summary(page, evidence.rows)
     sections.add_win_rates(page, baselines)
     sections.add_lengths(page, lengths)
@@ -55,8 +57,13 @@ def report(
     if samples:
         page.add("## Samples", sample_responses(evidence.rows, samples))
     page.write()
+    parts = [name for name in ("findings", "summary", "claims") if name in tables]
+    records = {name: json.loads(tables[name].to_json(orient="records")) for name in parts}
+    files.write_text(out / files.SUMMARY, json.dumps({"findings": []} | records, indent=2) + "\n")
     summary = tables["summary"].drop(columns=["parameters", "score_std"], errors="ignore")
     constant = [name for name in ("size", "seed") if summary[name].nunique() == 1]
+    for text in tables["findings"]["finding"] if "findings" in tables else ():
+        print(f"warning: {text}")
     shown = [summary.drop(columns=constant), *([tables["claims"]] if "claims" in tables else [])]
     Console().print(Markdown("\n\n".join(map(markdown, shown))))
     return tables

@@ -20,6 +20,21 @@ STAGES = {
 }
 
 
+def add_findings(page: Page) -> None:
+    """Adds what speaks against the runs, before any of their numbers."""
+    found = page.tables["findings"]
+    if found.empty:
+        return
+    several = found[["size", "seed"]].drop_duplicates().shape[0] > 1
+    places = [f"size {row.size}, seed {row.seed}, {row.stage}" if several else row.stage for row in found.itertuples()]
+    page.add(
+        "## Findings",
+        "These runs have signs of having learnt nothing; mend them before you believe any number below.",
+        "\n".join(f"- **{place}:** {text}" for place, text in zip(places, found["finding"], strict=True)),
+    )
+    page.numbers("findings")
+
+
 def add_summary(page: Page, rows: pd.DataFrame) -> None:
     """Adds a row for each policy and the reference, what PPO gained, and the verdicts on the paper's claims."""
     page.table("summary", f"## {', '.join(rows['policy'].unique())} and the reference")
@@ -34,8 +49,9 @@ def add_summary(page: Page, rows: pd.DataFrame) -> None:
     page.table(
         "claims",
         "## Claims",
-        "A claim holds where the 95% interval of each of its differences lies above 0, does not hold where one lies "
-        "below 0, and is undecided otherwise. That of every length holds where PPO is at or above SFT in each bin. "
+        "A claim holds where the 95% interval of each of its differences lies above 0, does not hold where one lies at "
+        "or below 0, and is undecided otherwise. That of every length holds where PPO is at or above SFT in each bin, "
+        "and in one of them the interval lies above 0. "
         "Intervals tell what other queries would give with the same models, not what other seeds would.",
     )
 

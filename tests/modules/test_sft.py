@@ -76,12 +76,12 @@ def test_rouge_is_over_the_whole_split(model_path: str, trainer: Make, sft_data:
     module, data = SFTModule(model_path, response_length=8), sft_data(eval_batch_size=5)
     texts: list[tuple[str, str]] = []
 
-    def respond(batch: dict[str, Any], batch_idx: int) -> list[str]:
+    def respond(batch: dict[str, Any], batch_idx: int) -> tuple[list[str], list[bool]]:
         """Is good at the last batch, which is smaller, and has a word or two right in the others."""
         references = batch["reference"]
         responses = references if len(references) < 5 else [text[: len(text) // 2] for text in references]
         texts.extend(zip(responses, references, strict=True))
-        return responses
+        return responses, [True] * len(responses)
 
     module.respond = respond  # type: ignore[method-assign]
     metrics = trainer().validate(module, data, verbose=False)[0]
@@ -173,4 +173,4 @@ def test_predict_gives_a_response_per_query(model_path: str, trainer: Make, sft_
     t: Trainer = trainer()
     rows = [row for batch in t.predict(SFTModule(model_path, response_length=4), sft_data()) or [] for row in batch]
     assert len(rows) == 32
-    assert set(rows[0]) == {"query", "response", "reference"}
+    assert set(rows[0]) == {"query", "response", "reference", "has_eos"}

@@ -158,7 +158,7 @@ def test_every_number_on_the_page_stands_in_its_file(study: Path) -> None:
 def test_everything_that_the_page_links_to_is_there(study: Path) -> None:
     linked = set(re.findall(r"\]\((\S+?)\)", (study / "report.md").read_text()))
     assert linked | {"report/files.json"} == {f"report/{file.name}" for file in (study / "report").iterdir()}
-    assert {file.name for file in study.iterdir()} == {"report.md", "report"}
+    assert {file.name for file in study.iterdir()} == {"report.md", "report", "summary.json"}
     figures = {Path(name).name for name in linked if name.endswith(".png")}
     assert figures == {
         "win_rate_by_size.png", "win_rate_by_length.png", "length_controlled.png", "reward_accuracy.png",

@@ -1,0 +1,21 @@
+"""The learning rate that is usual for a model of some size."""
+
+LOWEST, HIGHEST = 0.1, 30.0  # times the proposed one: what counts as usual
+
+
+def proposed_learning_rate(parameters: int) -> float:
+    """Proposes a learning rate of AdamW for SFT, reward model and PPO of a model with so many parameters.
+
+    A rule of thumb: 3e-6 from a billion parameters on, the paper's for Pythia 1B, 2.8B and 6.9B; below,
+    3e-6 · (1e9 / parameters)^0.62, a power law from there to this project's quickstart, which was tuned by hand (5e-4
+    at a quarter of a million). In between it gives 1.1e-5 for GPT-2 (124 million), where TRL's examples take 1.4e-5.
+
+    Published ones of larger models spread by more than ten about it: 6.4e-5 (SFT, 1.3B) and 1.5e-5 (PPO, 1.3B) in
+    Stiennon et al. 2020, 1e-5 (1.3B and 6B) in Ouyang et al. 2022, 2e-5 (SFT, 7B) in Alpaca.
+    """
+    return float(f"{3e-6 * max(1.0, 1e9 / parameters) ** 0.62:.1e}")
+
+
+def is_usual(learning_rate: float, parameters: int) -> bool:
+    """Tells whether a learning rate is at all near to those that are used for models of this size."""
+    return LOWEST <= learning_rate / proposed_learning_rate(parameters) <= HIGHEST
