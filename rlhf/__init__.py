@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlhf.modules.sft import SFTModule
     from rlhf.sampling.rollout import Rollout
     from rlhf.strategies import Zero2Strategy
+    from rlhf.studies.pipeline import pipeline
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOME = {
     "Source": "data.sources",
     "TextFormat": "data.texts",
     "Zero2Strategy": "strategies",
+    "pipeline": "studies.pipeline",
     "register_reward_model": "models.classifiers",
 }
 __all__ = [*_HOME]

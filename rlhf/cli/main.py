@@ -17,7 +17,8 @@ from rlhf.errors import UserError
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
-    "check": "try one update of a stage and show what is known of the run; exit status 1 if something is wrong",
+    "check": "try one update of a stage and show what is known of the run, or of all with `check pipeline`; exit status 1"
+    " if something is wrong",
     "validate": "evaluate a stage on its validation data",
     "test": "evaluate a stage on its test data",
     "predict": "write samples or scores to a file",
@@ -58,6 +59,8 @@ def main(args: Sequence[str] | None = None) -> None:
             print(overview())
         elif words[0] in VERBS:
             _call(words[0], words[1:])
+        elif words[:2] == ["check", "pipeline"]:
+            _call("pipeline", [*words[2:], "--check=true"])
         elif words[0] in STAGE_VERBS:
             from rlhf.cli.stage import StageCLI
 

@@ -33,7 +33,9 @@ from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
 from rlhf.strategies import check_strategy
 
-FOUND_BY_NAME = [getattr(rlhf, name) for name in rlhf.__all__]  # jsonargparse finds classes that are imported
+FOUND_BY_NAME = [
+    getattr(rlhf, name) for name in rlhf.__all__ if name[0].isupper()
+]  # jsonargparse finds what is imported
 WRITERS = (Export, PredictionFile, Checkpoint, LastCheckpoint)
 ONE_UPDATE: dict[str, Any] = {
     "enable_checkpointing": False,

@@ -3,16 +3,20 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf import files
 from rlhf.data.sources import Source
+from rlhf.errors import UserError
+from rlhf.report.run_findings import all_findings
+from rlhf.studies.preflight import complaints
 from rlhf.studies.processes import stage_processes
 from rlhf.studies.recipe import Recipe, Settings, Shared
-from rlhf.studies.runner import Runner, Stage
+from rlhf.studies.runner import TABLES, Runner, Stage
+from rlhf.studies.trial import try_stages
 
 
 class Result(NamedTuple):
@@ -23,12 +27,14 @@ class Result(NamedTuple):
         exports: stage -> folder of the model that it trained.
         report: the page; None where nothing was evaluated.
         summary: the table on top of the page, a row per policy.
+        findings: what speaks against the run, such as a policy that has learnt nothing; empty if nothing does.
     """
 
     run: Path
     exports: dict[str, Path]
     report: Path | None
     summary: pd.DataFrame | None
+    findings: list[str]
 
 
 def pipeline(
@@ -45,7 +51,7 @@ def pipeline(
     response_length: PositiveInt | None = None,
     pad_token: str | None = None,
     eos_tokens: list[str] | None = None,
-    learning_rate: PositiveFloat | None = None,
+    learning_rate: PositiveFloat | Literal["auto"] | None = None,
     devices: int | str | None = None,
     trainer: dict[str, Any] | None = None,
     seed: int | None = None,
@@ -59,6 +65,7 @@ def pipeline(
     size: str | None = None,
     config_dir: str = ".",
     redo: list[str] | None = None,
+    check: bool = False,
     overrides: dict[str, Settings] | None = None,
 ) -> Result:
     """Runs SFT, reward model, PPO and their evaluation, each in its own process, and writes a report.
@@ -87,7 +94,7 @@ def pipeline(
         response_length: longest response in tokens, for SFT, PPO and their evaluation.
         pad_token: PAD, where the tokenizer has none or it is EOS.
         eos_tokens: tokens that end a response.
-        learning_rate: of all three trained stages.
+        learning_rate: of all three trained stages; `auto`: a rule of thumb by the size of the model.
         devices: how many devices train.
         trainer: settings of the Trainer that the trained stages share, such as `strategy` and `precision`.
         seed: seed of the data and of every training stage.
@@ -101,7 +108,8 @@ def pipeline(
         size: what the report calls the size of the model; by default the name of the run folder. It replaces `{size}`
             in `run_dir`, `model` and names of files.
         config_dir: folder of the files that sections name.
-        redo: stages to run again; what they made before is moved aside.
+        redo: stages to run again, with all that is made from them; what they made before is moved aside.
+        check: train nothing; look at every setting and file, try one update of each stage, and write nothing.
         overrides: section -> settings by dotted key; on a command line `--ppo.KEY VALUE`.
 
     Returns:
@@ -117,8 +125,9 @@ def pipeline(
         "report": report,
     }  # fmt: skip
     size = size or Path(run_dir).name
-    stages = Recipe(shared, sections, overrides, size).stages()
-    return run_stages(stages, run_dir.replace("{size}", size), config_dir, seed)
+    recipe = Recipe(shared, sections, overrides, size)
+    run = run_dir.replace("{size}", size)
+    return run_stages(recipe.stages(), run, config_dir, seed, redo=redo or (), base=str(recipe.model), check=check)
 
 
 def run_stages(
@@ -127,6 +136,9 @@ def run_stages(
     config_dir: str = ".",
     seed: int | None = None,
     arguments: Sequence[str] = (),
+    redo: Sequence[str] = (),
+    base: str | None = None,
+    check: bool = False,
 ) -> Result:
     """Runs stages one after another, each in its own process, and hands their exports on.
 
@@ -136,17 +148,52 @@ def run_stages(
         config_dir: folder of the configs of the stages.
         seed: seed of the data and of every training stage; it overrides the one in the config.
         arguments: further arguments for the command line of every training stage.
+        redo: stages to run again.
+        base: the model that the first stage starts from, with which all stages are looked at first; None: they are not.
+        check: look, and try one update of each stage, instead of running them.
     """
-    run = Path(run_dir)
-    runner = Runner(run, Path(config_dir), seed, arguments)
-    started = time.monotonic()
-    with stage_processes.forwarded_signals():
+    run, started = Path(run_dir), time.monotonic()
+    with (
+        Runner(run, Path(config_dir), seed, arguments, redo=redo) as runner,
+        stage_processes.forwarded_signals(),
+    ):
+        if not check:
+            runner.prepare(stages)
+        left = [stage for stage in stages if check or not runner.check(stage)]
+        if base is not None and any(stage.command == "fit" for stage in left):
+            _look_at(left, runner, base)
+        if check:
+            try_stages(stages, runner, str(base))
+            return _result(run, stages)
         for number, stage in enumerate(stages, 1):
             runner.run_stage(stage, f"[{number}/{len(stages)}]")
+    result = _result(run, stages)
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
+    if result.report:
+        print(f"Report:  {result.report}\nCurves:  tensorboard --logdir {run}")
+    for finding in result.findings:
+        print(f"Finding: {finding}")
+    return result
+
+
+def _look_at(stages: Sequence[Stage], runner: Runner, base: str) -> None:
+    """Refuses to start if anything is wrong with any stage."""
+    print("Looking at the settings and files of all stages ...", flush=True)
+    jobs = [(stage.name, runner.words(stage)) for stage in stages]
+    stand_ins = {}
+    for stage in stages:
+        place = runner.place(stage)
+        if stage.command == "fit" and not files.is_complete(place / files.EXPORT):
+            stand_ins[str(place / files.EXPORT)] = "" if "{run}" in base else base
+        elif stage.command in (*TABLES, "synthesize") and not place.exists():
+            stand_ins[str(place)] = ""
+    if found := complaints(jobs, stand_ins):
+        head = f"{len(found)} things are wrong; nothing was started:" if len(found) > 1 else "nothing was started:"
+        raise UserError("\n  ".join([head, *found]))
+
+
+def _result(run: Path, stages: Sequence[Stage]) -> Result:
     page, summary = run / "report.md", run / "report" / "summary.csv"
-    if page.exists():
-        print(f"Report:  {page}\nCurves:  tensorboard --logdir {run}")
     exports = {stage.name: run / stage.name / files.EXPORT for stage in stages if stage.command == "fit"}
     found = pd.read_csv(summary) if summary.exists() else None
-    return Result(run, exports, page if page.exists() else None, found)
+    return Result(run, exports, page if page.exists() else None, found, all_findings(run))

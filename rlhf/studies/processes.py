@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -44,7 +45,7 @@ class StageProcesses:
         peak = context.Value("d", lock=False)
         child = context.Process(target=_main, args=(words, log, peak))
         start = time.monotonic()
-        with self._lock:
+        with self._lock, _without_main():
             child.start()
         self.running.add(child)
         try:
@@ -85,6 +86,17 @@ class StageProcesses:
 
 
 stage_processes = StageProcesses()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keeps a new process from running the script of the user again, which multiprocessing would do."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _context() -> Any:

@@ -40,7 +40,7 @@ class Shared:
     response_length: int | None = None
     pad_token: str | None = None
     eos_tokens: list[str] | None = None
-    learning_rate: float | None = None
+    learning_rate: float | str | None = None
     trainer: Settings = field(default_factory=dict)
 
 
@@ -68,6 +68,7 @@ class Recipe:
         self.comparisons = shared.comparisons or ("{run}/data/comparisons" if makes_data else None)
         self.prompts = shared.prompts or self.demonstrations or self.comparisons
         self._check()
+        self.learning_rate = self._proposed() if shared.learning_rate == "auto" else shared.learning_rate
 
     def _check(self) -> None:
         shared, given = self.shared, self.sections
@@ -85,6 +86,20 @@ class Recipe:
         for name, wanted in ("reward", self.comparisons), ("sft", self.demonstrations or self.comparisons):
             if given.get(name) and wanted is None:
                 raise UserError(f"{name}: there is nothing to learn from; give comparisons or demonstrations.")
+
+    def _proposed(self) -> float | None:
+        """Returns the usual learning rate for the size of the model, if it can be loaded."""
+        from rlhf.models.learning_rates import proposed_learning_rate
+        from rlhf.models.loading import load_config
+        from rlhf.models.memory import trained_parameters
+
+        try:
+            parameters = trained_parameters(load_config(str(self.model), "model"), "sft")
+        except UserError:  # said by the stage that loads it
+            return None
+        rate = proposed_learning_rate(parameters)
+        print(f"learning_rate: {rate:g}, a rule of thumb for a model of {parameters / 1e6:,.1f} million parameters")
+        return rate
 
     def runs(self, name: str) -> bool:
         """Tells whether a stage is part of the pipeline."""
@@ -142,7 +157,7 @@ class Recipe:
         for key, source in self._sources(name).items():
             takes |= {f"data.{key}.{part}": value for part, value in source.items()}
         settings: Settings = {
-            "model.optimization.learning_rate": shared.learning_rate,
+            "model.optimization.learning_rate": self.learning_rate,
             "model.pad_token": shared.pad_token,
             "model.eos_tokens": shared.eos_tokens,
             "model.reward_function": shared.reward_function if name == "ppo" else None,
