@@ -46,7 +46,7 @@ class Reader(ABC):
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but some, bool `(B,)`."""
+        """Drops all rows but some, whose numbers are in order, `(b,)`."""
 
 
 class KeyValueReader(Reader):
@@ -86,7 +86,7 @@ class KeyValueReader(Reader):
 
     @override
     def keep(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows.nonzero().squeeze(1))
+        self.cache.reorder_cache(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
 
