@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf import files
+from rlhf.errors import UserError
 
 
 class Kill(BaseException):
@@ -118,3 +121,92 @@ def test_fingerprints_tell_texts_and_bytes_apart(tmp_path: Path) -> None:
         changed[place] = 1
         file.write_bytes(changed)
         assert files.sampled_fingerprint([file]) != whole
+
+
+# ------------------------------------------------------------------------------------------- one owner, and aside
+
+HOLD = """import sys, time
+from pathlib import Path
+from rlhf import files
+with files.owned(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def another_owner(folder: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """Within, another process has owned a folder, for so long."""
+    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    with subprocess.Popen(command, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_folder_has_one_owner_and_is_free_when_that_is_killed(tmp_path: Path) -> None:
+    with another_owner(tmp_path, 60) as owner:
+        with pytest.raises(UserError) as refused, files.owned(tmp_path, "output"):
+            pass
+        assert str(refused.value).startswith(f"output: {tmp_path} is in use by process {owner.pid} on ")
+        assert f"(train.py {tmp_path} 60)" in str(refused.value)
+        owner.kill()
+        owner.wait()
+        with files.owned(tmp_path), files.owned(tmp_path):  # one command, in several places
+            pass
+
+
+def test_a_folder_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with another_owner(tmp_path, 0.5) as owner, files.owned(tmp_path, patience=60):
+        assert owner.wait() == 0
+    assert f"in use by process {owner.pid}" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_gets_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.warns(UserWarning, match="cannot be locked .*No locks available"), files.owned(tmp_path):
+        pass
+
+
+def test_what_is_set_aside_gets_the_first_free_name(tmp_path: Path) -> None:
+    folder = tmp_path / "pythia-1.4b"
+    folder.mkdir()
+    with files.owned(folder):
+        for number in (1, 2):
+            write(folder, "folder", str(number))
+            aside = files.set_aside(folder)
+            assert (aside.name, content(aside)) == (f"pythia-1.4b.{number}", 2 * str(number))
+            assert {path.name for path in folder.iterdir()} == {files.LOCK, files.OWNER}
+    table = tmp_path / "judged.parquet"
+    for ending in ("", ".json", ".parts", ".answers.jsonl"):
+        table.with_name(table.name + ending).touch()
+    assert files.set_aside(table) == tmp_path / "judged.1.parquet"
+    names = [".answers.jsonl", ".json", ".parts", ""]  # answers are paid for, and stay
+    found = sorted(path.name for path in tmp_path.glob("judged*"))
+    assert found == sorted(f"judged{'' if end == names[0] else '.1'}.parquet{end}" for end in names)
+
+
+@pytest.mark.parametrize(
+    ("file", "holds"),
+    [
+        ("config.yaml", False),
+        ("tensorboard/events", False),
+        ("checkpoints/.partial-last.ckpt", False),
+        (".partial-export/rlhf.json", False),
+        ("checkpoints/last.ckpt", True),
+        ("checkpoints/.previous-last.ckpt", True),
+        ("checkpoints/last.ckpt/checkpoint/part.pt", True),
+        ("tensorboard/checkpoints/epoch=1.ckpt", True),
+        ("export/rlhf.json", True),
+        ("export-8/rlhf.json", True),
+        (".previous-export/rlhf.json", True),
+    ],
+)
+def test_a_run_is_what_has_a_checkpoint_or_an_export(file: str, holds: bool, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    assert files.holds_run(tmp_path) == holds

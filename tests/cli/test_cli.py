@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rlhf.cli.main import main
+from rlhf.modules import SFTModule
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.synthesize import train_tokenizer
 
@@ -193,6 +194,27 @@ def test_bad_input_gets_one_sentence(
 def test_a_run_is_never_overwritten(sft_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*sft_words, "--trainer.limit_train_batches=2"])
     assert "already holds a run" in refusal(sft_words, capsys)
+
+
+@pytest.mark.parametrize("again", [[], ["--ckpt_path=last"]])
+def test_a_failed_start_takes_other_settings(
+    again: list[str], sft_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended before its first checkpoint is moved aside: no curve of it mixes with those of the next."""
+    sft_words.append("--trainer.log_every_n_steps=1")
+
+    def fail(self: SFTModule, *args: Any) -> None:
+        if self.global_step == 2:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(SFTModule, "on_train_batch_start", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(sft_words)
+    monkeypatch.undo()
+    main([*sft_words, "--trainer.limit_train_batches=2", *again])
+    assert (tmp_path / "run" / "export").is_dir()
+    assert len(read_curves(tmp_path / "run")["lr"]) == 1
+    assert {path.name for path in (tmp_path / "run.1").iterdir()} == {"config.yaml", "tensorboard"}
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from rlhf import files
+from rlhf.cli.main import main
 from rlhf.studies.processes import Ended, StageProcesses
 
 LONG = ["synthesize", "--sizes.pretraining=1000000"]
@@ -49,3 +55,66 @@ def test_several_threads_can_run_stages(tmp_path: Path) -> None:
     assert (tmp_path / "0.log").read_text().count("usage: python train.py COMMAND") == 8
     assert processes.run(["nonsense"], tmp_path / "wrong.log").status == 2
     assert "unknown command 'nonsense'" in (tmp_path / "wrong.log").read_text()
+
+
+def owner(folder: Path) -> int:
+    """The number of the process that owns a folder, once there is one."""
+    deadline = time.monotonic() + 120
+    while not (folder / files.OWNER).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(json.loads((folder / files.OWNER).read_text())["pid"])
+
+
+@pytest.fixture
+def sft_config(tmp_path: Path, model_path: str, demonstration_file: str) -> Path:
+    """A small SFT run that saves after every 40 steps, and would go on for minutes."""
+    config = {
+        "model": {"class_path": "SFTModule", "init_args": {"model_path": model_path, "response_length": 4}},
+        "data": {"class_path": "SFTDataModule", "init_args": {
+            "train": {"path": demonstration_file}, "batch_size": 8, "micro_batch_size": 8}},
+        "trainer": {"accelerator": "cpu", "max_epochs": 10_000, "callbacks": [{
+            "class_path": "rlhf.callbacks.last_checkpoint.LastCheckpoint", "init_args": {"every_n_epochs": 10}}]},
+    }  # fmt: skip
+    file = tmp_path / "sft.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_one_of_two_runs_that_start_in_one_folder_is_refused(tmp_path: Path, sft_config: Path) -> None:
+    logs = [tmp_path / "1.log", tmp_path / "2.log"]
+    words = ["fit", f"--config={sft_config}", f"--run_dir={tmp_path}/run", "--trainer.max_epochs=20"]
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(StageProcesses().run, [words] * 2, logs))
+    assert sorted(e.status for e in ended) == [0, 2]
+    said = logs[0 if ended[0].status else 1].read_text()
+    assert "is in use by process" in said
+    assert f"--run_dir={tmp_path}/run" in said
+
+
+def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_nothing_running(
+    tmp_path: Path, sft_config: Path, driver: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kill -9` of a pipeline: its stage saves and stops, and the folder is free."""
+    run, last, log = tmp_path / "run", tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt", tmp_path / "log"
+    words = ["pipeline", f"--run_dir={run}", f"--stages={json.dumps([{'name': 'sft', 'config': str(sft_config)}])}"]
+    first = threading.Thread(target=driver, args=(words, 1, log))
+    first.start()
+    stage = owner(run / "sft")
+    with pytest.raises(SystemExit):
+        main(words)
+    pipeline = owner(run)
+    assert f"{run} is in use by process {pipeline} on " in capsys.readouterr().err
+    while not last.exists():  # after 40 steps
+        time.sleep(0.05)
+    saved = torch.load(last, weights_only=True)["global_step"]
+    time.sleep(0.2)  # for a step more
+    os.kill(pipeline, signal.SIGKILL)
+    first.join()
+    with files.owned(run), files.owned(run / "sft", patience=60):  # as the next pipeline waits
+        assert "Stopped by SIGTERM after" in log.read_text()
+        assert torch.load(last, weights_only=True)["global_step"] > saved
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{stage}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
