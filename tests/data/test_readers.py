@@ -218,3 +218,12 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(readers, "_records", lambda *args: pytest.fail("read again"))
     first, second = (read_files([tmp_path / "a.jsonl"], None, "data.train") for _ in range(2))
     assert first._fingerprint == second._fingerprint
+
+
+def test_a_limit_is_read_alone_and_does_not_stay_in_the_way_of_the_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": "x"}\n{"a": "y"}\n{"a": "z"}\nbroken\n')
+    assert read_files([file], None, "data", limit=2)["a"][:] == ["x", "y"]
+    assert read_files([file], None, "data", limit=3)["a"][:] == ["x", "y", "z"]
+    with pytest.raises(UserError, match="line 4 is not JSON"):
+        read_files([file], None, "data")

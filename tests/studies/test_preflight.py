@@ -81,6 +81,14 @@ def test_nothing_is_said_of_a_good_pipeline_and_nothing_is_written(plan: Plan) -
     assert not plan.run.exists()
 
 
+def test_several_processes_are_counted_and_none_is_started(plan: Plan) -> None:
+    two = ["--trainer.devices=2", "--data.micro_batch_size=2"]
+    assert plan.complaints("sft", "reward", "ppo", sft=two, reward=two, ppo=two) == []
+    many = ["--trainer.devices=64", "--data.micro_batch_size=1", "--data.batch_size=64"]
+    [found] = plan.complaints("sft", sft=many)
+    assert found == "sft: 32 rows cannot be shared by 64 processes; use fewer, or more rows."
+
+
 @pytest.mark.parametrize(
     ("stage", "words", "sentence"),
     [
