@@ -41,9 +41,9 @@ SYMPTOMS = {
         "the share of responses with EOS: in validation in the second half of SFT, of the last four rollouts of PPO "
         "under the EOS trick, and of judged tables",
         "its 95% interval lies below a tenth, for which it takes 35 responses",
-        "demonstrations were longer than data.text.max_response_length and lost their EOS, the response length is too "
-        "short for them, or SFT has not learned to end a response: too low a learning rate or too few steps",
-        "the learning rate and length of SFT, data.text.max_response_length, and the response length",
+        "SFT has not learned to end a response (too low a learning rate, too few steps), its demonstrations were "
+        "longer than data.text.max_response_length and lost their EOS, or responses may not be as long as they",
+        "model.optimization.learning_rate and trainer.max_epochs of SFT, or the longest lengths",
     ),
     "chance": Symptom(
         "the accuracy on validation pairs in the second half of the training of the reward model",

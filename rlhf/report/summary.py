@@ -1,6 +1,5 @@
 """The summary of runs: a row per policy and one for the reference, what PPO gained, and the seeds side by side."""
 
-import numpy as np
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, win_rates
@@ -35,9 +34,9 @@ def ppo_gains(rows: pd.DataFrame) -> list[str]:
     runs = rows.groupby(["size", "seed"], sort=False)
     for (size, seed), run in runs:
         before, after = run[run["policy"] == SFT], run[run["policy"] == PPO]
-        gain = (after["a_score"].mean() - before["a_score"].mean()) / before["a_score"].std()
+        gain = (after["a_score"].mean() - before["a_score"].mean()) / (before["a_score"].std() or float("nan"))
         gold = after["a_gold"].mean() - before["a_gold"].mean()
-        if np.isfinite(gain):  # neither without scores nor where those of SFT are all equal
+        if pd.notna(gain):  # there are scores, and those of SFT are not all equal
             name = f"Size {size}, seed {seed}: " if len(runs) > 1 else ""
             text = f"{name}PPO moved the mean score by {gain:+.2f} standard deviations of the SFT scores"
             gold_gain = f", and the gold score by {gold:+.2f}" if pd.notna(gold) else ""

@@ -82,6 +82,23 @@ def test_a_sound_ppo_config(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_would_learn_nothing_deserves_a_look(
+    check: Check, ppo_words: list[str], reward_path: str, demonstration_file: str
+) -> None:
+    """Random responses of six tokens do not end, so that the EOS trick gives all of them the same score."""
+    centre(reward_path, demonstration_file)
+    status, shown = check("ppo", *ppo_words, "--model.optimization.learning_rate=1e-9")
+    assert status == 0, shown
+    assert re.search(r"learning rate │ 1\.0e-09; usual for [\d,]+ parameters: about 1\.\de-03 │ look", shown)
+    assert re.search(r"score │ -1\.000, std 0\.000 │ look", shown)
+    assert "look: The learning rate 1.0e-09 is low for a model of " in shown
+    assert "look: The scores of the last 8 episodes are all equal (-1.000 in update 1)." in shown
+    _, sound = check("ppo", *ppo_words, "--model.ppo.missing_eos=subtract")
+    assert re.search(r"learning rate │ 5\.0e-04; [^│]+ │ ok", sound)
+    assert re.search(r"score │ [^│]+ │ ok", sound)
+    assert "look: " not in sound
+
+
 def memory_shown(shown: str) -> float:
     found = re.search(r"estimated\D+([\d.]+)", shown)
     assert found, shown

@@ -25,6 +25,8 @@ UP, DOWN, OPEN = Estimate(0.1, 0.05, 0.2), Estimate(-0.1, -0.2, -0.05), Estimate
         ([UP, OPEN], "undecided"),
         ([OPEN, DOWN, UP], "does not hold"),
         ([Estimate(NAN, NAN, NAN)], "undecided"),
+        ([Estimate(0.0, 0.0, 0.0)], "does not hold"),  # nothing differs
+        ([UP, Estimate(0.0, -0.1, 0.1)], "undecided"),
     ],
 )
 def test_verdicts(differences: list[Estimate], expected: str) -> None:
@@ -61,7 +63,12 @@ def test_every_length_names_the_bins_below() -> None:
         [found] = ahead_at_every_length(table.assign(size="1b", bin=[0.25 * n for n in range(len(table))]))
         return found.verdict, found.evidence
 
-    assert claim(UP, OPEN)[0] == "holds"  # at or above
+    nothing = Estimate(0.0, -0.2, 0.2)
+    assert claim(UP, OPEN)[0] == claim(UP, nothing)[0] == "holds"  # at or above
+    assert claim(OPEN, OPEN)[0] == "undecided"
+    found, evidence = claim(nothing, nothing)
+    assert found == "does not hold"
+    assert evidence == "2 of 2 bins with 20 queries or more of both; no difference in any"
     assert claim(UP, Estimate(-0.05, -0.1, 0.1))[0] == "undecided"
     found, evidence = claim(UP, DOWN)
     assert found == "does not hold"

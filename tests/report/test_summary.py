@@ -44,6 +44,7 @@ def test_gains_are_in_deviations_of_sft(rows: pd.DataFrame) -> None:
     two = ppo_gains(pd.concat([rows, rows.assign(seed=2)]))
     assert [line[:16] for line in two] == ["Size s, seed 1: ", "Size s, seed 2: "]
     assert ppo_gains(rows[rows["policy"] == "SFT"]) == []
+    assert ppo_gains(rows.assign(a_score=[-1.0, -1.0, 0.0, 0.0])) == []  # no deviation to measure in
 
 
 def test_samples_of_each_size_of_its_smallest_seed(rows: pd.DataFrame) -> None:
