@@ -111,6 +111,18 @@ def assert_same(run: Path, whole: Path) -> None:
     assert len(curves(run)) > 5
 
 
+def assert_exported(driver: Driver, run: Path, folder: Path) -> None:
+    """The command `export` makes of the last checkpoint, by whatever processes, the export of the run and a card."""
+    words = ["export", f"--checkpoint={run}/checkpoints/last.ckpt", f"--output={folder}"]
+    assert driver(words, 1, folder.with_suffix(".log")) == [0], folder.with_suffix(".log").read_text()[-3000:]
+    expected, found = (
+        {str(file.relative_to(top)): file.read_bytes() for file in top.rglob("*") if file.is_file()}
+        for top in (run / "export", folder)
+    )
+    assert found.pop("README.md")
+    assert found == expected
+
+
 MIDDLE = ("on_train_batch_start", 6)  # of an optimizer step, of an epoch, of an update
 EARLY = ("on_train_batch_start", 4)
 
@@ -131,7 +143,7 @@ EARLY = ("on_train_batch_start", 4)
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    fit: Fit, tmp_path: Path, stage: str, processes: str, event: list[str]
+    fit: Fit, driver: Driver, tmp_path: Path, stage: str, processes: str, event: list[str]
 ) -> None:
     assert set(fit(stage, processes, "whole")) == {0}, (tmp_path / "whole.log").read_text()[-3000:]
     stopped = fit(stage, processes, "run", *event)
@@ -145,6 +157,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert set(fit(stage, processes, "run", "--ckpt_path=last")) == {0}, log.read_text()[-3000:]
     assert ("could not be written" in log.read_text()) == ("full_disk" in str(event))
     assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_exported(driver, tmp_path / "run", tmp_path / "exported")
     if (stage, processes) == ("reward", "one"):  # nothing is left to train
         assert fit(stage, processes, "run", "--ckpt_path=last") == [0]
         assert_same(tmp_path / "run", tmp_path / "whole")
