@@ -42,7 +42,9 @@ class Export(Callback):
         if self.best is None:
             return
         if not trainer.enable_validation:
-            raise UserError(f"trainer.callbacks: Export keeps the best export by {self.best}, but nothing is validated.")
+            raise UserError(
+                f"trainer.callbacks: Export keeps the best export by {self.best}, but nothing is validated."
+            )
         final = Path(trainer.default_root_dir) / BEST
         for folder in filter(files.is_complete, (final, files.previous_path(final))):
             known = read_manifest(folder)
@@ -123,7 +125,7 @@ class Export(Callback):
 
 
 def write_export(module: Stage, folder: Path, **notes: Any) -> None:
-    """Writes an export whole or not at all; its manifest says what it is of, and `notes` such as `epochs` and `steps`."""
+    """Writes an export whole or not at all; its manifest has `notes` too, such as `epochs`."""
     manifest = {"stage": type(module).__name__, "version": rlhf.__version__, **notes}
     with files.replacing(folder) as partial:
         partial.mkdir()
