@@ -12,7 +12,8 @@ from rlhf.errors import UserError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-CURVES = "tensorboard"
+CURVES = "curves.jsonl"
+TENSORBOARD = "tensorboard"
 EXPORT = "export"
 MANIFEST = "rlhf.json"  # of an export: written last
 NOTES = ".json"  # the settings of <table> are in <table>.json

@@ -110,6 +110,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert len(expected) > 10
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     assert curves(run) == curves(whole)
+    assert (run / "curves.jsonl").read_text().count("\n") == (whole / "curves.jsonl").read_text().count("\n")
     assert len(curves(run)) > 5
 
 

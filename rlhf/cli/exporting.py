@@ -36,8 +36,8 @@ def export(
     `data.demonstrations` is read again, to shift the rewards.
 
     Args:
-        checkpoint: file or (under ZeRO) folder in `checkpoints` of a run folder; or an export in the run folder, which is
-            copied, such as `export_best`.
+        checkpoint: file or (under ZeRO) folder in `checkpoints` of a run folder; or an export of the run, such as
+            `export_best`, which is copied.
         output: folder to write; it must not exist.
         push_to_hub: repository on the hub to upload it to, as `owner/name`, which is created if there is none. Log in
             with `hf auth login`, or set HF_TOKEN.
