@@ -110,7 +110,7 @@ def parts() -> dict[str, list[Case]]:
             update("64 episodes"),
             update("64 episodes, cuda_graphs", "--ppo", GRAPHS),
             update("64 episodes, micro-batches of 32, cuda_graphs", "--ppo", GRAPHS, rows=32),
-            update("512 episodes, cuda_graphs", "--ppo", GRAPHS, batch=512, updates=1),
+            update("512 episodes, micro-batches of 32, cuda_graphs", "--ppo", GRAPHS, batch=512, rows=32, updates=1),
         ],
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
         "trl": [update("64 episodes", "--ppo", GRAPHS, sides="ours trl", updates=2)],

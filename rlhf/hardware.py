@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 GIB = 2**30
 WITHOUT_FLOAT64 = {"mps"}
@@ -26,6 +27,13 @@ def best_device() -> torch.device:
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Returns the precision for sums that should not round: float64, or float32 on a Mac's GPU, which lacks it."""
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor to a device; a GPU copies it from pinned memory, so that the CPU does not wait for its turn."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def device_memory(device: torch.device, processes: int) -> int:

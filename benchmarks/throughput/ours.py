@@ -34,13 +34,13 @@ class Clock(Callback):
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self._mark = 0.0
+        self._mark: Any = None
 
     def _lap(self, phase: str | None = None) -> None:
         """What has passed since the last mark was this phase."""
         now = self.recorder.now()
         if phase is not None:
-            self.recorder.seconds[phase] += now - self._mark
+            self.recorder.add(phase, self._mark, now)
         self._mark = now
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -70,10 +70,25 @@ class Recorder:
     def __init__(self, device: str, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
         self.device, self.begin, self.end = device, begin, end
         self.seconds: Counter[str] = Counter()
+        self._spans: list[tuple[str, Any, Any]] = []
         self.processed = 0
         self.running = False
 
-    def now(self) -> float:
+    def now(self) -> Any:
+        """A moment in what the device is asked to do; to wait for it would keep the CPU from running ahead."""
+        import torch
+
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, phase: str, start: Any, end: Any) -> None:
+        """What is between two moments belongs to a phase."""
+        self._spans.append((phase, start, end))
+
+    def _wall(self) -> float:
         """Seconds, after all that the device was asked to do."""
         import torch
 
@@ -94,8 +109,9 @@ class Recorder:
         """An update begins, when it is this side's turn."""
         self.begin()
         self.seconds.clear()
+        self._spans.clear()
         self.processed, self.running = 0, True
-        self._busy, self._own, self._start = _busy_seconds(), time.process_time(), self.now()
+        self._busy, self._own, self._start = _busy_seconds(), time.process_time(), self._wall()
 
     def stop(self, queries: list[int], responses: list[int]) -> None:
         """It is over.
@@ -103,10 +119,12 @@ class Recorder:
         Args:
             queries, responses: real tokens of every episode.
         """
-        seconds = self.now() - self._start
+        seconds = self._wall() - self._start
         own = time.process_time() - self._own
         others = _busy_seconds() - self._busy - own
         self.running = False
+        for phase, start, end in self._spans:
+            self.seconds[phase] += start.elapsed_time(end) / 1e3 if self.device == "cuda" else end - start
         phases = {phase: self.seconds[phase] for phase in PHASES}
         self.end({
             "seconds": seconds, "cpu_seconds": own, **phases, "rest": seconds - sum(phases.values()),
@@ -119,7 +137,7 @@ class Recorder:
         """Time what happens inside."""
         start = self.now()
         yield
-        self.seconds[name] += self.now() - start
+        self.add(name, start, self.now())
 
 
 def _busy_seconds() -> float:

@@ -32,7 +32,7 @@ class Clock:
         self.recorder = recorder
         self.trainer: Any = None
         self._phase = ""
-        self._forward_start = 0.0
+        self._forward_start: Any = None
         self._queries: list[int] = []
         self._responses: list[int] = []
 
@@ -44,7 +44,7 @@ class Clock:
         timed = self._timed(trainer.accelerator.backward, lambda *_: "backward")
 
         def backward(*args: Any, **kwargs: Any) -> Any:
-            self.recorder.seconds["forward"] += self.recorder.now() - self._forward_start
+            self.recorder.add("forward", self._forward_start, self.recorder.now())
             return timed(*args, **kwargs)
 
         trainer.accelerator.backward = backward

@@ -177,13 +177,13 @@ class Invariants(Callback):
         done = trainer.fit_loop.epoch_loop.batch_idx + 1
         if done % trainer.accumulate_grad_batches:  # DeepSpeed comes here on every micro-batch
             return
-        module = stage(pl_module)
+        module, values = stage(pl_module), {}
         if module.kind == "ppo" and done == trainer.accumulate_grad_batches and self.ratio != "off":
-            value = module.reduce_max(ppo_stage(pl_module).ratio_deviation).item()
-            self.judge(Finding("ratio", value, tolerance(trainer.precision).ratio))
+            values["ratio"] = module.reduce_max(ppo_stage(pl_module).ratio_deviation)
         if not isinstance(trainer.strategy, DeepSpeedStrategy):
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            self._check_finite(trainer, module, nn.utils.get_total_norm(gradients))
+            values |= self._count_bad(trainer, module, nn.utils.get_total_norm(gradients))
+        self._judge_step(trainer, values)
 
     @override
     def on_train_batch_end(
@@ -192,7 +192,7 @@ class Invariants(Callback):
         if isinstance(trainer.strategy, DeepSpeedStrategy) and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             engine: Any = trainer.model  # which knows the norm only after the step
             norm = torch.as_tensor(engine.get_global_grad_norm(), device=pl_module.device)
-            self._check_finite(trainer, stage(pl_module), norm)
+            self._judge_step(trainer, self._count_bad(trainer, stage(pl_module), norm))
         self._examples.add(batch)
 
     @override
@@ -228,15 +228,21 @@ class Invariants(Callback):
             largest, smallest = module.reduce_max(torch.stack([own, -own]))
             self.judge(Finding("ranks", float((largest != -smallest).sum()), 0))
 
-    def _check_finite(self, trainer: Trainer, module: Stage, norm: Tensor) -> None:
+    def _judge_step(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
+        """Judges what was measured in an optimizer step; this alone waits for the device."""
+        found = torch.stack(list(values.values())).tolist() if values else []
+        for name, value in zip(values, found, strict=True):
+            self.judge(Finding(name, value, tolerance(trainer.precision).ratio if name == "ratio" else 0))
+
+    def _count_bad(self, trainer: Trainer, module: Stage, norm: Tensor) -> dict[str, Tensor]:
+        """Logs the norm of the gradients; returns how many losses of the step, and norms, are not finite."""
         stepwise = module.kind != "ppo"
         module.log("grad_norm", norm, on_step=stepwise, on_epoch=not stepwise, sync_dist=not stepwise, batch_size=1)
         bad = self._bad_losses
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps by itself
             bad = bad + ~norm.isfinite()
         self._bad_losses = torch.zeros_like(self._bad_losses)
-        if self.finite != "off":
-            self.judge(Finding("finite", module.reduce_sum(bad).item(), 0))
+        return {"finite": module.reduce_sum(bad)} if self.finite != "off" else {}
 
     def _demonstrations(self, module: Stage) -> Finding | None:
         rewards = module.demonstration_rewards() if self.demonstration_reward != "off" else None

@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from rlhf.protocols import stage
 
+BAR_SECONDS = 0.2  # between two looks at the metrics where there is a terminal
+
 
 class StageProgress(ProgressBar):
-    """Counts optimizer steps, or PPO updates, and shows what was logged with `prog_bar=True`.
+    """Counts optimizer steps, or PPO updates, and shows their loss and what was logged with `prog_bar=True`.
 
     Args:
         every_seconds: how often to print a line where there is no terminal.
@@ -41,6 +43,7 @@ class StageProgress(ProgressBar):
             self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=console)
             self._task = self._bar.add_task("", shown="")
             self._bar.start()
+            self._last = 0.0
             self._show(trainer, pl_module)
 
     @override
@@ -73,10 +76,17 @@ class StageProgress(ProgressBar):
             unit, done, total = "update", trainer.current_epoch, trainer.max_epochs or 0
         else:
             unit, done, total = "step", trainer.global_step, int(trainer.estimated_stepping_batches)
+        every = self.every_seconds if self._bar is None else BAR_SECONDS
+        if time.monotonic() - self._last < every and done < total:  # to read the metrics is to wait for the device
+            return
+        self._last = time.monotonic()
         metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
+        # Of losses with `prog_bar=True` Lightning would wait for the device in every micro-batch.
+        metrics |= {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("loss/") and k.endswith("_step")
+        }
         shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         if self._bar is not None:
             self._bar.update(self._task, description=unit, completed=done, total=total, shown=shown)
-        elif time.monotonic() - self._last >= self.every_seconds or done == total:
-            self._last = time.monotonic()
+        else:
             print(f"{unit} {done}/{total}  {shown}", flush=True)

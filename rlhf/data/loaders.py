@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 from typing_extensions import override
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Batch = dict[str, Any]
 Collate = Callable[[list[dict[str, Any]], bool], Batch]  # rows and whether they count -> batch; it can be pickled
 
+HOST_MASKS = "host_masks"  # their key in a batch that is on its device
 WORKERS = {"cuda": 2}  # per loader, by type of device: a CPU that trains has none to spare
 
 
@@ -127,6 +129,14 @@ class Loader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Ignores the state, which is empty."""
+
+
+def host_masks(batch: Batch) -> dict[str, Tensor]:
+    """Returns the masks of a batch on the CPU, where our DataModules keep them, else where they are.
+
+    What is made of a mask on the CPU does not wait for a GPU.
+    """
+    return batch.get(HOST_MASKS, batch)
 
 
 def loader(rows: datasets.Dataset, plans: Plans, collate: Collate, trainer: Trainer) -> Loader:

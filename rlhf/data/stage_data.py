@@ -6,13 +6,25 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from pydantic import PositiveInt
 from typing_extensions import override
 
-from rlhf.data.loaders import Collate, Loader, Plan, Plans, accumulation, global_batches, loader, rank_rows, train_plans
+from rlhf.data.loaders import (
+    HOST_MASKS,
+    Collate,
+    Loader,
+    Plan,
+    Plans,
+    accumulation,
+    global_batches,
+    loader,
+    rank_rows,
+    train_plans,
+)
 from rlhf.data.quality import overlap
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
@@ -197,6 +209,13 @@ class StageDataModule(LightningDataModule):
 
         count = math.ceil(len(weights) / self.batch_size) * trainer.accumulate_grad_batches
         return loader(self.splits["train"], Plans(count, plans_left), self.collate("train"), trainer)
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if isinstance(batch, dict):
+            moved[HOST_MASKS] = {name: mask for name, mask in batch.items() if name.endswith("_mask")}
+        return moved
 
     def in_order(self, rows: Dataset, collate: Collate) -> Loader:
         """Returns the loader of rows in order, shared among the processes."""

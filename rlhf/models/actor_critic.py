@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf.hardware import sent
 from rlhf.models.backbone import hidden_states
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
@@ -41,7 +42,7 @@ def response_logprobs(
 
     Args:
         queries, query_mask: `(B, P)`, padded on the left.
-        responses, response_mask: `(B, R)`, padded on the right.
+        responses, response_mask: `(B, R)`, padded on the right. With both masks on the CPU, nothing waits for a GPU.
 
     Returns:
         `logprobs (B, R)` and `entropy (B, R)` in float32, 0 on padding.
@@ -49,8 +50,9 @@ def response_logprobs(
     ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
     rows, columns = response_mask.nonzero(as_tuple=True)
     predicting = query_mask.sum(1)[rows] - 1 + columns
-    found = logprobs_at(policy, ids, mask, (rows, predicting), responses[rows, columns], temperature)
-    logprobs, entropy = (x.new_zeros(responses.shape).index_put((rows, columns), x) for x in found)
+    places = sent(rows, ids.device), sent(columns, ids.device)
+    found = logprobs_at(policy, ids, mask, (rows, predicting), responses[places], temperature)
+    logprobs, entropy = (x.new_zeros(responses.shape).index_put(places, x) for x in found)
     return logprobs, entropy
 
 
@@ -72,7 +74,7 @@ class ActorCritic(nn.Module):
         """
         logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
         ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
-        rows, steps = (torch.arange(size, device=ids.device) for size in responses.shape)
+        rows, steps = (torch.arange(size, device=mask.device) for size in responses.shape)
         columns = torch.minimum(query_mask.sum(1, keepdim=True) - 1 + steps, mask.sum(1, keepdim=True) - 1)
         values = self.critic.read(hidden_states(self.critic.model, ids, mask, rows.unsqueeze(1), columns))
         return Evaluation(logprobs, entropy, values)

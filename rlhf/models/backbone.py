@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.hardware import sent
 from rlhf.models.packing import packed, packs
 from rlhf.models.probes import backbone_of
 from rlhf.ops.sequences import causal_inputs
@@ -28,31 +29,32 @@ def hidden_states(
 
     Args:
         input_ids, attention_mask: `(B, T)`, padded on the right.
-        rows, columns: places of real tokens, in any shape `(...)` to which both broadcast.
+        rows, columns: places of real tokens, in any shape `(...)` to which both broadcast, on the mask's device. If
+            that is the CPU, nothing here waits for a GPU.
     """
+    device = input_ids.device
     rows, columns = torch.broadcast_tensors(rows, columns)
     lengths = attention_mask.sum(1)
     first = (lengths - 1).scatter_reduce(0, rows.flatten(), columns.flatten(), "amin")
-    backbone = backbone_of(model)
+    backbone, places = backbone_of(model), torch.arange(input_ids.shape[1], device=lengths.device)
     if not packs(model):
-        with _last_mlp_on(backbone, torch.arange(input_ids.shape[1], device=input_ids.device) >= first.min()):
+        with _last_mlp_on(backbone, places >= first.min(), device):
             states = backbone(**causal_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state
-        return states[rows, columns]
-    inputs = packed(input_ids, attention_mask, first)
-    with _last_mlp_on(backbone, inputs["position_ids"][0] >= first.repeat_interleave(lengths)):
-        states = backbone(**inputs, use_cache=False).last_hidden_state[0]
-    return states[(lengths.cumsum(0) - lengths)[rows] + columns]
+        return states[sent(rows, device), sent(columns, device)]
+    with _last_mlp_on(backbone, (places >= first.unsqueeze(1))[attention_mask.bool()], device):
+        states = backbone(**packed(input_ids, attention_mask, first), use_cache=False).last_hidden_state[0]
+    return states[sent((lengths.cumsum(0) - lengths)[rows] + columns, device)]
 
 
 @contextmanager
-def _last_mlp_on(backbone: Any, read: Tensor) -> Iterator[None]:
+def _last_mlp_on(backbone: Any, read: Tensor, device: torch.device) -> Iterator[None]:
     """Lets the last MLP compute only columns that are read, `(T,)`, inside the block; the others become 0."""
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in backbone.modules())
     mlp = None if checkpointed else last_mlp(backbone)  # checkpointed layers run again in the backward pass
     if mlp is None or read.all():
         yield
         return
-    columns = read.nonzero().squeeze(1)
+    columns = sent(read.nonzero().squeeze(1), device)
 
     def pick(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return inputs[0].index_select(1, columns)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf.hardware import sent
 from rlhf.models.backbone import hidden_states
 from rlhf.models.probes import backbone_of
 from rlhf.ops.logprobs import linear_logprobs
@@ -31,7 +32,7 @@ def logprobs_at(
 
     Args:
         input_ids, attention_mask: `(B, T)`, padded on the right.
-        places: rows and columns, `(n,)` each, of the states that predict the tokens.
+        places: rows and columns, `(n,)` each, of the states that predict the tokens, on the mask's device.
         tokens: `(n,)`.
     """
     rows, columns = places
@@ -40,12 +41,13 @@ def logprobs_at(
         hidden = hidden_states(model, input_ids, attention_mask, rows, columns)
         return linear_logprobs(hidden, weight, tokens, temperature)
     first, last = (int(x) for x in columns.aminmax()) if len(columns) else (0, 0)
-    keep = torch.arange(first, last + 1, device=columns.device)
+    device = input_ids.device
+    keep = torch.arange(first, last + 1, device=device)
     inputs = causal_inputs(input_ids, attention_mask)
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     if logits.shape[1] != len(keep):  # the model does not know `logits_to_keep`
         logits = logits[:, keep]
-    return token_logprobs(logits[rows, columns - first], tokens, temperature)
+    return token_logprobs(logits[sent(rows, device), sent(columns - first, device)], tokens, temperature)
 
 
 def output_weight(model: PreTrainedModel) -> Tensor | None:

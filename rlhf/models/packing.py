@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.hardware import sent
 from rlhf.models.loading import quiet
 from rlhf.models.probes import backbone_of, near
 
@@ -40,14 +41,20 @@ class Packing(NamedTuple):
 def packed(input_ids: Tensor, attention_mask: Tensor, first: Tensor) -> dict[str, Any]:
     """Packs rows `(B, T)` with padding anywhere: returns inputs for a model that packs, their N real tokens `(1, N)`.
 
-    Positions start at 0 in each row (D09). The mask of ones keeps transformers from making one of `(N, N)`. For
-    `first`, `(B,)`, see `Packing`.
+    Positions start at 0 in each row (D09). The mask has four dimensions, so that transformers neither looks at it nor
+    makes one of `(N, N)`; nothing reads it. For `first`, `(B,)`, see `Packing`; it is on the mask's device, which may
+    be the CPU for ids on a GPU.
     """
-    real = attention_mask.bool()
-    ids, positions = (x[real].unsqueeze(0) for x in (input_ids, attention_mask.long().cumsum(1) - 1))
+    device, real = input_ids.device, attention_mask.flatten().nonzero().squeeze(1)
+    ids, positions = input_ids.flatten()[sent(real, device)], (attention_mask.long().cumsum(1) - 1).flatten()[real]
     lengths = attention_mask.sum(1)
-    packing = Packing(lengths.tolist(), first.tolist(), F.pad(lengths.cumsum(0), (1, 0)).int())
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids), "packing": packing}
+    offsets = sent(F.pad(lengths.cumsum(0), (1, 0)).int(), device)
+    return {
+        "input_ids": ids.unsqueeze(0),
+        "position_ids": sent(positions, device).unsqueeze(0),
+        "attention_mask": torch.ones(1, 1, 1, len(ids), dtype=torch.bool, device=device),
+        "packing": Packing(lengths.tolist(), first.tolist(), offsets),
+    }
 
 
 def attention(
@@ -65,7 +72,7 @@ def attention(
 
     Args:
         query, key, value: `(1, heads, N, d)`.
-        attention_mask: None, or `(1, 1, N, N)` for sliding windows.
+        attention_mask: not read with packed rows.
 
     Returns:
         `(1, N, heads, d)`, in the last layer zeros for tokens that are not read.
@@ -74,19 +81,19 @@ def attention(
 
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
     if query.device.type == "cuda":
-        return _variable_length(query, key, value, packing, kwargs.get("scaling"), kwargs.get("sliding_window")), None
+        return _variable_length(query, key, value, packing, kwargs.get("scaling"), window), None
     config: Any = module.config
     is_last = getattr(module, "layer_idx", None) == config.num_hidden_layers - 1
-    parts, start = [], 0
+    parts = []
     for length, first, q, k, v in zip(
         packing.lengths, packing.first, *(x.split(packing.lengths, 2) for x in (query, key, value)), strict=True
     ):
         skip = first if is_last else 0
-        mask = _mask(attention_mask, start, length, skip, query.device)
+        mask = _mask(length, skip, window, query.device)
         part, _ = sdpa_attention_forward(module, q[:, :, skip:], k, v, mask, **kwargs)
         parts.append(F.pad(part, (0, 0, 0, 0, skip, 0)) if skip else part)
-        start += length
     return torch.cat(parts, 1), None
 
 
@@ -110,13 +117,13 @@ def _variable_length(
     return out.unsqueeze(0)
 
 
-def _mask(windows: Tensor | None, start: int, length: int, skip: int, device: torch.device) -> Tensor | None:
+def _mask(length: int, skip: int, window: int | None, device: torch.device) -> Tensor | None:
     """Returns the mask of a row's tokens from `skip` on, `(1, 1, length - skip, length)`; None: a causal one."""
-    if windows is not None:
-        return windows[:, :, start + skip : start + length, start : start + length]
-    if not skip:
+    windowed = window is not None and length > window
+    if not skip and not windowed:
         return None
-    return torch.ones(1, 1, length - skip, length, dtype=torch.bool, device=device).tril(skip)
+    mask = torch.ones(1, 1, length - skip, length, dtype=torch.bool, device=device).tril(skip)
+    return mask.triu(skip - window + 1) if window is not None and windowed else mask
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -174,7 +181,7 @@ def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     with torch.autocast(device.type, enabled=autocast):
         try:
             behind, behind_another = states(0, 1, 1), states(1, 0, 1)
-        except (TypeError, RuntimeError):  # it takes no extra arguments for its attention, or attends to other rows
+        except (TypeError, ValueError, RuntimeError):  # it takes no extra arguments, other masks, or other rows' tokens
             return False
         ids = torch.tensor([[0, 1, 0]], device=device)
         alone = backbone(input_ids=ids, use_cache=False).last_hidden_state[0].float()

@@ -78,7 +78,7 @@ class ScalarModel(nn.Module):
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Computes the reward of each sequence at its last real token (D19), `(B, T) -> (B,)`; padding on any side."""
         ids, mask = right_padded(input_ids, attention_mask)
-        rows, last = torch.arange(len(ids), device=ids.device), last_real_token(mask)
+        rows, last = torch.arange(len(ids), device=mask.device), last_real_token(mask)
         if hasattr(self.head_weight, "ds_id"):  # ZeRO-3 gathers the head in a whole forward only
             return self(ids, mask)[rows, last]
         return self.read(hidden_states(self.model, ids, mask, rows, last))

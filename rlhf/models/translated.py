@@ -39,8 +39,8 @@ class TranslatedModel(nn.Module):
 
     def _translated(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         source, target = self._tokenizers
-        rows = [row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
+        rows = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True)]
         ids, mask = pad_sequences(retokenise(rows, source, target), target.pad_token_id)
         advice = "lower data.text.max_query_length or the response length"
         check_context(self.model.model.config, ids.shape[1], "A text in the tokens of model.reward_path", advice)
-        return ids.to(input_ids.device), mask.to(input_ids.device)
+        return ids.to(input_ids.device), mask

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
+from rlhf.data.loaders import host_masks
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
@@ -71,7 +72,7 @@ class RewardModule(StageModule):
         Args:
             batch: `input_ids` and `attention_mask`, `(2B, T)`: all chosen, then all rejected.
         """
-        chosen, rejected = self.model.score(batch["input_ids"], batch["attention_mask"]).chunk(2)
+        chosen, rejected = self.model.score(batch["input_ids"], host_masks(batch)["attention_mask"]).chunk(2)
         return chosen, rejected
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -84,8 +85,8 @@ class RewardModule(StageModule):
         losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()
         self.epoch_means.add("loss/reward", losses, mask)
         self.epoch_means.add("train/accuracy", (chosen > rejected).float(), mask)
-        self.log("loss/reward_step", masked_mean(losses.detach(), mask), prog_bar=True, batch_size=1)
-        self.log("lr", self.learning_rate, batch_size=1)
+        self.log("loss/reward_step", masked_mean(losses.detach(), mask), batch_size=1)
+        self.log("lr", torch.tensor(self.learning_rate, device="cpu"), batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
 
     @override

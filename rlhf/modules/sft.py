@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback
 from pydantic import PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
 from rlhf.callbacks.sample_table import SampleTable
+from rlhf.data.loaders import host_masks
 from rlhf.evaluation.rouge import rouge
+from rlhf.hardware import sent
 from rlhf.models.loading import check_language_model, checkpoint_activations, load_causal_lm
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.saving import save_pretrained
@@ -97,17 +100,19 @@ class SFTModule(StageModule):
         Returns:
             The losses and a mask of the tokens that count, `(B, T - 1)` each; other losses are 0.
         """
-        ids, mask = batch["input_ids"], batch["loss_mask"][:, 1:].bool()
-        places = mask.nonzero(as_tuple=True)
-        logprobs, _ = logprobs_at(self.model, ids, batch["attention_mask"], places, ids[:, 1:][places])
-        return logprobs.new_zeros(mask.shape).index_put(places, -logprobs), mask
+        ids, host = batch["input_ids"], host_masks(batch)
+        places = host["loss_mask"][:, 1:].nonzero(as_tuple=True)
+        there = sent(places[0], ids.device), sent(places[1], ids.device)
+        logprobs, _ = logprobs_at(self.model, ids, host["attention_mask"], places, ids[:, 1:][there])
+        mask = batch["loss_mask"][:, 1:].bool()
+        return logprobs.new_zeros(mask.shape).index_put(there, -logprobs), mask
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses, mask = self.token_losses(batch)
         self.epoch_means.add("loss/sft", losses, mask)
-        self.log("loss/sft_step", masked_mean(losses.detach(), mask), prog_bar=True, batch_size=1)
-        self.log("lr", self.learning_rate, batch_size=1)
+        self.log("loss/sft_step", masked_mean(losses.detach(), mask), batch_size=1)
+        self.log("lr", torch.tensor(self.learning_rate, device="cpu"), batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
 
     @override

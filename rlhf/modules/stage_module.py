@@ -113,8 +113,7 @@ class StageModule(LightningModule):
         scores: list[Tensor] = []
         with self.autocast():
             for batch in batches:
-                ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-                scores.append(model.score(ids, mask))
+                scores.append(model.score(batch["input_ids"].to(self.device), batch["attention_mask"]))
                 if limit is not None and sum(map(len, scores)) >= limit:
                     break
         return torch.cat(scores).to(accumulator_dtype(self.device))

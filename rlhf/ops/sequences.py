@@ -1,6 +1,7 @@
 """Token sequences: padding, positions, stop tokens, log-probabilities of chosen tokens.
 
-An attention mask is 1, or true, on real tokens and 0 on padding.
+An attention mask is 1, or true, on real tokens and 0 on padding. It may be on the CPU while the ids are on a GPU: what
+is made of the mask alone stays there, so that lengths can be read without waiting for the GPU.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from rlhf.hardware import sent
 
 Ids = Int[Tensor, "B T"]
 Mask = Int[Tensor, "B T"] | Bool[Tensor, "B T"]
@@ -32,14 +35,14 @@ def position_ids(attention_mask: Mask) -> Ids:
 
 def model_inputs(input_ids: Ids, attention_mask: Mask) -> dict[str, Ids]:
     """Returns the inputs of a model: padding as id 0 with mask 0 (D05), and explicit positions."""
-    mask = attention_mask.long()
+    mask = sent(attention_mask, input_ids.device).long()
     return {"input_ids": input_ids * mask, "attention_mask": mask, "position_ids": position_ids(mask)}
 
 
 def move_padding(input_ids: Ids, attention_mask: Mask, side: Literal["left", "right"]) -> tuple[Ids, Mask]:
     """Moves all padding to one side, and returns ids and attention mask."""
     order = attention_mask.long().argsort(dim=1, descending=side == "right", stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
+    return input_ids.gather(1, sent(order, input_ids.device)), attention_mask.gather(1, order)
 
 
 def right_padded(input_ids: Ids, attention_mask: Mask) -> tuple[Int[Tensor, "B t"], Tensor]:
@@ -56,7 +59,8 @@ def causal_inputs(input_ids: Ids, attention_mask: Mask) -> dict[str, Ids]:
     causal kernels.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return {"input_ids": input_ids * attention_mask, "position_ids": positions.expand_as(input_ids)}
+    ids = input_ids * sent(attention_mask, input_ids.device)
+    return {"input_ids": ids, "position_ids": positions.expand_as(input_ids)}
 
 
 def last_real_token(attention_mask: Mask) -> PerRow:

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
+from rlhf.hardware import sent
 from rlhf.ops.sequences import length_mask
 from rlhf.ops.token_rewards import ScorePosition
 from rlhf.sampling.grouping import split
 from rlhf.seeding import permutation
+
+
+class Layout(NamedTuple):
+    """How many columns of each episode are real, on the CPU: nothing that is made of it waits for a GPU; `(N,)` each.
+
+    Attributes:
+        queries: tokens of the query.
+        lengths: tokens of the response.
+        trained: of these, those that the policy is trained on: all or, if the episode is not kept, none.
+        states: columns of the value mask.
+    """
+
+    queries: Tensor
+    lengths: Tensor
+    trained: Tensor
+    states: Tensor
 
 
 class Rollout:
@@ -27,6 +44,7 @@ class Rollout:
         texts: per episode a dict with `query`, `response`, `reference` and the `record`.
         rows: the rows of the whole rollout that a slice holds.
         groups: rows that fit through a network together; none of a slice: all of it.
+        layout: of a slice, so that training it waits for no GPU; see `read_layout`.
         policy_share, value_share: average real tokens per micro-batch of the global minibatch (D14), set on slices.
     """
 
@@ -51,6 +69,7 @@ class Rollout:
         self.policy_share = self.value_share = 0.0
         self.rows: list[int] = []
         self.groups: list[list[int]] = []
+        self.layout: Layout | None = None
         for name, tensor in tensors.items():
             if name not in Rollout.__annotations__:
                 raise TypeError(f"a Rollout has no field {name!r}")
@@ -63,6 +82,7 @@ class Rollout:
         fields = {name: change(name, getattr(self, name)) for name in Rollout.__annotations__ if hasattr(self, name)}
         new = Rollout(texts, **fields)
         new.policy_share, new.value_share, new.rows = self.policy_share, self.value_share, self.rows
+        new.layout = self.layout
         return new
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Rollout:
@@ -71,8 +91,18 @@ class Rollout:
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The inputs of the networks: `queries`, `query_mask`, `responses` and `mask`."""
-        return self.queries, self.query_mask, self.responses, self.mask
+        """The inputs of the networks: `queries`, `query_mask`, `responses` and `mask`; of a slice, masks on the CPU."""
+        if self.layout is None:
+            return self.queries, self.query_mask, self.responses, self.mask
+        query_mask = length_mask(self.layout.queries, self.queries.shape[1]).flip(1).long()
+        return self.queries, query_mask, self.responses, length_mask(self.layout.trained, self.responses.shape[1])
+
+    def read_layout(self) -> Layout:
+        """Returns the layout of a slice, or reads it from the masks as they are now, in one copy from their device."""
+        if self.layout is not None:
+            return self.layout
+        queries, trained, states = (mask.sum(1) for mask in (self.query_mask, self.mask, self.value_mask))
+        return Layout(*torch.stack([queries, self.lengths, trained, states]).cpu())
 
     def samples(self) -> list[dict[str, Any]]:
         """Returns the texts of each episode with its `score` and `has_eos`."""
@@ -83,18 +113,24 @@ class Rollout:
         """Returns the number of tokens of each episode, query and response together."""
         return (self.query_mask.sum(1) + self.lengths).tolist()
 
-    def select(self, rows: list[int]) -> Rollout:
-        """Returns some episodes, without the columns that none of them uses."""
-        index = torch.tensor(rows, device=self.queries.device)
-        first = int(self.query_mask[index].any(0).long().argmax())
-        last = min(int(self.lengths[index].max()) + 1, self.responses.shape[1])
+    def select(self, rows: list[int], layout: Layout | None = None) -> Rollout:
+        """Returns some episodes, without the columns that none of them uses.
+
+        Args:
+            layout: of all episodes, if it is known.
+        """
+        chosen = torch.tensor(rows, device="cpu")
+        part = Layout(*(x[chosen] for x in layout or self.read_layout()))
+        index = sent(chosen, self.queries.device)
+        first = self.queries.shape[1] - int(part.queries.max())
+        last = min(int(part.lengths.max()) + 1, self.responses.shape[1])
 
         def cut(name: str, tensor: Tensor) -> Tensor:
             columns = slice(first, None) if name in ("queries", "query_mask") else slice(last)
             return tensor[index] if tensor.dim() == 1 else tensor[index, columns]
 
         new = self._map(cut, [self.texts[r] for r in rows] if self.texts else [])
-        new.rows = rows
+        new.rows, new.layout = rows, part
         return new
 
 
@@ -116,11 +152,12 @@ def in_groups(
     groups, all rows go together.
     """
     width = episodes.responses.shape[1]
-    parts, groups = [], groups or [list(range(len(episodes)))]
+    parts, groups, layout = [], groups or [list(range(len(episodes)))], episodes.read_layout()
     for rows in groups:
-        out = evaluate(episodes.select(rows))
+        out = evaluate(episodes.select(rows, layout))
         parts.append([F.pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in out])
-    places = torch.tensor([row for rows in groups for row in rows], device=episodes.responses.device).argsort()
+    order = torch.tensor([row for rows in groups for row in rows], device="cpu").argsort()
+    places = sent(order, episodes.responses.device)
     return tuple(torch.cat(columns)[places] for columns in zip(*parts, strict=True))
 
 
@@ -154,12 +191,18 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Rollout]:
         update = self.update()
         rollout = self.make(update)
-        lengths = rollout.total_lengths()
-        for epoch in range(self.ppo_epochs):
-            for rows in minibatches(len(rollout), self.minibatches, update, epoch, self.rank):
-                tokens = torch.stack([rollout.mask[rows].sum(), rollout.value_mask[rows].sum()])
-                shares = self.reduce_sum(tokens) / (self.accumulate * self.world_size)
-                for group in split([lengths[row] for row in rows], self.accumulate):
-                    micro = rollout.select([rows[n] for n in group])
-                    micro.policy_share, micro.value_share = (max(share, 1e-9) for share in shares.tolist())
-                    yield micro
+        layout = rollout.read_layout()
+        lengths = (layout.queries + layout.lengths).tolist()
+        steps = [
+            rows
+            for epoch in range(self.ppo_epochs)
+            for rows in minibatches(len(rollout), self.minibatches, update, epoch, self.rank)
+        ]
+        tokens = torch.stack([layout.trained, layout.states], 1)
+        counts = torch.stack([tokens[rows].sum(0) for rows in steps]).to(rollout.mask.device)
+        shares = self.reduce_sum(counts) / (self.accumulate * self.world_size)
+        for rows, share in zip(steps, shares.tolist(), strict=True):
+            for group in split([lengths[row] for row in rows], self.accumulate):
+                micro = rollout.select([rows[n] for n in group], layout)
+                micro.policy_share, micro.value_share = (max(tokens, 1e-9) for tokens in share)
+                yield micro

@@ -59,29 +59,37 @@ def test_a_model_on_the_device_is_moved_there_and_stays() -> None:
     assert model.places == ["meta"]
 
 
+@pytest.fixture
+def offloaded(here: torch.device) -> tuple[nn.Linear, FrozenModel[nn.Linear], int]:
+    """A model that was used once, so that its memory is pinned for a GPU; how it is held, and where its weight lies."""
+    model = nn.Linear(3, 3, device="cpu")
+    frozen = FrozenModel(model, "cpu")
+    with frozen.on(here):
+        assert model.weight.device.type == here.type
+    return model, frozen, model.weight.data_ptr()
+
+
 def away(model: nn.Linear) -> None:
     """Does what a copy onto a device does: the weight lies somewhere else."""
     model.weight.data = model.weight.data + 1
 
 
-def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays(here: torch.device) -> None:
-    model = nn.Linear(3, 3)
-    home, before = model.weight.data_ptr(), model.weight.detach().clone()
-    frozen = FrozenModel(model, "cpu")
+def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays(here: torch.device, offloaded: Any) -> None:
+    model, frozen, home = offloaded
+    before = model.weight.detach().clone()
     for _ in range(2):
         with frozen.on(here) as given:
-            assert torch.equal(given.weight, before)
+            assert torch.equal(given.weight.cpu(), before)
             away(model)
         assert model.weight.data_ptr() == home
         assert torch.equal(model.weight, before)
 
 
-def test_an_offloaded_model_goes_back_after_an_error(here: torch.device) -> None:
-    model = nn.Linear(3, 3)
-    home = model.weight.data_ptr()
+def test_an_offloaded_model_goes_back_after_an_error(here: torch.device, offloaded: Any) -> None:
+    model, frozen, home = offloaded
 
     def fail() -> None:
-        with FrozenModel(model, "cpu").on(here):
+        with frozen.on(here):
             away(model)
             raise RuntimeError("broken")
 
@@ -90,10 +98,8 @@ def test_an_offloaded_model_goes_back_after_an_error(here: torch.device) -> None
     assert model.weight.data_ptr() == home
 
 
-def test_nested_blocks_move_an_offloaded_model_once(here: torch.device) -> None:
-    model = nn.Linear(3, 3)
-    home = model.weight.data_ptr()
-    frozen = FrozenModel(model, "cpu")
+def test_nested_blocks_move_an_offloaded_model_once(here: torch.device, offloaded: Any) -> None:
+    model, frozen, home = offloaded
     with frozen.on(here):
         away(model)
         with frozen.on(here):
@@ -103,7 +109,7 @@ def test_nested_blocks_move_an_offloaded_model_once(here: torch.device) -> None:
 
 
 def test_buffers_are_offloaded_too(here: torch.device) -> None:
-    model = nn.BatchNorm1d(2)
+    model = nn.BatchNorm1d(2, device="cpu")
     with FrozenModel(model, "cpu").on(here):
         model.running_mean.data = torch.full((2,), 7.0)
     assert model.running_mean.tolist() == [0, 0]

@@ -82,6 +82,7 @@ def test_an_evaluation_changes_no_weight_of_rwkv(tmp_path: Path) -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
 
 
+@pytest.mark.cpu_only("models are loaded on the CPU, where rounding hides nothing")
 def test_a_small_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 

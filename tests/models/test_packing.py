@@ -117,7 +117,7 @@ def test_packed_inputs_hold_real_tokens_only(side: Any) -> None:
     assert inputs["packing"].offsets.tolist() == [0, 5, 7, 10]
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
-    assert inputs["attention_mask"].tolist() == [[1] * 10]
+    assert inputs["attention_mask"].tolist() == [[[[True] * 10]]]
 
 
 @pytest.mark.cpu_only("models in float32 are padded on a GPU")
@@ -164,6 +164,7 @@ def variable_length_attention(
     return torch.cat(rows)
 
 
+@pytest.mark.cpu_only("a GPU has the kernel")
 @pytest.mark.parametrize("name", TAKE)
 def test_a_gpus_kernel_is_given_what_it_takes(name: str, monkeypatch: pytest.MonkeyPatch, from_config: Build) -> None:
     """The kernel runs on GPUs only: one of the same signature stands in for it."""

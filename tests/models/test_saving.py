@@ -92,6 +92,7 @@ def test_a_fault_of_an_export_is_found_before_the_training(
             make(llama_path)
 
 
+@pytest.mark.cpu_only("a loader makes its tensors on the CPU")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("spare", [-1, 0, 3])
 def test_an_embedding_of_another_size_than_the_vocabulary(
