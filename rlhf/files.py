@@ -20,7 +20,8 @@ from rlhf.errors import UserError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-CURVES = "tensorboard"
+CURVES = "curves.jsonl"
+TENSORBOARD = "tensorboard"
 SUMMARY = "summary.json"  # of a report: findings, summary and claims, as records
 FINDINGS = "findings.json"  # name -> what a run says of itself that a user should know
 EXPORT = "export"

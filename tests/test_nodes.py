@@ -66,6 +66,7 @@ def test_two_nodes_make_one_run(
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "curves.jsonl",
         "export",
         "tensorboard",
     ]

@@ -72,6 +72,8 @@ def fit(driver: Driver, inputs: dict[str, list[str]], model_path: str, tmp_path:
     def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:
         last = "--trainer.callbacks+=rlhf.callbacks.last_checkpoint.LastCheckpoint"
         callbacks = [last, "--trainer.callbacks.every_n_steps=1"]
+        if stage == "ppo":
+            callbacks += ["--trainer.callbacks+=Export", "--trainer.callbacks.best=validation/score"]
         settings = {
             "run_dir": tmp_path / name, "model.model_path": model_path, "data.batch_size": 8,
             "data.micro_batch_size": 2, "data.eval_batch_size": 4, "trainer.accelerator": "cpu",
@@ -108,7 +110,22 @@ def assert_same(run: Path, whole: Path) -> None:
     assert len(expected) > 10
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     assert curves(run) == curves(whole)
+    assert (run / "curves.jsonl").read_text().count("\n") == (whole / "curves.jsonl").read_text().count("\n")
     assert len(curves(run)) > 5
+
+
+def assert_exported(driver: Driver, run: Path, folder: Path) -> None:
+    """The command `export` makes of the last checkpoint, by whatever processes, the export of the run and a card."""
+    words = ["export", f"--checkpoint={run}/checkpoints/last.ckpt", f"--output={folder}"]
+    assert driver(words, 1, folder.with_suffix(".log")) == [0], folder.with_suffix(".log").read_text()[-3000:]
+    found = contents(folder)
+    assert found.pop("README.md")
+    assert found == contents(run / "export")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 MIDDLE = ("on_train_batch_start", 6)  # of an optimizer step, of an epoch, of an update
@@ -131,7 +148,7 @@ EARLY = ("on_train_batch_start", 4)
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    fit: Fit, tmp_path: Path, stage: str, processes: str, event: list[str]
+    fit: Fit, driver: Driver, tmp_path: Path, stage: str, processes: str, event: list[str]
 ) -> None:
     assert set(fit(stage, processes, "whole")) == {0}, (tmp_path / "whole.log").read_text()[-3000:]
     stopped = fit(stage, processes, "run", *event)
@@ -145,6 +162,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert set(fit(stage, processes, "run", "--ckpt_path=last")) == {0}, log.read_text()[-3000:]
     assert ("could not be written" in log.read_text()) == ("full_disk" in str(event))
     assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_exported(driver, tmp_path / "run", tmp_path / "exported")
+    if stage == "ppo":  # the resumed run knew which was the best
+        assert contents(tmp_path / "run" / "export_best") == contents(tmp_path / "whole" / "export_best")
     if (stage, processes) == ("reward", "one"):  # nothing is left to train
         assert fit(stage, processes, "run", "--ckpt_path=last") == [0]
         assert_same(tmp_path / "run", tmp_path / "whole")

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from rlhf.callbacks.curves import log_table
 from rlhf.evaluation.statistics import proportion
 
 
@@ -62,10 +62,7 @@ class AccuracyTable(Callback):
         from rich.table import Table
 
         table = accuracy_table(pairs)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                text = "    " + table.to_string(index=False).replace("\n", "\n    ")
-                logger.experiment.add_text("accuracy", text, trainer.global_step)
+        log_table(trainer, "accuracy", table)
         shown = Table("split", "group", "pairs", "accuracy", "95% interval", title="Reward model")
         for row in table.itertuples():
             group, interval = f"{row.group} {row.value}".strip(), f"{row.low:.3f} to {row.high:.3f}"

@@ -1,6 +1,8 @@
 """Checkpoints on disk, files or (under ZeRO) folders: written whole or not at all, and checked before they are read."""
 
+import os
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ from rlhf.errors import UserError, causes
 from rlhf.protocols import Stage
 
 LAST = "last.ckpt"
+HARMLESS = {  # what DeepSpeed puts into its files besides tensors
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 def find_last(folder: Path) -> Path | None:
@@ -119,3 +127,28 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"ckpt_path: {path} is no checkpoint of a training run.")
     return state
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint; its `state_dict` has the float32 weights, under ZeRO put together from all processes' parts.
+
+    Raises:
+        UserError: it cannot be read, or its files would run code.
+    """
+    if path.is_file():
+        return read(path)
+    check_complete(path)
+    for file in path.glob("checkpoint/*.pt"):
+        if unknown := {*torch.serialization.get_unsafe_globals_in_checkpoint(file)} - HARMLESS:
+            raise UserError(f"checkpoint: {file} would run {min(unknown)}; it is not of this program.")
+    if find_spec("deepspeed") is None:
+        raise UserError(f"checkpoint: {path} is of ZeRO and needs DeepSpeed, which is not installed here.")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(path))
+    except (ValueError, FileNotFoundError) as error:  # the part of a process is missing
+        raise UserError(f"checkpoint: {path} is not complete: {error}") from error
+    return {**read(path), "state_dict": weights}

@@ -2,17 +2,19 @@
 
 from typing import Any
 
+import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import NonNegativeInt
 from typing_extensions import override
+
+from rlhf.callbacks.curves import log_table
 
 COLUMNS = ("query", "response", "reference", "score")
 
 
 class SampleTable(Callback):
-    """Shows samples of validation (query, response, reference, score) on the console and as TensorBoard text.
+    """Shows samples of validation (query, response, reference, score) on the console and in the loggers.
 
     Args:
         rows: how many samples.
@@ -42,11 +44,7 @@ class SampleTable(Callback):
         from rich.console import Console
         from rich.table import Table
 
-        rows = [[cell.replace("\n", "<br>").replace("|", "\\|") for cell in sample] for sample in self._samples]
-        text = "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", text, trainer.global_step)
+        log_table(trainer, "samples", pd.DataFrame(self._samples, columns=[*COLUMNS]))
         if self.console:
             table = Table(*COLUMNS, show_lines=True)
             for query, response, reference, score in self._samples:

@@ -25,6 +25,7 @@ STAGE_VERBS = {
 }
 VERBS = {  # each is a function of the same name in a module
     "pipeline": ("rlhf.studies.pipeline", "run stages one after another, skipping finished ones"),
+    "export": ("rlhf.cli.exporting", "write the model of a checkpoint as a folder, and upload it to the hub"),
     "synthesize": ("rlhf.synthetic.synthesize", "write the embedded data and a small model"),
     "generate": ("rlhf.evaluation.generate", "write the responses of a policy to every query of a split"),
     "judge": ("rlhf.evaluation.pairwise", "ask a judge which of two responses to each query is better"),

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -28,7 +28,7 @@ from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
 from rlhf.cli.parsing import parse
 from rlhf.data.stage_data import StageDataModule
-from rlhf.errors import UserError
+from rlhf.errors import UserError, causes, find_user_error
 from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
 from rlhf.strategies import check_strategy
@@ -95,6 +95,7 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of this run; never overwritten")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")  # of each, if there are several
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -115,6 +116,16 @@ class StageCLI(LightningCLI):
             if self.config.subcommand == "fit":
                 self.owned.enter_context(files.claimed(settings.run_dir, settings.get("ckpt_path") is not None))
         self._find_checkpoint(settings)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if Logger.__name__ not in str(error) or find_user_error(error):
+                raise
+            reason = " ".join(str([*causes(error)][-1]).split())  # of a library that is missing, or refuses
+            raise UserError(f"trainer.logger: {reason}") from error
 
     def _find_checkpoint(self, settings: Any) -> None:
         """Replaces `last` by the path of the last checkpoint; refuses one that is missing or incomplete."""
@@ -145,7 +156,7 @@ class StageCLI(LightningCLI):
                 config["logger"] = config["logger"] or False  # the curves of a run are those of its training
             elif config["logger"] in (None, True):
                 root = config["default_root_dir"]
-                config["logger"] = TensorBoardLogger(root, name="", version=files.CURVES, default_hp_metric=False)
+                config["logger"] = TensorBoardLogger(root, name="", version=files.TENSORBOARD, default_hp_metric=False)
             checkpoint = self.config[self.subcommand].get("ckpt_path")
             if fitting and checkpoint not in FOUND_BY_LIGHTNING:
                 given.append(Resume(checkpoint))

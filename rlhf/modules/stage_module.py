@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from rlhf.callbacks import unless_given
+from rlhf.callbacks.curves import Curves
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.learning import Learning
@@ -204,7 +205,7 @@ class StageModule(LightningModule):
 
     def default_callbacks(self) -> list[Callback]:
         """Returns the callbacks of the stage; one of the same class in `trainer.callbacks` replaces its default."""
-        return [DisableDropout(), Invariants(), Learning()]
+        return [DisableDropout(), Invariants(), Learning(), Curves()]
 
     @override
     def configure_callbacks(self) -> list[Callback]:

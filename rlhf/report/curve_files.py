@@ -1,5 +1,6 @@
-"""Curves of a run, read back from its TensorBoard files."""
+"""Curves of a run, read back from the file that it wrote."""
 
+import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,20 +17,19 @@ COLUMNS = ["size", "seed", "stage", "curve", "step", "value"]
 def read_curves(run: str | Path) -> dict[str, pd.Series]:
     """Reads every scalar of a run: name -> values, indexed by step (episodes in PPO).
 
-    A step that was logged twice, because the run was stopped and resumed, keeps its last value.
+    A step that was logged twice keeps its last value.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = Path(run) / files.CURVES
-    if not folder.is_dir():
-        raise UserError(f"{run} is not a finished run: it has no folder {files.CURVES}.")
-    curves: dict[str, pd.Series] = {}
-    for file in sorted(folder.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        for name in events.Tags()["scalars"]:
-            points = pd.Series({point.step: point.value for point in events.Scalars(name)}, dtype=float)
-            curves[name] = pd.concat([curves[name], points]) if name in curves else points
-    return {name: curve[~curve.index.duplicated(keep="last")].sort_index() for name, curve in curves.items()}
+    file = Path(run) / files.CURVES
+    if not file.is_file():
+        raise UserError(f"{run} is not a finished run: it has no file {files.CURVES}.")
+    curves: dict[str, dict[int, float]] = {}
+    with file.open() as lines:
+        for line in filter(lambda line: line.endswith("\n"), lines):  # the last one may be cut off by a kill
+            points = json.loads(line)
+            step = points.pop("step")
+            for name, value in points.items():
+                curves.setdefault(name, {})[step] = value
+    return {name: pd.Series(points, dtype=float).sort_index() for name, points in curves.items()}
 
 
 def curve_rows(runs: Iterable[Run], names: Sequence[str]) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from rlhf.callbacks.export import Export
@@ -23,7 +24,7 @@ class Kill(BaseException):
 
 
 class Module:
-    device = "cpu"
+    device, kind = "cpu", "sft"
 
     def __init__(self, text: str = "new", error: BaseException | None = None, failed_elsewhere: bool = False) -> None:
         self.error = error
@@ -138,3 +139,39 @@ def test_exports_during_the_run(trainer: Any, tmp_path: Path, epoch: int, export
     trainer.current_epoch = epoch
     Export(every_n_epochs=2).on_train_epoch_end(trainer, Module())
     assert is_complete(tmp_path / "export-2") is exported
+
+
+def test_the_best_export_so_far_is_kept(trainer: Any, tmp_path: Path) -> None:
+    trainer.enable_validation, trainer.sanity_checking, trainer.state = True, False, SimpleNamespace(fn="fit")
+    trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
+    progress = SimpleNamespace(is_last_batch=True)
+    trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+
+    def best_of(values: dict[int, float], metric: str, start: int = 0) -> tuple[str, int, float]:
+        """Text, epoch and value of the best export after a run, or the rest of one, with these values."""
+        trainer.global_step = start
+        export = Export(best=metric)
+        export.on_train_start(trainer, Module())
+        for epoch, value in values.items():
+            trainer.current_epoch, trainer.global_step = epoch - 1, epoch
+            trainer.callback_metrics = {metric: torch.tensor(value)}
+            export.on_validation_end(trainer, Module(f"{metric} {epoch}"))
+        notes = json.loads((tmp_path / "export_best" / "rlhf.json").read_text())
+        assert notes["metric"] == metric
+        assert notes["epochs"] == notes["steps"]
+        return text_of(tmp_path / "export_best"), notes["epochs"], notes["value"]
+
+    assert best_of({1: float("nan"), 2: 1.5, 3: 3.5, 4: 3.5, 5: 2.5}, "score") == ("score 3", 3, 3.5)
+    assert best_of({6: 3.0}, "score", start=5) == ("score 3", 3, 3.5)  # a resumed run
+    assert best_of({6: 4.0}, "score", start=5) == ("score 6", 6, 4.0)
+    assert best_of({2: 0.5, 3: 0.0}, "score", start=1) == ("score 2", 2, 0.5)  # what came later does not count
+    assert best_of({1: 3.0, 2: 1.0, 3: 2.0}, "loss") == ("loss 2", 2, 1.0)
+
+
+def test_a_best_export_by_a_curve_that_is_not_there(trainer: Any) -> None:
+    trainer.enable_validation, trainer.state, trainer.sanity_checking = False, SimpleNamespace(fn="fit"), True
+    with pytest.raises(UserError, match="best export by nothing, but nothing is validated"):
+        Export(best="nothing").on_train_start(trainer, Module())
+    trainer.callback_metrics = {"validation/eos": 1.0, "loss": 2.0}
+    with pytest.raises(UserError, match="best is nothing, and the validation has only validation/eos"):
+        Export(best="nothing").on_validation_end(trainer, Module())

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from rlhf import files
 from rlhf.callbacks.ppo_curves import PPOCurves
 from rlhf.modules.ppo import PPOModule
 from rlhf.modules.settings import PPOSettings
@@ -83,8 +81,8 @@ def test_a_whole_validation_before_the_first_update_is_the_point_at_0(
 
     found = {}
     for steps in (-1, 1, 0):
-        logger = TensorBoardLogger(tmp_path / str(steps), name="", version=files.CURVES)
-        trainer(logger=logger, num_sanity_val_steps=steps).fit(module(), rollout_data(eval_batch_size=4))
+        folder = tmp_path / str(steps)
+        trainer(default_root_dir=folder, num_sanity_val_steps=steps).fit(module(), rollout_data(eval_batch_size=4))
         found[steps] = read_curves(tmp_path / str(steps))
     [expected] = trainer().validate(module(), rollout_data(eval_batch_size=4), verbose=False)
     for name in ("validation/score", "validation/length", "validation/eos"):

@@ -3,9 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from rlhf import files
+from rlhf.callbacks.curves import CurveLogger
 from rlhf.errors import UserError
 from rlhf.report.curve_files import curve_rows, read_curves
 from rlhf.report.runs import Run
@@ -13,10 +12,9 @@ from rlhf.report.runs import Run
 
 def test_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
     for steps, value in (((1, 2, 3), 1.0), ((3, 4), 2.0)):
-        logger = TensorBoardLogger(tmp_path, name="", version=files.CURVES)
+        logger = CurveLogger(tmp_path)
         for step in steps:
             logger.log_metrics({"score": value}, step)
-        logger.finalize("success")
     curve = read_curves(tmp_path)["score"]
     assert curve.to_dict() == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}
 
@@ -28,10 +26,9 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_curves_of_several_runs(tmp_path: Path) -> None:
     for name, value in (("one", 1.0), ("two", 2.0)):
-        logger = TensorBoardLogger(tmp_path / name, name="", version=files.CURVES)
+        logger = CurveLogger(tmp_path / name)
         for step in range(1, 9):
             logger.log_metrics({"kl": value * step, "other": 0.0}, 10 * step)
-        logger.finalize("success")
     runs = [
         Run("1b", None, seed, {"PPO": "x"}, stages={"ppo": str(tmp_path / name)})
         for seed, name in ((1, "one"), (2, "two"))

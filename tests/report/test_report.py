@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 
-from rlhf import files
+from rlhf.callbacks.curves import CurveLogger
 from rlhf.cli.main import main
 from rlhf.evaluation.tables import read_table, write_table
 from rlhf.report.page import cell
@@ -74,11 +73,10 @@ def margins(path: Path, skill: float, seed: int) -> str:
 
 def curves(folder: Path, values: dict[str, Sequence[float] | dict[int, float]]) -> str:
     """A run folder with curves, of values from step 1 on or by steps."""
-    logger = TensorBoardLogger(folder, name="", version=files.CURVES)
+    logger = CurveLogger(folder)
     for name, points in values.items():
         for step, value in points.items() if isinstance(points, dict) else enumerate(points, 1):
             logger.log_metrics({name: value}, 100 * step)
-    logger.finalize("success")
     return str(folder)
 
 
@@ -312,7 +310,7 @@ def test_lengths_in_characters_leave_out_empty_responses(tmp_path: Path) -> None
     [
         ({"policies": {"PPO": "nowhere.parquet"}}, [], "PPO of size small, seed 1: there is no table nowhere.parquet"),
         ({"margins": "nowhere.csv"}, [], "margins of size small, seed 1: there is no table nowhere.csv"),
-        ({"stages": {"ppo": "nowhere"}}, [], "nowhere is not a finished run: it has no folder tensorboard"),
+        ({"stages": {"ppo": "nowhere"}}, [], "nowhere is not a finished run: it has no file curves.jsonl"),
         ({"checkpoints": {9: "ppo"}}, [], "there is a checkpoint of update 9, but PPO made only 8 updates"),
         ({"checkpoints": {2: "ppo"}, "stages": {}}, [], "has checkpoints, but no curve objective/kl"),
         ({"parameters": None}, ['--baselines=[{"name": "x", "parameters": 5, "win_rate": 0.6}]'], "baselines: they"),

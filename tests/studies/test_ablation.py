@@ -9,10 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 
-from rlhf import files
+from rlhf.callbacks.curves import CurveLogger
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.studies.ablation import METRICS, final_values, markdown_table, read_points, write_result
@@ -45,10 +44,9 @@ def effective(capsys: pytest.CaptureFixture[str], *configs: Path) -> dict[str, A
 
 def write_run(folder: Path, score: float, updates: int = 8) -> None:
     """Curves of a run that says its score from the first update to the last, and an export."""
-    logger = TensorBoardLogger(folder, name="", version=files.CURVES)
+    logger = CurveLogger(folder)
     for update in range(1, updates + 1):
         logger.log_metrics({"validation/score": score, "objective/kl": float(update)}, 10 * update)
-    logger.finalize("success")
     (folder / "export").mkdir()
     (folder / "export" / "rlhf.json").write_text("{}")
 
