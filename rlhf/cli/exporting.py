@@ -50,7 +50,7 @@ def export(
         raise UserError(f"checkpoint: there is no checkpoint {source}.")
     if folder.exists():
         raise UserError(f"output: {folder} exists already; choose another folder.")
-    files.claim(str(folder.resolve().parent), resuming=True, setting="output")
+    files.create_folder(str(folder.resolve().parent), "output")
     copied = files.is_complete(source)
     run = source.resolve().parent if copied else source.resolve().parent.parent
     config = _read_config(run / files.CONFIG, source)

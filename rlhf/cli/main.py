@@ -17,8 +17,7 @@ from rlhf.errors import UserError
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
-    "check": "try one update of a stage and show what is known of the run, or of all with `check pipeline`; exit status 1"
-    " if something is wrong",
+    "check": "try one update of a stage (`check pipeline`: of all), show what is known; status 1: something is wrong",
     "validate": "evaluate a stage on its validation data",
     "test": "evaluate a stage on its test data",
     "predict": "write samples or scores to a file",
