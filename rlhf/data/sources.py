@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,10 +58,12 @@ class Source:
 
 def load_records(source: Source, setting: str) -> Dataset:
     """Loads the records of a source and renames their columns; `setting` is how the user names it, for messages."""
+    if source.part is not None:
+        source = replace(source, limit=None)  # it is of the part, which is not known before the queries are
     dataset = _load(source, setting)
     if len(dataset) == 0:
         raise UserError(f"{setting}: {source.path} ({source.split}) is empty.")
-    if source.limit is not None and source.part is None:  # else the first ones of the part
+    if source.limit is not None:
         dataset = dataset.select(range(min(source.limit, len(dataset))))
     for ours, theirs in (source.columns or {}).items():
         where = f"{setting}.columns: {source.path}"

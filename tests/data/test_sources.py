@@ -12,6 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf.data.sources import Source, find_columns, load_records
+from rlhf.data.texts import TextFormat
+from rlhf.data.tokenising import load_comparisons, load_demonstrations
 from rlhf.errors import UserError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(4)]
@@ -327,3 +329,24 @@ def test_a_hub_data_set_is_asked_for_by_name_split_and_revision(monkeypatch: pyt
         "path": "openai/summarize_from_feedback", "name": "comparisons", "split": "validation",
         "revision": "refs/convert/parquet",
     }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- parts of the queries
+
+
+def test_parts_share_out_the_queries_the_same_ones_in_every_file(tokenizer: Any, write_jsonl: Any) -> None:
+    prompts = [f"Question {number}?" for number in range(200)]
+    file = write_jsonl("sft.jsonl", [{"prompt": p, "completion": " Yes."} for p in prompts])
+    pairs = [{"prompt": p, "chosen": " Yes.", "rejected": " No."} for p in prompts for _ in range(2)]
+    both = write_jsonl("pairs.jsonl", pairs)
+
+    def queries(load: Any, path: str, part: tuple[float, float], limit: int | None = None) -> list[str]:
+        return load(Source(path, part=part, limit=limit), "data.train", tokenizer, TextFormat())["query"][:]
+
+    train, held = (queries(load_demonstrations, file, part) for part in ((0.2, 1.0), (0.0, 0.2)))
+    assert sorted(train + held) == sorted(prompts)
+    assert 20 <= len(held) <= 60
+    assert set(queries(load_comparisons, both, (0.0, 0.2))) == set(held)
+    assert queries(load_demonstrations, file, (0.0, 0.2), limit=5) == held[:5]
+    with pytest.raises(UserError, match=r"no query of .* falls into the part"):
+        queries(load_demonstrations, file, (0.0, 0.0))

@@ -1,0 +1,36 @@
+"""Writes two small files in the format of your own: demonstrations and comparisons, for docs/your-data.md.
+
+    python -m examples.own_files my
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from rlhf.synthetic.posts import comparisons, demonstrations
+
+
+def question(post: dict[str, str]) -> str:
+    """A prompt made of a post."""
+    return f"{post['title']}\n\n{post['post']}\n\nIn one sentence:"
+
+
+def main(folder: str) -> None:
+    """Write `sft.jsonl` with `prompt` and `completion`, `pairs.jsonl` with `prompt`, `chosen` and `rejected`."""
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "sft.jsonl").open("w") as file:
+        for record in demonstrations(640, 1, "train"):
+            row = {"prompt": question(record), "completion": f" {record['summary']}"}
+            file.write(json.dumps(row) + "\n")
+    with (out / "pairs.jsonl").open("w") as file:
+        for record in comparisons(640, 1, "train"):
+            texts = [f" {summary['text']}" for summary in record["summaries"]]
+            chosen, rejected = texts[record["choice"]], texts[1 - record["choice"]]
+            row = {"prompt": question(record["info"]), "chosen": chosen, "rejected": rejected}
+            file.write(json.dumps(row) + "\n")
+    print(f"{out}: 640 demonstrations, 640 comparisons")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
