@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ from rlhf.errors import UserError, causes, find_user_error
 from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
 from rlhf.strategies import check_strategy
+from rlhf.studies.processes import end_with_parent
 
 FOUND_BY_NAME = [
     getattr(rlhf, name) for name in rlhf.__all__ if name[0].isupper()
@@ -116,6 +118,8 @@ class StageCLI(LightningCLI):
             if self.config.subcommand == "fit":
                 self.owned.enter_context(files.claimed(settings.run_dir, settings.get("ckpt_path") is not None))
         self._find_checkpoint(settings)
+        if self.config.subcommand == "fit" and os.environ.get("LOCAL_RANK", "0") != "0":
+            end_with_parent()
 
     @override
     def instantiate_classes(self) -> None:

@@ -140,3 +140,18 @@ def _stop_with_parent() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent(every: float = 1.0) -> None:
+    """Ends this process, one of several that train together, when the one that started it is gone.
+
+    Without it, a process waits for the missing one, for half an hour or for ever.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -118,3 +120,10 @@ def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_nothing_running(
     while Path(f"/proc/{stage}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_process_that_trains_with_others_ends_with_the_one_that_started_it() -> None:
+    code = "import time; from rlhf.studies.processes import end_with_parent; end_with_parent(0.1); print(flush=True)"
+    child = [sys.executable, "-c", f"{code}; time.sleep(100)"]
+    parent = f"import subprocess; subprocess.Popen({child}, stdout=-1).stdout.readline()"
+    subprocess.run([sys.executable, "-c", parent], stderr=-1, timeout=60, check=True)  # until stderr is closed
