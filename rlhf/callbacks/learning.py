@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from rlhf import files
+from rlhf.data.loaders import HOST_MASKS
 from rlhf.evaluation import symptoms
 from rlhf.protocols import Stage, ppo_stage, rollout_data, stage
 
@@ -79,7 +80,8 @@ class Learning(Callback):
         elif trainer.is_global_zero and trainer.global_step == 0 and len(self._losses) < ROWS:
             losses = module.row_losses(batch)
             if losses is not None:
-                self._first.append(move_data_to_device(batch, "cpu"))
+                kept = {name: value for name, value in batch.items() if name != HOST_MASKS}
+                self._first.append(move_data_to_device(kept, "cpu"))
                 self._losses += losses.tolist()
 
     @override
@@ -128,6 +130,8 @@ class Learning(Callback):
         self._write(trainer)
 
     def _judge_loss(self, trainer: Trainer, module: Stage) -> None:
+        if trainer.global_step < symptoms.STEPS:
+            return
         losses: list[float] = []
         for batch in self._first:
             found = module.row_losses(move_data_to_device(batch, module.device))

@@ -8,6 +8,7 @@ from rlhf.models.learning_rates import is_usual, proposed_learning_rate
 HARDLY_ANY = 0.1  # share of responses with EOS
 BETTER = 0.65  # an accuracy that is clearly better than chance
 HARDLY_CHANGED = 0.005  # of a loss
+STEPS = 10  # of the optimizer, before a loss counts
 EPISODES = 64  # with equal scores, before that counts
 NO_KL = 1e-3  # nats per response
 SAME = 0.9  # share of responses that are the same
@@ -94,7 +95,7 @@ def unmoved_loss(before: Sequence[float], after: Sequence[float], steps: int) ->
     """Judges the losses of the same rows before training and after some optimizer steps."""
     from rlhf.evaluation.statistics import mean_interval
 
-    if steps < 10 or not before:
+    if steps < STEPS or not before:
         return None
     changes = [y - x for x, y in zip(before, after, strict=True)]
     first, last = sum(before) / len(before), sum(after) / len(after)
