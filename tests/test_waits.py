@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule
 
+from rlhf.models.loading import load_causal_lm
 from rlhf.modules import PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.ops.sequences import response_lengths
+from rlhf.sampling import sampler
+from rlhf.sampling.sampler import LOOK_EVERY, Decoding, sample
 from tests.waits import GPU, counted
 
 Make = Callable[..., Any]
@@ -49,7 +54,8 @@ def steps(trainer: Make, device: str, model_path: str, reward_path: str, request
         }[kind]()
         with counted(device) as waits:
             seen = Steps(waits)
-            t = trainer(max_epochs=2, limit_val_batches=0, callbacks=[seen])
+            precision = "32-true" if device == "cpu" else "bf16-mixed"  # in which rows are packed
+            t = trainer(max_epochs=2, limit_val_batches=0, callbacks=[seen], precision=precision)
             if device == "cpu":
                 t.strategy._root_device = GPU
             t.fit(module, request.getfixturevalue(data)())
@@ -64,3 +70,23 @@ def test_once_per_optimizer_step(kind: str, steps: Make) -> None:
     assert len(found) >= 4
     for waits in found[1:]:  # the first forwards of a model find out what it can do
         assert len(waits) == 1, waits
+
+
+def test_once_in_eight_decoding_steps(model_path: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not counted is transformers, which looks at the mask in every step if no fixed cache is used."""
+    model = load_causal_lm(model_path).to(torch.device(device))
+    rows = torch.randint(3, 400, (4, 7)), torch.ones(4, 7, dtype=torch.long)
+    numbers = torch.rand(4, 64, dtype=torch.float64)
+    inputs = [x.to(device) for x in (*rows, numbers)]
+    decoding = Decoding(1.0, list(range(0, 500, 40)), 1)  # rows end at different steps
+    expected = sample(model, *inputs, decoding)
+    assert len(set(response_lengths(expected, decoding.eos_ids)[0].tolist())) > 2
+    monkeypatch.setattr(sampler, "LOOKS", {})
+    with counted(device) as waits:
+        if device == "cpu":
+            model, inputs = model.to(GPU), [x.to(GPU) for x in inputs]
+            waits.clear()
+        found = sample(model, *inputs, decoding)
+        own = [wait for wait in waits if "rlhf/" in wait]
+    assert found.tolist() == expected.tolist()
+    assert len(own) <= expected.shape[1] / LOOK_EVERY + 4, own  # the ids of EOS, the cut, and rows that leave

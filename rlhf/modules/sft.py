@@ -101,9 +101,9 @@ class SFTModule(StageModule):
             The losses and a mask of the tokens that count, `(B, T - 1)` each; other losses are 0.
         """
         ids, host = batch["input_ids"], host_masks(batch)
-        places = host["loss_mask"][:, 1:].nonzero(as_tuple=True)
-        there = sent(places[0], ids.device), sent(places[1], ids.device)
-        logprobs, _ = logprobs_at(self.model, ids, host["attention_mask"], places, ids[:, 1:][there])
+        rows, columns = host["loss_mask"][:, 1:].nonzero(as_tuple=True)
+        there = sent(rows, ids.device), sent(columns, ids.device)
+        logprobs, _ = logprobs_at(self.model, ids, host["attention_mask"], (rows, columns), ids[:, 1:][there])
         mask = batch["loss_mask"][:, 1:].bool()
         return logprobs.new_zeros(mask.shape).index_put(there, -logprobs), mask
 

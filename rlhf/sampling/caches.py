@@ -32,14 +32,13 @@ def cache_with_room(model: PreTrainedModel, steps: int) -> Cache:
             self.keys, self.values = (buffer[:, :, : start + width] for buffer in self._buffers)
             return self.keys, self.values
 
-        def unpack(self, mask: Tensor) -> None:
-            """Turns packed rows, `(1, heads, N, d)`, into rows with the padding of a mask `(B, W)`."""
-            rows, width = mask.shape
+        def unpack(self, rows: int, width: int, places: tuple[Tensor, Tensor]) -> None:
+            """Turns packed rows, `(1, heads, N, d)`, into padded ones; `places`: rows and columns of the tokens."""
             before = [buffer[0, :, : self.get_seq_length()] for buffer in self._buffers]
             self._buffers = [x.new_zeros(rows, len(x), width + steps, x.shape[2]) for x in before]
             self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
             for padded, states in zip((self.keys, self.values), before, strict=True):
-                padded.transpose(1, 2)[mask.bool()] = states.transpose(0, 1)
+                padded.transpose(1, 2)[places] = states.transpose(0, 1)
 
         def buffers(self) -> tuple[Tensor, ...]:
             """Returns keys and values with zeros where there is room: a mask would not hide what is not finite."""

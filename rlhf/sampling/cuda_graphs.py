@@ -12,16 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from rlhf.errors import UserError
-from rlhf.ops.sequences import response_lengths
 from rlhf.sampling.caches import fixed_cache
 from rlhf.sampling.paths import fault_of
-from rlhf.sampling.sampler import Decoding, choose, evaluation_mode, sample
+from rlhf.sampling.sampler import LOOK_EVERY, Decoding, choose, evaluation_mode, sample, without_end
 from rlhf.sampling.token_readers import KeyValueReader, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOOK_EVERY = 8  # steps between two looks whether all rows have ended: a look waits for the device
 
 _replays: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what was found, while a model lives
 
@@ -49,8 +46,7 @@ def sample_in_graph(
             advance()
             if step == 1 and queries.is_cuda:
                 advance = _captured(steps, type(model).__name__)
-    lengths, _ = response_lengths(steps.responses, decoding.eos_ids)
-    return steps.responses[:, : int(lengths.max())]
+    return without_end(steps.responses, decoding)
 
 
 def _captured(steps: _Steps, name: str) -> Callable[[], None]:

@@ -97,7 +97,7 @@ def _error(model: PreTrainedModel, reader_class: type[Reader], precision: torch.
     errors = [_distance(logits, plain[kept, ends - 1])]
     for step in range(STEPS):
         if step == STEPS // 2 and reader.loses_rows:
-            reader.keep(kept == 1)
+            reader.keep(kept[1:])
             kept, ends = kept[1:], ends[1:]
         logits = reader.read(rows[kept, ends + step])
         errors.append(_distance(logits, plain[kept, ends + step]))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.hardware import accumulator_dtype
+from rlhf.hardware import accumulator_dtype, sent
 from rlhf.ops.sequences import response_lengths, right_padded
 from rlhf.sampling.paths import reader_for
 from rlhf.sampling.token_readers import Reader
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAVING = 0.25  # share of the rows that must have ended before they leave the batch: the cache is copied then
+LOOK_EVERY = 8  # steps between two looks at which rows have ended: a look waits for the GPU
+LOOKS = {"cpu": 1}  # the same by type of device, where it is less
 BLOCK = 256
 DRAWN, OVER = -1, -2  # what `given` says of columns without a given token
 
@@ -66,13 +68,19 @@ def sample(model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms
     with evaluation_mode(model):
         reader = reader_for(model)
         if reader.takes_padding:
-            return _draw(reader(model, queries, query_mask, uniforms.shape[1]), uniforms, decoding)
+            return without_end(
+                _draw(reader(model, queries, query_mask, uniforms.shape[1]), uniforms, decoding), decoding
+            )
         return _sample_without_padding(reader, model, *right_padded(queries, query_mask), uniforms, decoding)
 
 
 def _draw(reader: Reader, uniforms: Tensor, decoding: Decoding, given: Tensor | None = None) -> Tensor:
-    """Draws responses `(B, r)`; `given (B, R)` has tokens that are not drawn, else `DRAWN`, and `OVER` at the end."""
+    """Draws responses `(B, r)`; `given (B, R)` has tokens that are not drawn, else `DRAWN`, and `OVER` at the end.
+
+    The last columns may be PAD in all rows: that all have ended is seen at a look only.
+    """
     steps, device = uniforms.shape[1], uniforms.device
+    look_every = LOOKS.get(device.type, LOOK_EVERY)
     eos_ids, pad_id = torch.tensor(decoding.eos_ids, device=device), decoding.pad_id
     responses = torch.full(uniforms.shape, pad_id, device=device)
     rows = torch.arange(len(uniforms), device=device)  # those that are in the batch
@@ -87,12 +95,16 @@ def _draw(reader: Reader, uniforms: Tensor, decoding: Decoding, given: Tensor | 
             alive = alive & (known != OVER)
         responses[rows, step] = torch.where(alive, tokens, pad_id)
         alive = alive & ~ended
-        left = int(alive.sum())
-        if not left or step == steps - 1:
+        if step == steps - 1:
             break
-        if left <= (1 - LEAVING) * len(rows):
-            reader.keep(alive)
-            rows, tokens, alive = rows[alive], tokens[alive], alive[alive]
+        if (step + 1) % look_every == 0:
+            left = alive.cpu().nonzero().squeeze(1)
+            if not len(left):
+                break
+            if len(left) <= (1 - LEAVING) * len(rows):
+                left = sent(left, device)
+                reader.keep(left)
+                rows, tokens, alive = rows[left], tokens[left], alive[left]
         logits = reader.read(tokens)
     return responses[:, : step + 1]
 
@@ -114,8 +126,13 @@ def _sample_without_padding(
     numbers = uniforms.new_zeros(rest.shape).scatter(1, own, uniforms)
     drawn = _draw(reader(model, start, torch.ones_like(start), rest.shape[1]), numbers, decoding, given)
     responses = F.pad(drawn, (0, rest.shape[1] - drawn.shape[1]), value=decoding.pad_id).gather(1, own)
-    longest, _ = response_lengths(responses, decoding.eos_ids)
-    return responses[:, : int(longest.max())]
+    return without_end(responses, decoding)
+
+
+def without_end(responses: Tensor, decoding: Decoding) -> Tensor:
+    """Cuts off the columns in which all responses have ended."""
+    lengths, _ = response_lengths(responses, decoding.eos_ids)
+    return responses[:, : int(lengths.max())]
 
 
 def choose(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from rlhf.hardware import sent
 from rlhf.models.arguments import accepted, forward_arguments
 from rlhf.models.packing import packed, packs
 from rlhf.ops.sequences import model_inputs, right_padded
@@ -46,7 +47,7 @@ class Reader(ABC):
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but some, bool `(B,)`."""
+        """Drops all rows but some, whose numbers are in order, `(b,)`."""
 
 
 class KeyValueReader(Reader):
@@ -64,11 +65,14 @@ class KeyValueReader(Reader):
         layers: list[Any] = self.cache.layers
         if not packs(self.model) or not all(hasattr(layer, "unpack") for layer in layers):
             return self._logits(**model_inputs(self.queries, self.query_mask), logits_to_keep=1)[:, -1]
-        lengths = self.query_mask.sum(1)
-        inputs = packed(self.queries, self.query_mask, first=lengths - 1)
-        logits = self._logits(inputs.pop("packing"), **inputs, logits_to_keep=lengths.cumsum(0) - 1)[0]
+        mask, device = self.query_mask.cpu(), self.queries.device
+        lengths = mask.sum(1)
+        inputs = packed(self.queries, mask, first=lengths - 1)
+        last = sent(lengths.cumsum(0) - 1, device)
+        logits = self._logits(inputs.pop("packing"), **inputs, logits_to_keep=last)[0]
+        rows, columns = (sent(x, device) for x in mask.nonzero(as_tuple=True))
         for layer in layers:
-            layer.unpack(self.query_mask)
+            layer.unpack(*mask.shape, (rows, columns))
         return logits
 
     @override
@@ -86,7 +90,7 @@ class KeyValueReader(Reader):
 
     @override
     def keep(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows.nonzero().squeeze(1))
+        self.cache.reorder_cache(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
 
