@@ -79,7 +79,8 @@ class Curves(Callback):
         self._size = state_dict["size"]
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not where nothing is left to train: nobody would write again what came after the last checkpoint
         if self._size is not None and trainer.is_global_zero and self._file.is_file():
             os.truncate(self._file, min(self._size, self._file.stat().st_size))
 

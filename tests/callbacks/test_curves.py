@@ -115,6 +115,6 @@ def test_a_resumed_run_continues_its_file_where_the_checkpoint_was(tmp_path: Pat
     trainer.loggers, resumed = [], Curves()
     resumed.setup(trainer, module, "fit")  # type: ignore[arg-type]
     resumed.load_state_dict(state)
-    resumed.on_fit_start(trainer, module)  # type: ignore[arg-type]
+    resumed.on_train_start(trainer, module)  # type: ignore[arg-type]
     trainer.loggers[0].log_metrics({"a": 2.5}, 2)
     assert {name: curve.to_dict() for name, curve in read_curves(tmp_path).items()} == {"a": {1: 1.0, 2: 2.5}}
