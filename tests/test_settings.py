@@ -99,6 +99,7 @@ SETTINGS: dict[type, Settings] = {
         "revision": ["refs/convert/parquet", None],
         "field": ["data", None],
         "columns": [{"prompt": "question"}, None],
+        "part": [[0.1, 0.9], None],
         "limit": [5, None],
     },
     SFTModule: MODULE

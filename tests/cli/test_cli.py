@@ -214,7 +214,7 @@ def test_a_failed_start_takes_other_settings(
     main([*sft_words, "--trainer.limit_train_batches=2", *again])
     assert (tmp_path / "run" / "export").is_dir()
     assert len(read_curves(tmp_path / "run")["lr"]) == 1
-    assert {path.name for path in (tmp_path / "run.1").iterdir()} == {"config.yaml", "tensorboard"}
+    assert {path.name for path in (tmp_path / "run.1").iterdir()} == {"config.yaml", "curves.jsonl", "tensorboard"}
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ def run(tmp_path: Path) -> Any:
             write_table(table, Path(paths[label]))
         for stage, found in stages.items():
             folder = tmp_path / stage
-            (folder / files.CURVES).mkdir(parents=True)
+            folder.mkdir()
+            (folder / files.CURVES).write_text("")
             (folder / files.FINDINGS).write_text(json.dumps(found))
         return Run("tiny", None, seed, paths, stages={stage: str(tmp_path / stage) for stage in stages})  # type: ignore[misc]
 

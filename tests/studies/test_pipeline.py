@@ -48,7 +48,7 @@ def test_from_nothing_to_a_report(
     pipeline(**quickstart)
     run = tmp_path / "run"
     evaluated = ["generate", "generate", "judge", "judge", "margins", "report"]
-    assert [words[0] for words in commands] == ["synthesize", "fit", "fit", "fit", *evaluated]
+    assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit", "fit", "fit", *evaluated]
     report = (run / "report.md").read_text()
     for heading in ("SFT, PPO and the reference", "Reward model", "PPO", "Samples"):
         assert f"## {heading}" in report
@@ -80,7 +80,7 @@ def test_from_nothing_to_a_report(
 
     shutil.rmtree(run / "ppo")
     pipeline(**quickstart)
-    assert [words[0] for words in commands] == ["fit", "generate", "judge", "report"]
+    assert [words[0] for words in commands] == ["rehearse", "fit", "generate", "judge", "report"]
 
 
 def test_a_stopped_pipeline_goes_on(
@@ -101,8 +101,8 @@ def test_a_stopped_pipeline_goes_on(
     monkeypatch.setattr(stage_processes, "run", inner)
     commands.clear()
     pipeline(**few)
-    assert len(commands) == 1
-    assert commands[0][-2:] == ["--ckpt_path", "last"]
+    assert [words[0] for words in commands] == ["rehearse", "fit"]
+    assert commands[1][-2:] == ["--ckpt_path", "last"]
     manifest = json.loads((tmp_path / "run" / "sft" / "export" / "rlhf.json").read_text())
     assert manifest["epochs"] == 2
 
@@ -122,7 +122,7 @@ def test_a_run_goes_on_where_it_was_moved_to(
     """Fingerprints know what a config says and which stages are taken, not where they are."""
     few = quickstart | FEW
     pipeline(**few)
-    assert [words[0] for words in commands] == ["synthesize", "fit"]
+    assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit"]
     commands.clear()
     monkeypatch.chdir(tmp_path)
     pipeline(**few | {"run_dir": "run", "config_dir": "configs"})

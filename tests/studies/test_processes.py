@@ -95,11 +95,16 @@ def test_one_of_two_runs_that_start_in_one_folder_is_refused(tmp_path: Path, sft
 
 
 def test_a_second_pipeline_is_refused_and_a_killed_one_leaves_nothing_running(
-    tmp_path: Path, sft_config: Path, driver: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path: Path, sft_config: Path, driver: Callable[..., list[int]], capsys: pytest.CaptureFixture[str],
+    model_path: str, demonstration_file: str,
+) -> None:  # fmt: skip
     """`kill -9` of a pipeline: its stage saves and stops, and the folder is free."""
     run, last, log = tmp_path / "run", tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt", tmp_path / "log"
-    words = ["pipeline", f"--run_dir={run}", f"--stages={json.dumps([{'name': 'sft', 'config': str(sft_config)}])}"]
+    words = [
+        "pipeline", f"--run_dir={run}", f"--model={model_path}", f"--demonstrations={demonstration_file}",
+        f"--sft={json.dumps({'config': str(sft_config), 'data': {'validation': None}})}", "--reward=false",
+        "--ppo=false",
+    ]  # fmt: skip
     first = threading.Thread(target=driver, args=(words, 1, log))
     first.start()
     stage = owner(run / "sft")
