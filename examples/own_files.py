@@ -1,6 +1,6 @@
 """Writes two small files in the format of your own: demonstrations and comparisons, for docs/your-data.md.
 
-    python -m examples.own_files my
+python -m examples.own_files my
 """
 
 import json

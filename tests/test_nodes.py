@@ -64,6 +64,8 @@ def test_two_nodes_make_one_run(
     assert curves["invariants/ranks"].max() == 0
     assert (tmp_path / "run" / "export" / "rlhf.json").is_file()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        ".owner.json",
         "checkpoints",
         "config.yaml",
         "curves.jsonl",

@@ -189,11 +189,12 @@ def test_parts_of_zero_become_weights_from_which_any_number_of_processes_goes_on
 def test_a_stopped_pipeline_saves_what_runs(inputs: dict[str, list[str]], model_path: str, tmp_path: Path) -> None:
     words = [f"--model.model_path={model_path}", *inputs["sft"], "--trainer.accelerator=cpu", "--data.batch_size=8"]
     small = ["--data.micro_batch_size=2", "--trainer.max_epochs=9", *PROCESSES["ddp"]]
-    arguments = json.dumps([*words, *small, *happens("terminate_pipeline", *EARLY, rank=0)])
+    own = [f"--sft.{word[2:]}" for word in (*words, *small, *happens("terminate_pipeline", *EARLY, rank=0))]
+    file = next(word.partition("=")[2] for word in words if word.startswith("--data.train.path="))
     command = [
         sys.executable, str(ROOT / "train.py"), "pipeline", f"--config_dir={ROOT}/configs/quickstart",
-        '--stages=[{"name": "sft", "config": "sft.yaml"}, {"name": "next", "command": "report"}]',
-        f"--run_dir={tmp_path}/run", f"--arguments={arguments}",
+        '--sft={"config": "sft.yaml"}', "--reward=false", "--ppo=false", f"--model={model_path}",
+        f"--demonstrations={file}", f"--run_dir={tmp_path}/run", *own,
     ]  # fmt: skip
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]

@@ -64,35 +64,27 @@ def own_data(write_jsonl: Callable[[str, Iterable[dict[str, Any]]], str]) -> Pat
     return Path(write_jsonl("comparisons/train.jsonl", pairs)).parent.parent
 
 
-def configure(name: str, tmp_path: Path, own_model: str, data: Path) -> str:
-    """A config of `configs/custom`, pointed at files that exist and made small."""
-    text = (ROOT / "configs" / "custom" / f"{name}.yaml").read_text()
-    for split in ("train", "validation"):
-        text = text.replace(f"path/to/demonstrations/{split}.jsonl", str(data / "demonstrations/train.jsonl"))
-        text = text.replace(f"path/to/comparisons/{split}.jsonl", str(data / "comparisons/train.jsonl"))
-    text = text.replace("path/to/model", own_model).replace("runs/custom", str(tmp_path / "runs"))
-    config = yaml.safe_load(text)
-    config["data"]["init_args"] |= {"batch_size": 4, "micro_batch_size": 2}
-    config["trainer"] = config.get("trainer", {}) | {
-        "max_epochs": 1,
-        "check_val_every_n_epoch": 1,
-        "accelerator": "cpu",
-    }
-    if name != "reward":
-        config["model"]["init_args"] |= (
-            {"ppo": {"response_length": 4}} if name == "ppo" else {"response_length": 4, "resize_embeddings": True}
-        )
-    file = tmp_path / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return str(file)
-
-
-def test_own_model_and_own_data_by_yaml_alone(tmp_path: Path, own_model: str, own_data: Path) -> None:
+def test_own_model_and_own_files_in_one_command(
+    tmp_path: Path, own_model: str, own_data: Path, commands: list[list[str]]
+) -> None:
+    small = [
+        word
+        for stage in ("sft", "reward", "ppo")
+        for word in (f"--{stage}.data.batch_size=4", f"--{stage}.data.micro_batch_size", "2")
+    ]
+    main([
+        "pipeline", f"--config={ROOT}/configs/custom/pipeline.yaml", f"--model={own_model}", f"--run_dir={tmp_path}/runs",
+        f"--demonstrations={own_data}/demonstrations/train.jsonl", f"--comparisons={own_data}/comparisons/train.jsonl",
+        "--response_length=4", "--validation=0.5", "--trainer.accelerator=cpu", "--sft.model.resize_embeddings=true",
+        *small, "--ppo.trainer.max_epochs=1", "--ppo.trainer.check_val_every_n_epoch=1",
+    ])  # fmt: skip
+    assert [words[0] for words in commands[:4]] == ["rehearse", "fit", "fit", "fit"]
+    assert commands[-1][0] == "report"
     for stage in ("sft", "reward", "ppo"):
-        main(["fit", "--config", configure(stage, tmp_path, own_model, own_data)])
         folder = tmp_path / "runs" / stage
         assert (folder / "config.yaml").is_file()
         assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "runs" / "report.md").is_file()
     ids = torch.tensor([[5, 6, 7]])
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/ppo/export")
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs/ppo/export/critic")
