@@ -184,3 +184,22 @@ def test_rollouts_without_eos_count_under_the_eos_trick(ppo: Make) -> None:
     assert set(found) == {"no_eos", "equal_scores"}
     assert "of the rollouts ends with EOS: 0 of 64" in found["no_eos"]
     assert "no_eos" not in ppo(2, 32, module=NoEnd).found
+
+
+class Idle(Learning):
+    """Looks at no training batch."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("module", "data"), [(SFTModule, "sft_data"), (RewardModule, "preference_data")])
+def test_looking_changes_no_bit_of_the_training(
+    module: Any, data: str, model_path: str, trainer: Make, request: pytest.FixtureRequest
+) -> None:
+    trained = []
+    for watch in (Learning(), Idle()):
+        watched = module(model_path, optimization=Optimization(learning_rate=SOUND))
+        trainer(callbacks=[watch], max_epochs=4, limit_val_batches=0).fit(watched, request.getfixturevalue(data)())
+        trained.append(torch.nn.utils.parameters_to_vector(watched.parameters()))
+    assert torch.equal(*trained)
