@@ -193,7 +193,7 @@ def test_a_stopped_pipeline_saves_what_runs(inputs: dict[str, list[str]], model_
     file = next(word.partition("=")[2] for word in words if word.startswith("--data.train.path="))
     command = [
         sys.executable, str(ROOT / "train.py"), "pipeline", f"--config_dir={ROOT}/configs/quickstart",
-        '--sft={"config": "sft.yaml"}', "--reward=false", "--ppo=false", f"--model={model_path}",
+        '--sft={"config": "sft.yaml"}', "--reward=false", "--ppo=false", f"--model={model_path}", "--validation=0.3",
         f"--demonstrations={file}", f"--run_dir={tmp_path}/run", *own,
     ]  # fmt: skip
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

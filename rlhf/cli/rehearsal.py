@@ -24,7 +24,7 @@ from rlhf.cli.stage import StageCLI
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source, load_records
 from rlhf.data.stage_data import StageDataModule
-from rlhf.data.tokenising import load_comparisons, load_demonstrations
+from rlhf.data.tokenising import load_comparisons, load_demonstrations, rows_of_part
 from rlhf.errors import UserError
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config
 from rlhf.models.loading import first_line
@@ -212,6 +212,8 @@ class Rehearsal:
                     data.splits |= data.load_split(split, head)
                 if head.limit == source.limit or len(load_records(head, f"data.{split}")) < (head.limit or 0):
                     whole.add(split)
+                    if source.part is not None and split in data.splits:
+                        rows_of_part(data.splits[split], source, f"data.{split}")
         return whole
 
     def _check(

@@ -116,12 +116,18 @@ def _load(
         desc=f"Tokenising {source.path} ({source.split})",
     )
     if source.part is not None:
-        own = [row for row, query in enumerate(done["query"][:]) if query is None or source.has(query)][: source.limit]
+        own = rows_of_part(done, source, setting)[: source.limit]
         raw, done = raw.select(own), done.select(own)
-        if not own:
-            raise UserError(f"{setting}: no query of {source.path} falls into the part {source.part}; make it larger.")
     control = text.special_tokens == "control"
     return _without_bad_records(raw, done, f"{setting}: {source.path} ({source.split})", control)
+
+
+def rows_of_part(rows: Dataset, source: Source, setting: str) -> list[int]:
+    """Returns the rows of tokenised records that belong to the part of their source."""
+    own = [row for row, query in enumerate(rows["query"][:]) if query is None or source.has(query)]
+    if not own:
+        raise UserError(f"{setting}: no query of {source.path} falls into the part {source.part}; make it larger.")
+    return own
 
 
 def _check_formats(raw: Dataset, text: TextFormat, schemas: Schemas, schema: str, setting: str, path: str) -> None:

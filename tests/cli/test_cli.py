@@ -73,7 +73,8 @@ def test_own_model_and_own_files_in_one_command(
         for word in (f"--{stage}.data.batch_size=4", f"--{stage}.data.micro_batch_size", "2")
     ]
     main([
-        "pipeline", f"--config={ROOT}/configs/custom/pipeline.yaml", f"--model={own_model}", f"--run_dir={tmp_path}/runs",
+        "pipeline", f"--config={ROOT}/configs/custom/pipeline.yaml", f"--model={own_model}",
+        f"--run_dir={tmp_path}/runs",
         f"--demonstrations={own_data}/demonstrations/train.jsonl", f"--comparisons={own_data}/comparisons/train.jsonl",
         "--response_length=4", "--validation=0.5", "--trainer.accelerator=cpu", "--sft.model.resize_embeddings=true",
         *small, "--ppo.trainer.max_epochs=1", "--ppo.trainer.check_val_every_n_epoch=1",
