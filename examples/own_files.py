@@ -20,16 +20,16 @@ def main(folder: str) -> None:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "sft.jsonl").open("w") as file:
-        for record in demonstrations(640, 1, "train"):
+        for record in demonstrations(320, 1, "train"):
             row = {"prompt": question(record), "completion": f" {record['summary']}"}
             file.write(json.dumps(row) + "\n")
     with (out / "pairs.jsonl").open("w") as file:
-        for record in comparisons(640, 1, "train"):
+        for record in comparisons(320, 1, "train"):
             texts = [f" {summary['text']}" for summary in record["summaries"]]
             chosen, rejected = texts[record["choice"]], texts[1 - record["choice"]]
             row = {"prompt": question(record["info"]), "chosen": chosen, "rejected": rejected}
             file.write(json.dumps(row) + "\n")
-    print(f"{out}: 640 demonstrations, 640 comparisons")
+    print(f"{out}: 320 demonstrations, 320 comparisons")
 
 
 if __name__ == "__main__":
