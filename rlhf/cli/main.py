@@ -23,7 +23,7 @@ STAGE_VERBS = {
     "predict": "write samples or scores to a file",
 }
 VERBS = {  # each is a function of the same name in a module
-    "pipeline": ("rlhf.studies.pipeline", "run stages one after another, skipping finished ones"),
+    "pipeline": ("rlhf.studies.pipeline", "from a model and data to a report, skipping finished stages"),
     "export": ("rlhf.cli.exporting", "write the model of a checkpoint as a folder, and upload it to the hub"),
     "synthesize": ("rlhf.synthetic.synthesize", "write the embedded data and a small model"),
     "generate": ("rlhf.evaluation.generate", "write the responses of a policy to every query of a split"),

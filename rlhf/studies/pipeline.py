@@ -157,11 +157,11 @@ def run_stages(
         Runner(run, Path(config_dir), seed, arguments, redo=redo) as runner,
         stage_processes.forwarded_signals(),
     ):
-        if not check:
-            runner.prepare(stages)
-        left = [stage for stage in stages if check or not runner.check(stage)]
+        again = set() if check else runner.made_again(stages)
+        left = [stage for stage in stages if check or stage.name in again or not runner.check(stage)]
         if base is not None and any(stage.command == "fit" for stage in left):
             _look_at(left, runner, base)
+        runner.move_aside(stages, again)
         if check:
             try_stages(stages, runner, str(base))
             return _result(run, stages)

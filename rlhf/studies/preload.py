@@ -8,8 +8,8 @@ import signal
 from rlhf.studies.processes import FORWARDED
 
 MODULES = (
-    "rlhf.cli.stage", "rlhf.evaluation.generate", "rlhf.evaluation.pairwise", "rlhf.evaluation.margins",
-    "rlhf.report.report", "rlhf.synthetic.synthesize",
+    "rlhf.cli.rehearsal", "rlhf.cli.stage", "rlhf.evaluation.generate", "rlhf.evaluation.pairwise",
+    "rlhf.evaluation.margins", "rlhf.report.report", "rlhf.synthetic.synthesize",
     # what they import when they run
     "datasets", "rlhf.report.sections", "pyarrow.parquet", "torch.utils.tensorboard", "torch._inductor.compile_fx",
     "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",

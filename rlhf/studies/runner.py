@@ -99,6 +99,14 @@ class Runner:
         Raises:
             UserError: `redo` names no stage, or results of other settings are in the way.
         """
+        self.move_aside(stages, self.made_again(stages))
+
+    def made_again(self, stages: Sequence[Stage]) -> set[str]:
+        """Returns the names of the stages that `redo` names and of those that are made from them.
+
+        Raises:
+            UserError: see `prepare`.
+        """
         redo, renewed, refused = set(self.redo or ()), set[str](), list[Stage]()
         if unknown := redo - {stage.name for stage in stages}:
             names = ", ".join(stage.name for stage in stages)
@@ -115,6 +123,10 @@ class Runner:
             renewed.add(stage.name)
         if refused:
             raise self._refusal(refused)
+        return redo
+
+    def move_aside(self, stages: Sequence[Stage], redo: set[str]) -> None:
+        """Moves aside what some stages, given by their names, have made."""
         for stage in stages:
             if stage.name in redo and self._holds(stage):
                 with self._alone(stage):
