@@ -11,12 +11,12 @@ from rlhf.synthetic.posts import comparisons, demonstrations
 
 
 def question(post: dict[str, str]) -> str:
-    """A prompt made of a post."""
+    """Makes a prompt of a post."""
     return f"{post['title']}\n\n{post['post']}\n\nIn one sentence:"
 
 
 def main(folder: str) -> None:
-    """Write `sft.jsonl` with `prompt` and `completion`, `pairs.jsonl` with `prompt`, `chosen` and `rejected`."""
+    """Writes `sft.jsonl` with `prompt` and `completion`, `pairs.jsonl` with `prompt`, `chosen` and `rejected`."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "sft.jsonl").open("w") as file:

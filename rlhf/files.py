@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -67,10 +67,14 @@ def claimed(run_dir: str, resuming: bool) -> Iterator[None]:
         UserError: another process owns the folder, or it holds a run and this one is new.
     """
     folder = Path(run_dir)
+    ours = (folder / OWNER).exists()  # a command of this program wrote there before
     with owned(folder):
         if not holds_run(folder):
             if (folder / CONFIG).exists():
-                print(f"{folder} has no checkpoint yet; what an earlier try left there is now in {set_aside(folder)}.")
+                if not ours:
+                    raise UserError(f"run_dir: {folder} has a {CONFIG} that is of no run; choose another folder.")
+                left = set_aside(folder, (CONFIG, CURVES, FINDINGS, TENSORBOARD, CHECKPOINTS))
+                print(f"{folder} has no checkpoint yet; what an earlier try left there is now in {left}.")
         elif not resuming:
             raise UserError(
                 f"run_dir: {folder} already holds a run; choose another folder with --run_dir, or resume that run with "
@@ -157,23 +161,32 @@ def _owner(folder: Path) -> str:
         return "another process"
 
 
-def set_aside(place: Path) -> Path:
-    """Moves all that is in a folder to the first free folder beside it, `sft.1`, or a table to `responses.1.parquet`.
+def set_aside(place: Path, only: Sequence[str] | None = None) -> Path:
+    """Moves what is in a folder to the first free folder beside it, `sft.1`, or a table to `responses.1.parquet`.
 
     The folder itself stays, so that its owner owns it still; the notes and parts of a table move with it.
+
+    Args:
+        place: the folder or the table.
+        only: names of what is moved; None: all.
     """
+    place = place if place.name else place.resolve()
     stem, suffix = (place.name, "") if place.is_dir() else (place.stem, place.suffix)
     names = (place.with_name(f"{stem}.{number}{suffix}") for number in count(1))
     target = next(path for path in names if not any(path.parent.glob(f"{path.name}*")))
     if place.is_dir():
         target.mkdir()
-        moves = {path: target / path.name for path in place.iterdir() if path.name not in (LOCK, OWNER)}
+        moves = {path: target / path.name for path in place.iterdir() if _moves(path.name, only)}
     else:
         moves = {_named(place, ending): _named(target, ending) for ending in ("", NOTES, PARTS)}
     for old, new in moves.items():
         if old.exists():
             old.rename(new)
     return target
+
+
+def _moves(name: str, only: Sequence[str] | None) -> bool:
+    return name not in (LOCK, OWNER) and (only is None or name in only)
 
 
 def _named(table: Path, ending: str) -> Path:

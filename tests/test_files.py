@@ -210,3 +210,29 @@ def test_a_run_is_what_has_a_checkpoint_or_an_export(file: str, holds: bool, tmp
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
     assert files.holds_run(tmp_path) == holds
+
+
+def test_files_of_the_users_own_are_never_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in (files.CONFIG, "sft.jsonl"):
+        (folder / name).write_text("mine")
+    with pytest.raises(UserError, match=r"has a config.yaml that is of no run"), files.claimed(str(folder), False):
+        pass
+    (folder / files.CONFIG).unlink()
+    with files.claimed(str(folder), False):  # a run that writes its config, and fails
+        (folder / files.CONFIG).write_text("of the run")
+    with files.claimed(str(folder), False):
+        assert not (folder / files.CONFIG).exists()
+    assert (folder / "sft.jsonl").read_text() == "mine"
+    assert f"is now in {folder}.1" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "project.1").iterdir()] == [files.CONFIG]
+
+
+def test_the_folder_of_this_process_can_be_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):
+        with files.claimed(".", False):
+            Path(files.CONFIG).write_text("of the run")
+    assert (tmp_path / "here.1" / files.CONFIG).is_file()

@@ -100,6 +100,7 @@ SETTINGS: dict[type, Settings] = {
         "field": ["data", None],
         "columns": [{"prompt": "question"}, None],
         "part": [[0.1, 0.9], None],
+        "part_seed": [3],
         "limit": [5, None],
     },
     SFTModule: MODULE

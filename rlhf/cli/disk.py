@@ -38,6 +38,7 @@ class Disks:
         between = max(trainer.max_epochs or 0, 0) // every if every else 0
         there = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
         disk = files.existing(run).stat().st_dev
+        between += any(isinstance(c, Export) and c.best is not None for c in callbacks)
         at_once = max(2 * checkpoint + between * size, checkpoint + (between + 1) * size)
         needed = self.kept[disk] + max(0, at_once - there)
         self.most[disk] = max(self.most.get(disk, (0, name, run)), (needed, name, run), key=lambda most: most[0])

@@ -66,9 +66,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
             StageCLI.run(words)
         else:
-            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join([*STAGE_VERBS, *VERBS])}.")
+            known = [*STAGE_VERBS, *(name for name, (_, text) in VERBS.items() if text)]
+            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join(known)}.")
     except KeyboardInterrupt:
-        print("stopped; resume with --ckpt_path last, or start the same pipeline or study again", file=sys.stderr)
+        how = "resume with --ckpt_path last" if words[0] in STAGE_VERBS else "the same command goes on"
+        print(f"stopped; {how}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = message_of(error)
@@ -93,7 +95,7 @@ def _call(command: str, words: list[str]) -> None:
     if command == "pipeline":  # settings of its stages are words of their command lines
         from rlhf.studies.recipe import SECTIONS
 
-        words, more["overrides"] = split_words(words, SECTIONS)
+        words, more["overrides"] = split_words(words, [*SECTIONS, "judge"])
     parser, config = parsed(function, words)
     with own_names():
         function(**vars(parser.instantiate(config)), **more)
@@ -103,7 +105,7 @@ def parsed(function: Callable[..., Any], words: list[str]) -> tuple[Any, Any]:
     """Parses the command line of a function; returns the parser and the arguments, of which it makes objects."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog=f"train.py {function.__name__}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"train.py {function.__name__}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
     config = parse(parser, _with_list(words, "--redo"))
@@ -117,7 +119,7 @@ def own_names() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"\b(data\.(?=text\.)|model\.(?=eos_tokens))", "", str(error))) from error
+        raise UserError(re.sub(r"\b(data\.(?=text\.)|model\.(?=eos_tokens|pad_token))", "", str(error))) from error
 
 
 def _with_list(words: list[str], option: str) -> list[str]:

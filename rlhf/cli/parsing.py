@@ -26,7 +26,7 @@ def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], d
             others.append(word)
             continue
         value = value if equals else next(left, "")
-        if not value:
+        if not value or (not equals and value.startswith("--")):
             raise UserError(f"{word} needs a value.")
         found.setdefault(section, {})[inner] = value
     return others, found

@@ -210,7 +210,9 @@ class Rehearsal:
                 head = _head(source, max(HEAD, data.batch_size))
                 with suppress(_NoTokenizerError):
                     data.splits |= data.load_split(split, head)
-                if head.limit == source.limit or len(load_records(head, f"data.{split}")) < (head.limit or 0):
+                if (head.limit == source.limit and source.part is None) or len(load_records(head, f"data.{split}")) < (
+                    head.limit or 0
+                ):
                     whole.add(split)
                     if source.part is not None and split in data.splits:
                         rows_of_part(data.splits[split], source, f"data.{split}")

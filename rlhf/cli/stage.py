@@ -84,7 +84,12 @@ class StageCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "train.py", "exit_on_error": False},
+            parser_kwargs={
+                "prog": "train.py",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                **{verb: {"allow_abbrev": False} for verb in cls.subcommands()},
+            },
             args=words,
         )
 

@@ -38,6 +38,7 @@ class Source:
             inside of another column.
         part: use only the records whose query falls into this part of [0, 1], by a hash: `[0, 0.05]` of one source and
             `[0.05, 1]` of another share out the queries, the same ones in every file.
+        part_seed: another seed shares them out in another way.
         limit: use only this many records, the first ones.
     """
 
@@ -48,11 +49,13 @@ class Source:
     field: str | None = None
     columns: dict[str, str] | None = None
     part: tuple[Share, Share] | None = None
+    part_seed: int = 0
     limit: PositiveInt | None = None
 
     def has(self, query: str) -> bool:
         """Tells whether a query belongs to its part."""
-        place = int.from_bytes(hashlib.sha256(query.encode()).digest()[:8], "big") / 2**64
+        digest = hashlib.sha256(f"{self.part_seed}\n{query}".encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
         return self.part is None or self.part[0] <= place < self.part[1]
 
 

@@ -97,12 +97,15 @@ def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
 def _results(run: Path, export: Path, kind: str) -> list[str]:
     """Makes the section of win rates, if the pipeline judged this very model, and that of the curves' last values."""
     sections = []
-    notes = [json.loads(file.read_text()) for file in sorted(run.parent.glob(f"*{files.NOTES}"))]
-    generated = [note["settings"].get("model") for note in notes if isinstance(note.get("settings"), dict)]
-    if model_fingerprint(str(export), "output") in generated:
-        judged = [note["summary"] for note in notes if note.get("summary", {}).get("a_name", "").lower() == kind]
-        rows = ["- {win_rate:.3f} ({low:.3f} to {high:.3f}) against {b_name}, by {judge}".format(**s) for s in judged]
-        sections += ["## Win rate, with its 95% interval\n", *rows, ""]
+    generated, judged = (run.parent / f"{verb}_{kind}.parquet{files.NOTES}" for verb in ("generate", "judge"))
+    if generated.is_file() and judged.is_file():
+        model, result = (
+            json.loads(generated.read_text())["settings"]["model"],
+            json.loads(judged.read_text())["summary"],
+        )
+        if model == model_fingerprint(str(export), "output"):
+            row = "- {win_rate:.3f} ({low:.3f} to {high:.3f}) against {b_name}, by {judge}".format(**result)
+            sections += ["## Win rate, with its 95% interval\n", row, ""]
     try:
         curves = read_curves(run)
     except UserError:  # the run wrote none

@@ -23,7 +23,8 @@ def read_findings(stage: str | Path) -> dict[str, str]:
 def all_findings(run: str | Path) -> list[str]:
     """Lists what the stages of a pipeline's run folder found, and what its report adds, a line each."""
     run = Path(run)
-    stages = sorted(file.parent for file in run.glob(f"*/{files.FINDINGS}"))
+    found = (file.parent for file in run.glob(f"*/{files.FINDINGS}"))
+    stages = sorted(stage for stage in found if not stage.suffix)  # `sft.1` was moved aside
     lines = [f"{stage.name}: {text}" for stage in stages for text in read_findings(stage).values()]
     summary = run / files.SUMMARY
     found = json.loads(summary.read_text())["findings"] if summary.is_file() else []

@@ -76,6 +76,7 @@ def ablate(
     with runner:
         runner.prepare([*runs.values()])
         run_jobs(jobs, processes, write_finished)
+        runner.finish()
 
 
 def _run_of(stage: Stage, name: str, seed: int, config_dir: Path) -> Stage:

@@ -44,6 +44,7 @@ def pipeline(
     comparisons: str | Source | None = None,
     prompts: str | Source | None = None,
     validation: float | None = None,
+    validation_seed: int = 0,
     reward_model: str | None = None,
     reward_function: str | None = None,
     judge: str | dict[str, Any] | None = None,
@@ -52,6 +53,7 @@ def pipeline(
     pad_token: str | None = None,
     eos_tokens: list[str] | None = None,
     learning_rate: PositiveFloat | Literal["auto"] | None = None,
+    best: str | None = None,
     devices: int | str | None = None,
     trainer: dict[str, Any] | None = None,
     seed: int | None = None,
@@ -86,6 +88,7 @@ def pipeline(
         prompts: prompts for PPO, if not those of the demonstrations.
         validation: share of the queries that is kept for validation, the same ones of all files; by default 0.05 of a
             single file, and the split `validation` of a folder or hub dataset.
+        validation_seed: another one chooses other queries.
         reward_model: a trained reward model, `ForSequenceClassification` with one label: no reward model is trained.
         reward_function: import path of a function that scores responses: no reward model is trained.
         judge: who compares responses with the references, a class or `class_path` and `init_args`; by default the
@@ -94,7 +97,9 @@ def pipeline(
         response_length: longest response in tokens, for SFT, PPO and their evaluation.
         pad_token: PAD, where the tokenizer has none or it is EOS.
         eos_tokens: tokens that end a response.
-        learning_rate: of all three trained stages; `auto`: a rule of thumb by the size of the model.
+        learning_rate: of all three trained stages; `auto`, the default where no section names files: a rule of thumb by
+            the size of the model.
+        best: a curve of PPO, such as `validation/score`, by which the best export is kept beside the last one.
         devices: how many devices train.
         trainer: settings of the Trainer that the trained stages share, such as `strategy` and `precision`.
         seed: seed of the data and of every training stage.
@@ -117,8 +122,8 @@ def pipeline(
     """
     every = {"trainer": trainer or {}} if devices is None else {"trainer": {**(trainer or {}), "devices": devices}}
     shared = Shared(
-        model, demonstrations, comparisons, prompts, validation, reward_model, reward_function, judge, text or {},
-        response_length, pad_token, eos_tokens, learning_rate, **every,
+        model, demonstrations, comparisons, prompts, validation, validation_seed, reward_model, reward_function, judge,
+        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, **every,
     )  # fmt: skip
     sections = {
         "synthesize": synthesize, "sft": sft, "reward": reward, "ppo": ppo, "generate": generate, "margins": margins,
@@ -154,7 +159,7 @@ def run_stages(
     """
     run, started = Path(run_dir), time.monotonic()
     with (
-        Runner(run, Path(config_dir), seed, arguments, redo=redo) as runner,
+        Runner(run, Path(config_dir), seed, arguments, redo=redo, writes=not check) as runner,
         stage_processes.forwarded_signals(),
     ):
         again = set() if check else runner.made_again(stages)
@@ -167,6 +172,7 @@ def run_stages(
             return _result(run, stages)
         for number, stage in enumerate(stages, 1):
             runner.run_stage(stage, f"[{number}/{len(stages)}]")
+        runner.finish()
     result = _result(run, stages)
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
     if result.report:

@@ -15,6 +15,7 @@ MODULES = (
     "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.trainer_pt_utils",
 )  # fmt: skip
 
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pipeline, which stops the stage
 signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # a signal to all processes is for the stages, which unblock it
 for name in MODULES:
     with contextlib.suppress(Exception):  # a stage that needs the module will say what is wrong

@@ -52,8 +52,9 @@ class StageProcesses:
             if self.received:
                 os.kill(child.pid, self.received)
             wait([child.sentinel])
-        except BaseException:
-            child.kill()
+        except BaseException:  # Ctrl-C: the stage saves and stops, unless it is asked again
+            child.terminate()
+            child.join()
             raise
         finally:
             self.running.discard(child)
@@ -117,6 +118,7 @@ def _context() -> Any:
 def _main(words: list[str], log: Path | None, peak: Any) -> None:
     from rlhf.hardware import peak_resident_gib  # imports torch, which preload.py must not do before it blocks signals
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pipeline, which stops this process by SIGTERM
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # the process that was forked blocks them
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     if log:

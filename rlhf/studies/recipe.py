@@ -33,6 +33,7 @@ class Shared:
     comparisons: str | Source | Settings | None = None
     prompts: str | Source | Settings | None = None
     validation: float | None = None
+    validation_seed: int = 0
     reward_model: str | None = None
     reward_function: str | None = None
     judge: str | Settings | None = None
@@ -41,6 +42,7 @@ class Shared:
     pad_token: str | None = None
     eos_tokens: list[str] | None = None
     learning_rate: float | str | None = None
+    best: str | None = None
     trainer: Settings = field(default_factory=dict)
 
 
@@ -68,10 +70,12 @@ class Recipe:
         self.comparisons = shared.comparisons or ("{run}/data/comparisons" if makes_data else None)
         self.prompts = shared.prompts or self.demonstrations or self.comparisons
         self._check()
-        self.learning_rate = self._proposed() if shared.learning_rate == "auto" else shared.learning_rate
+        proposed = shared.learning_rate == "auto" or (shared.learning_rate is None and not self._configured())
+        self.learning_rate = self._proposed() if proposed else shared.learning_rate
 
     def _check(self) -> None:
-        shared, given = self.shared, self.sections
+        shared = self.shared
+        self._refuse_settings_of_nothing()
         if shared.model is None:
             raise UserError("model: give the model to start from, a folder or a name on the hub.")
         if self.prompts is None:
@@ -82,10 +86,20 @@ class Recipe:
                 "reward_function."
             )
         if shared.validation is not None and not 0 < shared.validation < 1:
-            raise UserError(f"validation is {shared.validation}: it should be a share between 0 and 1.")
-        for name, wanted in ("reward", self.comparisons), ("sft", self.demonstrations or self.comparisons):
-            if given.get(name) and wanted is None:
-                raise UserError(f"{name}: there is nothing to learn from; give comparisons or demonstrations.")
+            raise UserError(f"validation is {shared.validation}: it should be a share above 0 and below 1.")
+
+    def _configured(self) -> bool:
+        """Tells whether a trained stage has a file, which has its own learning rate."""
+        sections = (self.sections.get(name) for name in TRAINED)
+        return any("config" in section for section in sections if isinstance(section, Mapping))
+
+    def _refuse_settings_of_nothing(self) -> None:
+        """Refuses settings, typed for this run, of a stage that is not part of it."""
+        for name in self.overrides:
+            if not self.runs(name if name in (*TRAINED, "synthesize") else "ppo"):
+                raise UserError(
+                    f"{name}: this pipeline has no such stage, but {name}.{min(self.overrides[name])} is set."
+                )
 
     def _proposed(self) -> float | None:
         """Returns the usual learning rate for the size of the model, if it can be loaded."""
@@ -106,7 +120,7 @@ class Recipe:
         if self.sections.get(name) is False:
             return False
         needs = {
-            "data": self.sections.get("synthesize") or None,
+            "synthesize": self.sections.get("synthesize") or None,
             "sft": self.demonstrations or self.comparisons,
             "reward": None if self._ready_reward else self.comparisons,
             "ppo": self.prompts,
@@ -116,6 +130,11 @@ class Recipe:
     @property
     def _ready_reward(self) -> bool:
         return self.shared.reward_model is not None or self.shared.reward_function is not None
+
+    @property
+    def has_references(self) -> bool:
+        """Whether there are responses to compare with; mere prompts have none."""
+        return self.demonstrations is not None or self.comparisons is not None
 
     @property
     def start(self) -> str:
@@ -130,7 +149,7 @@ class Recipe:
     def stages(self) -> list[Stage]:
         """Returns the stages of the pipeline, in order."""
         stages = [self._trained(name) for name in TRAINED if self.runs(name)]
-        if self.runs("data"):
+        if self.runs("synthesize"):
             stages.insert(0, self._stage("data", "synthesize", {}, {}, "synthesize"))
         return [*stages, *(self._evaluated() if self.runs("ppo") else [])]
 
@@ -166,7 +185,9 @@ class Recipe:
             "model.ppo.response_length": shared.response_length if name == "ppo" else None,
         }
         settings |= {f"data.text.{key}": value for key, value in shared.text.items()}
-        settings |= dict(_flat({"trainer": shared.trainer}))
+        settings |= dict(_flat({"trainer": shared.trainer} if shared.trainer else {}))
+        if name == "ppo" and shared.best is not None:
+            settings |= {"trainer.callbacks+": "Export", "trainer.callbacks.best": shared.best}
         return self._stage(name, "fit", takes, {key: value for key, value in settings.items() if value is not None})
 
     def _sources(self, name: str) -> dict[str, Settings]:
@@ -192,7 +213,11 @@ class Recipe:
         source = {key: value for key, value in given.items() if value is not None}
         path = Path(str(source["path"])).expanduser()
         single = path.is_file() or (not path.exists() and parse_name(path).kind)
-        share = self.shared.validation or (SHARE if single else None)
+        share = self.shared.validation or (SHARE if single and "part" not in source else None)
+        if share is not None and "part" in source:
+            raise UserError(f"validation: {source['path']} has a part of its own; give one of the two.")
+        if self.shared.validation_seed:
+            source["part_seed"] = self.shared.validation_seed
         if share is None:
             return source if side == "train" else source | {"split": "validation"}
         return source | {"part": [share, 1] if side == "train" else [0, share]}
@@ -210,7 +235,13 @@ class Recipe:
         settings = {"generate": {key: value for key, value in generate.items() if value is not None}, "margins": text}
         for stage in evaluation_stages(takes, self.start, self.reward):
             if stage.command == "judge":  # its section is the judge itself
-                yield replace(stage, settings=dict(self.overrides.get("judge", {})))
+                if not self.has_references:  # then PPO is compared with the policy that it started from
+                    if stage.name == "judge_sft":
+                        continue
+                    before = {"b.table": "{run}/generate_sft.parquet", "b.column": "response", "b.name": "SFT"}
+                    stage = replace(stage, takes=stage.takes | before)
+                own = {f"judge.{key}": value for key, value in self.overrides.get("judge", {}).items()}
+                yield replace(stage, settings=own)
             elif stage.command == "generate" or margins:
                 own = settings[stage.command]
                 yield self._stage(stage.name, stage.command, stage.takes, own, stage.command)
@@ -227,7 +258,10 @@ class Recipe:
         run: Settings = {
             "size": self.size,
             "seed": "{seed}",
-            "policies": {"SFT": "{run}/judge_sft.parquet", "PPO": "{run}/judge_ppo.parquet"},
+            "policies": {
+                label: f"{{run}}/judge_{label.lower()}.parquet"
+                for label in (("SFT", "PPO") if self.has_references else ("PPO",))
+            },
             "stages": {name: f"{{run}}/{name}" for name in TRAINED if self.runs(name)},
         }
         if margins:

@@ -22,6 +22,7 @@ from rlhf.seeding import DEFAULT_SEED
 from rlhf.studies.processes import stage_processes
 
 STATE = "pipeline.json"
+REDO = "--redo"  # in the state: what a command with --redo has begun
 PRODUCT = {"fit": f"{files.EXPORT}/{files.MANIFEST}", "synthesize": "synthesize.json", "report": "report.md"}
 TABLES = ("generate", "judge", "margins")  # the product of such a stage is one file
 TABLE_SUFFIX = ".parquet"
@@ -77,10 +78,12 @@ class Runner:
     others: dict[str, Path] = field(default_factory=dict)  # folders of other pipelines, for `{name}` in `takes`
     logged: bool = False  # whether a stage writes what it prints to `<name>.log` in the run folder
     redo: Sequence[str] | None = None  # stages to make again, with all that is made from them; None: no such setting
+    writes: bool = True  # else it owns nothing, and only looks
 
     def __post_init__(self) -> None:
         self._owned = ExitStack()
-        self._owned.enter_context(files.owned(files.create_folder(str(self.run))))
+        if self.writes:
+            self._owned.enter_context(files.owned(files.create_folder(str(self.run))))
         self._lock = threading.Lock()
         self._recorded = read_state(self.run)
 
@@ -108,6 +111,8 @@ class Runner:
             UserError: see `prepare`.
         """
         redo, renewed, refused = set(self.redo or ()), set[str](), list[Stage]()
+        if redo and self._recorded.get(REDO) == self._begun(stages):
+            redo = set()  # what this command began before is resumed
         if unknown := redo - {stage.name for stage in stages}:
             names = ", ".join(stage.name for stage in stages)
             raise UserError(f"redo: there is no stage {min(unknown)!r}; the stages are {names}.")
@@ -126,12 +131,24 @@ class Runner:
         return redo
 
     def move_aside(self, stages: Sequence[Stage], redo: set[str]) -> None:
-        """Moves aside what some stages, given by their names, have made."""
+        """Moves aside what some stages, given by their names, have made, and records that they are made again."""
+        if not redo:
+            return
         for stage in stages:
             if stage.name in redo and self._holds(stage):
                 with self._alone(stage):
                     print(f"redo: {self.place(stage)} is now {files.set_aside(self.place(stage))}", flush=True)
-        self._write({name: entry for name, entry in self._recorded.items() if name not in redo})
+        self._write(
+            {name: entry for name, entry in self._recorded.items() if name not in redo} | {REDO: self._begun(stages)}
+        )
+
+    def finish(self) -> None:
+        """Records that all stages are finished, so that `redo` means a new time again."""
+        self._write({name: entry for name, entry in self._recorded.items() if name != REDO})
+
+    def _begun(self, stages: Sequence[Stage]) -> dict[str, Any]:
+        settings = [self._made_from(stage)["settings"] for stage in stages]
+        return {"stages": sorted(self.redo or ()), "settings": files.fingerprint(settings)}
 
     def run_stage(self, stage: Stage, title: str = "") -> None:
         """Runs or resumes a stage, and skips a finished one.
@@ -160,8 +177,7 @@ class Runner:
         stage_processes.check()
         if ended.status:
             status = f"{ended.status}, see {log}" if log else ended.status
-            how = "the same command without --redo" if self.redo else "the same command"
-            raise UserError(f"the stage {stage.name} ended with status {status}; {how} resumes it.")
+            raise UserError(f"the stage {stage.name} ended with status {status}; the same command resumes it.")
         measured = {"seconds": round(ended.seconds, 1), "peak_gib": round(ended.peak_gib, 2)}
         self._record(stage, entry | {"finished": True, **measured})
         print(f"{title}: done in {ended.seconds:.0f} s, {ended.peak_gib:.1f} GiB at most\n", flush=True)

@@ -34,7 +34,8 @@ def try_stages(stages: Sequence[Stage], runner: Runner, base: str) -> None:
             if stage.command == "synthesize":
                 if not place.exists():
                     stand_ins[str(place)] = f"{name}/{stage.name}"
-                    stage_processes.run([_replaced(word, stand_ins) for word in words])
+                    if stage_processes.run([_replaced(word, stand_ins) for word in words]).status:
+                        raise UserError(f"something is wrong with {stage.name}: see above.")
                 continue
             print(f"{stage.name}: train.py check", flush=True)
             if stage_processes.run(["check", *(_replaced(word, stand_ins) for word in words[1:])]).status:
@@ -42,8 +43,8 @@ def try_stages(stages: Sequence[Stage], runner: Runner, base: str) -> None:
             stage_processes.check()
             if not files.is_complete(place / files.EXPORT):
                 start = _replaced(base.replace("{run}", str(runner.run)), stand_ins)
-                made = _reward_model(start, Path(name), stage) if stage.name == "reward" else start
-                stand_ins[str(place / files.EXPORT)] = made
+                start = stand_ins.get(str(runner.run / "sft" / files.EXPORT), start)
+                stand_ins[str(place / files.EXPORT)] = _stand_in(start, Path(name), stage)
     if failed:
         raise UserError(f"something is wrong with {', '.join(failed)}: see above.")
 
@@ -54,11 +55,22 @@ def _replaced(word: str, stand_ins: dict[str, str]) -> str:
     return word
 
 
-def _reward_model(base: str, folder: Path, stage: Stage) -> str:
-    """Writes a reward model with a random head."""
+def _stand_in(base: str, folder: Path, stage: Stage) -> str:
+    """Returns the base model, with rows for PAD where SFT adds them, or a reward model made of it."""
+    from rlhf.models.loading import load_causal_lm
+    from rlhf.models.saving import save_pretrained
     from rlhf.models.scalar_model import ScalarModel
     from rlhf.models.tokenizers import load_tokenizer
 
-    pad_token = stage.settings.get("model.pad_token")
-    ScalarModel.from_policy(base, seed=1).save(folder / "reward", load_tokenizer(base, pad_token))
-    return str(folder / "reward")
+    resizes = str(stage.settings.get("model.resize_embeddings")).lower() == "true"
+    if stage.name != "reward" and not resizes:
+        return base
+    made = folder / stage.name
+    tokenizer = load_tokenizer(base, stage.settings.get("model.pad_token"))
+    if stage.name == "reward":
+        ScalarModel.from_policy(base, seed=1).save(made, tokenizer)
+        return str(made)
+    model = load_causal_lm(base)
+    model.resize_token_embeddings(len(tokenizer))
+    save_pretrained(model, tokenizer, made)
+    return str(made)

@@ -175,16 +175,20 @@ def test_a_win_rate_is_shown_for_the_very_model_that_was_judged(sft: Path, tmp_p
     runs.mkdir()
     (runs / "sft").symlink_to(sft)
     summary = {"a_name": "SFT", "b_name": "reference", "judge": "gold", "win_rate": 0.625, "low": 0.5, "high": 0.75}
-    (runs / "judge.parquet.json").write_text(json.dumps({"settings": {}, "summary": summary}))
+    (runs / "judge_sft.parquet.json").write_text(json.dumps({"settings": {}, "summary": summary}))
+    moved_aside = json.dumps({"settings": {}, "summary": summary | {"win_rate": 0.125}})
+    (runs / "judge_sft.1.parquet.json").write_text(moved_aside)
+    (runs / "rows.json").write_text("[1, 2]")  # of the user's own
     (runs / "pipeline.json").write_text(json.dumps({"sft": {"finished": True}}))
     config = yaml.safe_load((sft / "config.yaml").read_text())
     from rlhf.report.model_card import model_card
 
     def card(model: str) -> str:
-        (runs / "generate.parquet.json").write_text(json.dumps({"settings": {"model": model}}))
+        (runs / "generate_sft.parquet.json").write_text(json.dumps({"settings": {"model": model}}))
         return model_card(runs / "sft", config, sft / "export", "title")
 
     assert "- 0.625 (0.500 to 0.750) against reference, by gold" in card(model_fingerprint(str(sft / "export"), "x"))
+    assert "0.125" not in card(model_fingerprint(str(sft / "export"), "x"))
     assert "0.625" not in card("another")
 
 

@@ -77,3 +77,9 @@ def test_several_runs_are_told_apart(run: Any, tmp_path: Path) -> None:
     assert page.count("- **size tiny, seed 1, judged tables:** PPO and SFT gave the same response") == 1
     assert page.count("- **size tiny, seed 2, judged tables:**") == 1
     assert "seed 3, judged tables" not in page
+
+
+def test_stages_that_were_moved_aside_say_nothing(run: Any, tmp_path: Path) -> None:
+    run(sft={"loss": "The loss did not fall."})
+    (tmp_path / "sft").rename(tmp_path / "sft.1")
+    assert all_findings(tmp_path) == []

@@ -222,3 +222,12 @@ def test_a_process_that_ends_without_a_result_is_told(plan: Plan, monkeypatch: p
     monkeypatch.setattr(stage_processes, "run", run)
     [found] = complaints([("sft", plan.jobs["sft"])], {})
     assert found == "the stages could not be looked at: the process ended with status -9, out of memory"
+
+
+def test_the_first_rows_of_a_part_are_not_looked_for_at_the_head_of_the_file(plan: Plan) -> None:
+    """Of 32 records none of the first 2 needs to be in the part."""
+    more = ["--data.validation.part=[0, 0.2]", "--data.validation.limit=2"]
+    assert plan.complaints("sft", sft=more) == []
+    few = plan.complaints("sft", sft=["--data.validation.part=[0, 0.0001]"])
+    assert len(few) == 1
+    assert "falls into the part" in few[0]

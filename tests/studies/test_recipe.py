@@ -43,7 +43,8 @@ def test_stages_are_those_that_there_is_something_to_learn_from(
 ) -> None:
     found = words(tmp_path, given)
     assert [name for name, line in found.items() if line[0] == "fit"] == stages
-    evaluated = ["generate_sft", "generate_ppo", "judge_sft", "judge_ppo"]
+    compared = ["judge_sft", "judge_ppo"] if "prompts" not in given else ["judge_ppo"]
+    evaluated = ["generate_sft", "generate_ppo", *compared]
     margins = ["margins"] if "comparisons" in given and given.get("reward_function") is None else []
     assert list(found)[len(stages) :] == [*evaluated, *margins, "report"]
 
@@ -117,16 +118,32 @@ def test_both_sides_of_a_single_file_are_apart_and_a_folder_has_its_own(tmp_path
         ({"model": "base"}, {}, "demonstrations: give demonstrations, comparisons, or prompts"),
         ({"model": "base", "demonstrations": "sft.jsonl"}, {}, "PPO needs rewards"),
         (BOTH | {"validation": 1.5}, {}, "validation is 1.5: it should be a share"),
-        (
-            {"model": "base", "prompts": "p.jsonl", "reward_function": "f"},
-            {"sft": {"trainer": {}}},
-            "sft: there is noth",
-        ),
     ],
 )
 def test_what_is_missing_is_named(given: dict[str, Any], sections: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Recipe(Shared(**given), sections)
+
+
+def test_settings_of_a_stage_that_does_not_run_are_refused() -> None:
+    with pytest.raises(UserError, match=r"reward: this pipeline has no such stage, but reward.data.batch_size is set"):
+        Recipe(Shared(**BOTH, reward_model="theirs"), {}, {"reward": {"data.batch_size": "4"}})
+
+
+def test_mere_prompts_have_no_references_so_ppo_is_compared_with_its_start(tmp_path: Path) -> None:
+    found = words(tmp_path, {"model": "base", "prompts": "prompts.jsonl", "reward_function": "my.reward"})
+    assert "judge_sft" not in found
+    assert {"--b.table=RUN/generate_sft.parquet", "--b.column=response", "--b.name=SFT"} <= set(found["judge_ppo"])
+    assert '"policies": {"PPO": "RUN/judge_ppo.parquet"}' in found["report"][-1]
+
+
+def test_the_best_export_the_seed_of_the_validation_and_a_part_of_its_own(tmp_path: Path) -> None:
+    found = words(tmp_path, BOTH | {"best": "validation/score", "validation_seed": 3})
+    assert {"--trainer.callbacks+=Export", "--trainer.callbacks.best=validation/score"} <= set(found["ppo"])
+    assert {"--data.train.part_seed=3", "--data.validation.part_seed=3"} <= set(found["sft"])
+    part = {"demonstrations": {"path": "sft.jsonl", "part": [0.5, 1]}}
+    with pytest.raises(UserError, match=r"validation: sft\.jsonl has a part of its own"):
+        words(tmp_path, BOTH | part | {"validation": 0.1})
 
 
 def test_settings_of_stages_are_taken_out_of_a_command_line() -> None:

@@ -47,6 +47,7 @@ def run(folder: Path, *redo: str, arguments: tuple[str, ...] = (), stages: list[
         runner.prepare(stages)
         for stage in stages:
             runner.run_stage(stage)
+        runner.finish()
 
 
 @pytest.mark.parametrize("left", ["config.yaml", "tensorboard/events"])
@@ -105,14 +106,20 @@ def test_redo_makes_a_stage_again_with_all_that_is_made_from_it(
     assert len(seen) == 10
 
 
-def test_redo_that_was_stopped_goes_on_without_redo(seen: list[str], product: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [[], ["sft"]])
+def test_redo_that_was_stopped_goes_on_with_the_same_command_or_without_redo(
+    again: list[str], seen: list[str], product: dict[str, str], tmp_path: Path
+) -> None:
     run(tmp_path)
     product["sft"] = "checkpoints/last.ckpt"
-    with pytest.raises(UserError, match="the same command without --redo resumes it"):
+    with pytest.raises(UserError, match="the same command resumes it"):
         run(tmp_path, "sft")
     product.clear()
-    run(tmp_path)
+    run(tmp_path, *again)
     assert seen[4:] == ["sft", "sft, resumed", "reward", "responses", "ppo"]
+    seen.clear()
+    run(tmp_path, "sft")  # a new time
+    assert seen == ["sft", "reward", "responses", "ppo"]
 
 
 def test_redo_of_an_unknown_stage_is_refused(seen: list[str], tmp_path: Path) -> None:
