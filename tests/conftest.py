@@ -387,4 +387,5 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return Ended(0, time.monotonic() - start, 0.0)
 
     monkeypatch.setattr(stage_processes, "run", run)
+    monkeypatch.setattr(stage_processes, "warm_up", lambda: None)
     return seen

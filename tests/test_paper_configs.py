@@ -92,6 +92,7 @@ def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
 
     commands: list[list[str]] = []
     monkeypatch.setattr(stage_processes, "run", run)
+    monkeypatch.setattr(stage_processes, "warm_up", lambda: None)
     monkeypatch.setattr("rlhf.studies.pipeline.complaints", lambda jobs, stand_ins: [])
     monkeypatch.chdir(FOLDER.parent.parent)
     main(["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", "--seed=55513", f"--run_dir={tmp_path}"])

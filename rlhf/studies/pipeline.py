@@ -129,6 +129,7 @@ def pipeline(
         "synthesize": synthesize, "sft": sft, "reward": reward, "ppo": ppo, "generate": generate, "margins": margins,
         "report": report,
     }  # fmt: skip
+    stage_processes.warm_up()
     size = size or Path(run_dir).name
     recipe = Recipe(shared, sections, overrides, size)
     run = run_dir.replace("{size}", size)

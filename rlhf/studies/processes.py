@@ -34,6 +34,14 @@ class StageProcesses:
         self.received = 0
         self._lock = threading.Lock()  # multiprocessing reads the end of every child whenever one starts or is joined
 
+    def warm_up(self) -> None:
+        """Starts the process that stages are forked from, which imports while this one goes on."""
+        if _context().get_start_method() == "forkserver":
+            from multiprocessing import forkserver
+
+            with _without_main():
+                forkserver.ensure_running()
+
     def run(self, words: list[str], log: Path | None = None) -> Ended:
         """Runs a command line of train.py in a process of its own, and appends its output to a log.
 
