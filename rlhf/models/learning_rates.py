@@ -8,10 +8,7 @@ def proposed_learning_rate(parameters: int) -> float:
 
     A rule of thumb: 3e-6 from a billion parameters on, the paper's for Pythia 1B, 2.8B and 6.9B; below,
     3e-6 · (1e9 / parameters)^0.62, a power law from there to this project's quickstart, which was tuned by hand (5e-4
-    at a quarter of a million). In between it gives 1.1e-5 for GPT-2 (124 million), where TRL's examples take 1.4e-5.
-
-    Published ones of larger models spread by more than ten about it: 6.4e-5 (SFT, 1.3B) and 1.5e-5 (PPO, 1.3B) in
-    Stiennon et al. 2020, 1e-5 (1.3B and 6B) in Ouyang et al. 2022, 2e-5 (SFT, 7B) in Alpaca.
+    at a quarter of a million). Nothing in between was tuned, so what counts as usual is a wide range.
     """
     return float(f"{3e-6 * max(1.0, 1e9 / parameters) ** 0.62:.1e}")
 

@@ -166,7 +166,7 @@ def run_stages(
         again = set() if check else runner.made_again(stages)
         left = [stage for stage in stages if check or stage.name in again or not runner.check(stage)]
         if base is not None and any(stage.command == "fit" for stage in left):
-            _look_at(left, runner, base)
+            _preflight(left, runner, base)
         runner.move_aside(stages, again)
         if check:
             try_stages(stages, runner, str(base))
@@ -183,7 +183,7 @@ def run_stages(
     return result
 
 
-def _look_at(stages: Sequence[Stage], runner: Runner, base: str) -> None:
+def _preflight(stages: Sequence[Stage], runner: Runner, base: str) -> None:
     """Refuses to start if anything is wrong with any stage."""
     print("Looking at the settings and files of all stages ...", flush=True)
     jobs = [(stage.name, runner.words(stage)) for stage in stages]

@@ -19,7 +19,7 @@ TRAINED = {  # stage -> its module and its DataModule
     "ppo": ("PPOModule", "RolloutDataModule"),
 }
 SECTIONS = ("synthesize", *TRAINED, "generate", "margins", "report")  # parts of a pipeline with settings of their own
-CENTRING = 1024  # demonstrations whose mean reward becomes 0
+CENTERED = 1024  # demonstrations whose mean reward becomes 0
 VALIDATED = 512  # prompts that PPO validates on; the evaluation takes all
 SHARE = 0.05  # of the queries of a single file that are kept for validation
 
@@ -68,14 +68,16 @@ class Recipe:
         makes_data = bool(sections.get("synthesize"))
         self.demonstrations = shared.demonstrations or ("{run}/data/demonstrations" if makes_data else None)
         self.comparisons = shared.comparisons or ("{run}/data/comparisons" if makes_data else None)
-        self.prompts = shared.prompts or self.demonstrations or self.comparisons
+        self.references = self.demonstrations or self.comparisons  # responses to compare with; mere prompts have none
+        self.prompts = shared.prompts or self.references
         self._check()
-        proposed = shared.learning_rate == "auto" or (shared.learning_rate is None and not self._configured())
+        unsaid = shared.learning_rate is None and not any(self._names_files(name) for name in TRAINED)
+        proposed = shared.learning_rate == "auto" or unsaid
         self.learning_rate = self._proposed() if proposed else shared.learning_rate
 
     def _check(self) -> None:
         shared = self.shared
-        self._refuse_settings_of_nothing()
+        self._check_overrides()
         if shared.model is None:
             raise UserError("model: give the model to start from, a folder or a name on the hub.")
         if self.prompts is None:
@@ -88,12 +90,12 @@ class Recipe:
         if shared.validation is not None and not 0 < shared.validation < 1:
             raise UserError(f"validation is {shared.validation}: it should be a share above 0 and below 1.")
 
-    def _configured(self) -> bool:
-        """Tells whether a trained stage has a file, which has its own learning rate."""
-        sections = (self.sections.get(name) for name in TRAINED)
-        return any("config" in section for section in sections if isinstance(section, Mapping))
+    def _names_files(self, name: str) -> bool:
+        """Tells whether the section of a stage names files, which have its classes and its learning rate."""
+        section = self.sections.get(name)
+        return isinstance(section, Mapping) and "config" in section
 
-    def _refuse_settings_of_nothing(self) -> None:
+    def _check_overrides(self) -> None:
         """Refuses settings, typed for this run, of a stage that is not part of it."""
         for name in self.overrides:
             if not self.runs(name if name in (*TRAINED, "synthesize") else "ppo"):
@@ -121,20 +123,11 @@ class Recipe:
             return False
         needs = {
             "synthesize": self.sections.get("synthesize") or None,
-            "sft": self.demonstrations or self.comparisons,
-            "reward": None if self._ready_reward else self.comparisons,
+            "sft": self.references,
+            "reward": None if self.shared.reward_model or self.shared.reward_function else self.comparisons,
             "ppo": self.prompts,
         }
         return needs[name] is not None
-
-    @property
-    def _ready_reward(self) -> bool:
-        return self.shared.reward_model is not None or self.shared.reward_function is not None
-
-    @property
-    def has_references(self) -> bool:
-        """Whether there are responses to compare with; mere prompts have none."""
-        return self.demonstrations is not None or self.comparisons is not None
 
     @property
     def start(self) -> str:
@@ -166,10 +159,7 @@ class Recipe:
 
     def _trained(self, name: str) -> Stage:
         shared, (module, data) = self.shared, TRAINED[name]
-        takes: Settings = {"model": module, "data": data}
-        section = self.sections.get(name)
-        if isinstance(section, Mapping) and "config" in section:
-            takes = {}  # the file names its classes
+        takes: Settings = {} if self._names_files(name) else {"model": module, "data": data}
         takes["model.model_path"] = str(self.model) if name == "sft" else self.start
         if name == "ppo" and self.reward is not None:
             takes["model.reward_path"] = self.reward
@@ -192,14 +182,11 @@ class Recipe:
 
     def _sources(self, name: str) -> dict[str, Settings]:
         """Returns the sources of a stage: `train`, `validation`, `demonstrations` -> settings of a `Source`."""
-        records = {"sft": self.demonstrations or self.comparisons, "reward": self.comparisons, "ppo": self.prompts}[
-            name
-        ]
+        records = {"sft": self.references, "reward": self.comparisons, "ppo": self.prompts}[name]
         sources = {"train": self._side(records, "train"), "validation": self._side(records, "validation")}
         if name == "reward" and self.demonstrations is not None:
-            sources["demonstrations"] = {**self._side(self.demonstrations, "train"), "limit": CENTRING}
-        section = self.sections.get(name)
-        if name == "ppo" and not (isinstance(section, Mapping) and "config" in section):
+            sources["demonstrations"] = {**self._side(self.demonstrations, "train"), "limit": CENTERED}
+        if name == "ppo" and not self._names_files(name):
             sources["validation"] = {"limit": VALIDATED} | sources["validation"]
         return sources
 
@@ -224,7 +211,8 @@ class Recipe:
 
     def _evaluated(self) -> Iterator[Stage]:
         shared = self.shared
-        prompts = {f"data.{key}": value for key, value in self._side(self.prompts, "validation").items()}
+        queries = self.prompts if self.references is None else self.references
+        prompts = {f"data.{key}": value for key, value in self._side(queries, "validation").items()}
         takes: dict[str, Settings] = {"generate": prompts, "judge": self._judge()}
         margins = self.reward is not None and self.comparisons is not None and self.sections.get("margins") is not False
         if margins:
@@ -235,7 +223,7 @@ class Recipe:
         settings = {"generate": {key: value for key, value in generate.items() if value is not None}, "margins": text}
         for stage in evaluation_stages(takes, self.start, self.reward):
             if stage.command == "judge":  # its section is the judge itself
-                if not self.has_references:  # then PPO is compared with the policy that it started from
+                if self.references is None:  # then PPO is compared with the policy that it started from
                     if stage.name == "judge_sft":
                         continue
                     before = {"b.table": "{run}/generate_sft.parquet", "b.column": "response", "b.name": "SFT"}
@@ -260,7 +248,7 @@ class Recipe:
             "seed": "{seed}",
             "policies": {
                 label: f"{{run}}/judge_{label.lower()}.parquet"
-                for label in (("SFT", "PPO") if self.has_references else ("PPO",))
+                for label in (("SFT", "PPO") if self.references is not None else ("PPO",))
             },
             "stages": {name: f"{{run}}/{name}" for name in TRAINED if self.runs(name)},
         }

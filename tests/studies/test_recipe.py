@@ -137,6 +137,13 @@ def test_mere_prompts_have_no_references_so_ppo_is_compared_with_its_start(tmp_p
     assert '"policies": {"PPO": "RUN/judge_ppo.parquet"}' in found["report"][-1]
 
 
+def test_prompts_of_their_own_are_for_ppo_and_the_evaluation_takes_what_has_references(tmp_path: Path) -> None:
+    found = words(tmp_path, BOTH | {"prompts": "prompts.jsonl"})
+    assert "--data.train.path=prompts.jsonl" in found["ppo"]
+    assert "--data.path=sft.jsonl" in found["generate_ppo"]
+    assert "--b.column=reference" in found["judge_ppo"]
+
+
 def test_the_best_export_the_seed_of_the_validation_and_a_part_of_its_own(tmp_path: Path) -> None:
     found = words(tmp_path, BOTH | {"best": "validation/score", "validation_seed": 3})
     assert {"--trainer.callbacks+=Export", "--trainer.callbacks.best=validation/score"} <= set(found["ppo"])
