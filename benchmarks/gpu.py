@@ -30,7 +30,7 @@ GRAPHS = '{"cuda_graphs": true}'
 
 
 class Case(NamedTuple):
-    """A command, what it is called in its row, and how its output becomes the rest of the row."""
+    """Names a command, and says how its output becomes a row."""
 
     name: str
     words: list[str]
@@ -39,13 +39,13 @@ class Case(NamedTuple):
 
 
 def tests_row(output: str) -> str:
-    """The summary of pytest."""
+    """Returns the summary of pytest."""
     lines = [line.strip("= ") for line in output.splitlines() if " passed" in line or " failed" in line]
     return lines[-1] if lines else "no summary"
 
 
 def ppo_row(output: str) -> str:
-    """Episodes/s, shares of the limits, peak memory, and the ratio to TRL."""
+    """Formats episodes/s, shares of the limits, peak memory, and the ratio to TRL."""
     found = json.loads(output.splitlines()[-1])
     cells = []
     for regime in (r for r in ("full", "early") if r in found):
@@ -61,7 +61,7 @@ def ppo_row(output: str) -> str:
 
 
 def sampling_row(output: str) -> str:
-    """Tokens/s and share of the bandwidth of each way."""
+    """Formats tokens/s and the share of the bandwidth of each way."""
     found = json.loads(output.splitlines()[-1])
     return "; ".join(
         f"{regime}, {way}: {x['tokens_per_second']:,.0f} tokens/s, {x['share_of_bandwidth']:.1%} of the bandwidth, "
@@ -72,35 +72,33 @@ def sampling_row(output: str) -> str:
 
 
 def placements_row(output: str) -> str:
-    """Its own rows."""
+    """Returns the rows that the benchmark prints itself."""
     return "\n".join(line for line in output.splitlines() if line.startswith("|"))
 
 
 def update(name: str, *words: str, batch: int = 64, rows: int = 16, updates: int = 3, sides: str = "ours") -> Case:
-    """Updates of PPO at the 1B shape."""
-    bandwidth = next((str(b) for d, b in BANDWIDTH.items() if d in device_name()), str(BANDWIDTH["H100"]))
+    """Returns the case of some updates of PPO at the 1B shape."""
     command = [
         "benchmarks/ppo_throughput.py", "--sides", *sides.split(), "--updates", str(updates), "--regime", "full",
         *words,
     ]  # fmt: skip
     full = [
         "--shape", "1b", "--device", "cuda", "--precision", "bf16-mixed", "--batch", str(batch), "--micro", "16",
-        "--peak_bandwidth", bandwidth, "--data", f'{{"micro_batch_size": {rows}, "rollout_batch_size": 64}}',
+        "--peak_bandwidth", bandwidth(), "--data", f'{{"micro_batch_size": {rows}, "rollout_batch_size": 64}}',
     ]  # fmt: skip
     tiny = ["--shape", "test", "--batch", "4", "--micro", "2"]
     return Case(name, [*command, *full], [*command, *tiny], ppo_row)
 
 
 def draws(name: str, *words: str) -> Case:
-    """Sampling at the 1B shape."""
-    bandwidth = next((str(b) for d, b in BANDWIDTH.items() if d in device_name()), str(BANDWIDTH["H100"]))
+    """Returns the case of sampling at the 1B shape."""
     command = ["benchmarks/sampling.py", "--rounds", "3"]
-    full = ["--shape", "1b", "--device", "cuda", "--peak_bandwidth", bandwidth, *words]
+    full = ["--shape", "1b", "--device", "cuda", "--peak_bandwidth", bandwidth(), *words]
     return Case(name, [*command, *full], [*command, "--shape", "test", "--rows", "4"], sampling_row)
 
 
 def parts() -> dict[str, list[Case]]:
-    """Every part and its cases."""
+    """Returns every part and its cases."""
     options = ["-m", "pytest", "-p", "no:cacheprovider"]
     folders = [Case(f, [*options, "--device", "cuda", "-n", "12", f], [*options, f, "-x"], tests_row) for f in FOLDERS]
     places = ["benchmarks/placements.py"]
@@ -123,8 +121,13 @@ def parts() -> dict[str, list[Case]]:
     }  # fmt: skip
 
 
+def bandwidth() -> str:
+    """Returns the memory bandwidth of the GPU in GB/s; of one that is not listed, that of an H100."""
+    return next((str(speed) for name, speed in BANDWIDTH.items() if name in device_name()), str(BANDWIDTH["H100"]))
+
+
 def device_name() -> str:
-    """Of the GPU, or CPU."""
+    """Returns the name of the GPU, or CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
@@ -151,7 +154,7 @@ def run(case: Case, rehearse: bool, limit: float, log: Path | None) -> bool:
 
 
 def main() -> None:
-    """Run the chosen parts."""
+    """Runs the chosen parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=parts(), default=[])
     parser.add_argument("--case", nargs="+", help="only the cases with these names")

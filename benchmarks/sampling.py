@@ -38,7 +38,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measured(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, float, Tensor]:
-    """Seconds, CPU seconds of all threads, and the responses."""
+    """Draws, and returns seconds, CPU seconds of all threads, and the responses."""
     start, cpu = time.perf_counter(), time.process_time()
     responses = draw()
     torch.get_device_module(device).synchronize()
@@ -46,7 +46,7 @@ def measured(draw: Callable[[], Tensor], device: torch.device) -> tuple[float, f
 
 
 def compare(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """One regime: way -> its figures."""
+    """Measures one regime; returns way -> its figures."""
     device = torch.device(options.device)
     model: Any = load_causal_lm(str(folder / "policy"), dtype=PRECISIONS[options.precision]).to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(str(folder / "policy"))
@@ -85,7 +85,7 @@ def compare(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str
 
 
 def main() -> None:
-    """Measure both regimes."""
+    """Measures both regimes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rows", type=int, default=64)

@@ -231,3 +231,21 @@ def test_a_task_survives_the_command_line() -> None:
     record = part("throughput.record")
     task = record.Task("folder", data={"micro_batch_size": 2})
     assert record.Task(**json.loads(json.dumps(asdict(task)))) == task
+
+
+# -------------------------------------------------------------------------------------------------------- a GPU
+
+
+def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = part("gpu")
+    parts = gpu.parts()
+    assert list(parts) == ["tests", "ppo", "sampling", "trl", "placements"]
+    (case, *_) = parts["sampling"]
+    assert gpu.run(case, True, 120.0, tmp_path / "log")
+    row = capsys.readouterr().out
+    assert row.startswith(f"| {gpu.device_name()} | {case.name} | full, ours: ")
+    for way in ("full, graph", "full, generate", "early, ours"):
+        assert f"{way}: " in row
+    failing = case._replace(rehearsal=["-c", "raise SystemExit('no memory')"])
+    assert not gpu.run(failing, True, 120.0, None)
+    assert "no memory" in capsys.readouterr().out

@@ -30,12 +30,12 @@ def test_the_anchors_and_what_lies_between() -> None:
         (3e-6, 7 * 10**7),
     ],
 )
-def test_published_ones_are_usual(learning_rate: float, parameters: int) -> None:
+def test_what_is_usual(learning_rate: float, parameters: int) -> None:
     assert is_usual(learning_rate, parameters)
 
 
 @pytest.mark.parametrize(("learning_rate", "parameters"), [(3e-6, 260_000), (1e-3, 124_000_000), (1e-3, 10**9)])
-def test_others_are_not(learning_rate: float, parameters: int) -> None:
+def test_what_is_not(learning_rate: float, parameters: int) -> None:
     assert not is_usual(learning_rate, parameters)
 
 
