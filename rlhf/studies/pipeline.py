@@ -114,7 +114,7 @@ def pipeline(
             in `run_dir`, `model` and names of files.
         config_dir: folder of the files that sections name.
         redo: stages to run again, with all that is made from them; what they made before is moved aside.
-        check: train nothing; look at every setting and file, try one update of each stage, and write nothing.
+        check: train nothing; check every setting and file, try one update of each stage, and write nothing.
         overrides: section -> settings by dotted key; on a command line `--ppo.KEY VALUE`.
 
     Returns:
@@ -155,8 +155,8 @@ def run_stages(
         seed: seed of the data and of every training stage; it overrides the one in the config.
         arguments: further arguments for the command line of every training stage.
         redo: stages to run again.
-        base: the model that the first stage starts from, with which all stages are looked at first; None: they are not.
-        check: look, and try one update of each stage, instead of running them.
+        base: the model that the first stage starts from, with which all stages are checked first; None: no check.
+        check: check the stages, and try one update of each, instead of running them.
     """
     run, started = Path(run_dir), time.monotonic()
     with (
@@ -185,7 +185,7 @@ def run_stages(
 
 def _preflight(stages: Sequence[Stage], runner: Runner, base: str) -> None:
     """Refuses to start if anything is wrong with any stage."""
-    print("Looking at the settings and files of all stages ...", flush=True)
+    print("Checking the settings and files of all stages ...", flush=True)
     jobs = [(stage.name, runner.words(stage)) for stage in stages]
     stand_ins = {}
     for stage in stages:
@@ -195,7 +195,7 @@ def _preflight(stages: Sequence[Stage], runner: Runner, base: str) -> None:
         elif stage.command in (*TABLES, "synthesize") and not place.exists():
             stand_ins[str(place)] = ""
     if found := complaints(jobs, stand_ins):
-        head = f"{len(found)} things are wrong; nothing was started:" if len(found) > 1 else "nothing was started:"
+        head = f"{len(found)} problems; nothing was started:" if len(found) > 1 else "nothing was started:"
         raise UserError("\n  ".join([head, *found]))
 
 
