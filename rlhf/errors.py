@@ -1,6 +1,15 @@
-"""The error that a user is meant to read."""
+"""The error that a user is meant to read, and the numbers that settings may be: never NaN, never infinite."""
 
 from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and Lightning take
 
 
 class UserError(Exception):

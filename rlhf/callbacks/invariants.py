@@ -8,13 +8,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from pydantic import PositiveFloat
 from torch import Tensor, nn
 from typing_extensions import override
 
 from rlhf.callbacks.dropout import dropout_places
 from rlhf.callbacks.findings import Finding, tolerance
-from rlhf.errors import UserError
+from rlhf.errors import Positive, UserError
 from rlhf.ops.masking import masked_moments
 from rlhf.protocols import PPOStage, Stage, ppo_stage, rollout_data, stage, stage_data
 
@@ -109,7 +108,7 @@ class Invariants(Callback):
     finite: Severity = "error"
     finite_rewards: Severity = "error"
     once_per_epoch: Severity = "error"
-    highest_kl: PositiveFloat = 100.0
+    highest_kl: Positive = 100.0
 
     def __post_init__(self) -> None:
         self.findings: dict[str, Finding] = {}

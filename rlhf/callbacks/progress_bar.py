@@ -5,11 +5,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from pydantic import NonNegativeFloat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from rlhf.errors import NonNegative
 from rlhf.protocols import stage
 
 BAR_SECONDS = 0.2  # between two looks at the metrics where there is a terminal
@@ -22,7 +22,7 @@ class StageProgress(ProgressBar):
         every_seconds: how often to print a line where there is no terminal.
     """
 
-    def __init__(self, every_seconds: NonNegativeFloat = 15.0) -> None:
+    def __init__(self, every_seconds: NonNegative = 15.0) -> None:
         super().__init__()
         self.every_seconds = every_seconds
         self._enabled = True

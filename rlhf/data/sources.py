@@ -6,19 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, Features, Json
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from rlhf.data.readers import JSON, KINDS, parse_name, read_files
-from rlhf.errors import UserError
+from rlhf.errors import Fraction, UserError
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Schemas = dict[str, tuple[str, ...]]  # name of a schema -> the columns that its records need
 
 
@@ -48,7 +47,7 @@ class Source:
     revision: str | None = None
     field: str | None = None
     columns: dict[str, str] | None = None
-    part: tuple[Share, Share] | None = None
+    part: tuple[Fraction, Fraction] | None = None
     part_seed: int = 0
     limit: PositiveInt | None = None
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 
 from rlhf import files
 from rlhf.data.chat import refuse_conversations
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_demonstrations
+from rlhf.errors import Positive, Seed
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.hardware import best_device
@@ -39,9 +40,9 @@ def generate(
     data: Source,
     text: TextFormat = TextFormat(),
     response_length: PositiveInt = 53,
-    temperature: PositiveFloat = 0.01,
+    temperature: Positive = 0.01,
     batch_size: PositiveInt = 64,
-    seed: int = 1,
+    seed: Seed = 1,
     reward: str | None = None,
     eos_tokens: list[str] | None = None,
 ) -> pd.DataFrame:

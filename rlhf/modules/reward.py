@@ -11,11 +11,12 @@ from typing_extensions import override
 
 from rlhf.callbacks.accuracy_table import AccuracyTable
 from rlhf.data.loaders import host_masks
+from rlhf.errors import NonNegative
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import check_pad_in_embedding
-from rlhf.modules.settings import NonNegative, Optimization
+from rlhf.modules.settings import Optimization
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total, pairwise_losses
 from rlhf.ops.masking import masked_mean

@@ -1,15 +1,12 @@
 """Groups of settings, with the paper's values as defaults."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from rlhf.errors import Finite, Fraction, NonNegative, Positive
 from rlhf.ops.token_rewards import KLEstimator, MissingEOS, ScorePosition
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(title="model.optimization"))
@@ -76,7 +73,7 @@ class PPOSettings:
     kl_estimator: KLEstimator = "k1"
     kl_target: Positive | None = None
     kl_horizon: PositiveInt = 10_000
-    missing_eos_score: float | None = -1.0
+    missing_eos_score: Finite | None = -1.0
     missing_eos: MissingEOS = "replace"
     score_position: ScorePosition = "after_eos"
     whiten_rewards: bool = False
@@ -84,7 +81,7 @@ class PPOSettings:
     clip: Positive = 0.2
     value_clip: Positive | None = 0.2
     value_coefficient: NonNegative = 0.1
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: Finite = 0.0
     critic_warmup: NonNegativeInt = 0
     evaluation_temperature: Positive = 0.01
     cuda_graphs: bool = False

@@ -11,13 +11,14 @@ from typing_extensions import override
 
 from rlhf.callbacks.sample_table import SampleTable
 from rlhf.data.loaders import host_masks
+from rlhf.errors import Positive
 from rlhf.evaluation.rouge import rouge
 from rlhf.hardware import sent
 from rlhf.models.loading import check_language_model, checkpoint_activations, load_causal_lm
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.saving import save_pretrained
 from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids
-from rlhf.modules.settings import Optimization, Positive
+from rlhf.modules.settings import Optimization
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.losses import masked_total
 from rlhf.ops.masking import masked_mean

@@ -9,7 +9,7 @@ import pandas as pd
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from rlhf.errors import UserError
+from rlhf.errors import Fraction, UserError
 from rlhf.evaluation.tables import read_table
 
 SFT, PPO = "SFT", "PPO"  # labels of the policies that the paper compares
@@ -55,7 +55,7 @@ class Baseline:
 
     name: str
     parameters: PositiveInt
-    win_rate: Annotated[float, Field(ge=0, le=1)]
+    win_rate: Fraction
 
 
 def ordered(runs: Sequence[Run]) -> list[Run]:

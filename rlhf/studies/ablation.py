@@ -11,7 +11,7 @@ import pandas as pd
 from pydantic import Field, PositiveInt
 
 from rlhf import files
-from rlhf.errors import UserError
+from rlhf.errors import Seed, UserError
 from rlhf.evaluation.tables import write_table
 from rlhf.report.curve_files import read_curves
 from rlhf.report.page import markdown
@@ -35,7 +35,7 @@ of the responses sampled in training."""
 def ablate(
     stage: Stage,
     ablations: list[str],
-    seeds: Annotated[list[int], Field(min_length=1)],
+    seeds: Annotated[list[Seed], Field(min_length=1)],
     base: str = "runs/quickstart",
     run_dir: str = "runs/ablations",
     config_dir: str = "configs/ablations",

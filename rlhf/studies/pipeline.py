@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 
 from rlhf import files
 from rlhf.data.sources import Source
-from rlhf.errors import UserError
+from rlhf.errors import Fraction, Positive, Seed, UserError
 from rlhf.report.run_findings import all_findings
 from rlhf.studies.preflight import complaints
 from rlhf.studies.processes import stage_processes
@@ -43,7 +43,7 @@ def pipeline(
     demonstrations: str | Source | None = None,
     comparisons: str | Source | None = None,
     prompts: str | Source | None = None,
-    validation: float | None = None,
+    validation: Fraction | None = None,
     validation_seed: int = 0,
     reward_model: str | None = None,
     reward_function: str | None = None,
@@ -52,11 +52,11 @@ def pipeline(
     response_length: PositiveInt | None = None,
     pad_token: str | None = None,
     eos_tokens: list[str] | None = None,
-    learning_rate: PositiveFloat | Literal["auto"] | None = None,
+    learning_rate: Positive | Literal["auto"] | None = None,
     best: str | None = None,
     devices: int | str | None = None,
     trainer: dict[str, Any] | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     synthesize: dict[str, Any] | None = None,
     sft: dict[str, Any] | bool | None = None,
     reward: dict[str, Any] | bool | None = None,
@@ -140,7 +140,7 @@ def run_stages(
     stages: Sequence[Stage],
     run_dir: str,
     config_dir: str = ".",
-    seed: int | None = None,
+    seed: Seed | None = None,
     arguments: Sequence[str] = (),
     redo: Sequence[str] = (),
     base: str | None = None,

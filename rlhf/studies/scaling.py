@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from safetensors import safe_open
 
 from rlhf import files
-from rlhf.errors import UserError
+from rlhf.errors import Seed, UserError
 from rlhf.report.lengths import Unit
 from rlhf.report.report import report
 from rlhf.report.runs import STAGES, Baseline, Run
@@ -27,7 +27,7 @@ SHARED, BASE = "shared", "base"
 
 def scaling(
     sizes: Annotated[list[str], Field(min_length=1)],
-    seeds: Annotated[list[int], Field(min_length=1)],
+    seeds: Annotated[list[Seed], Field(min_length=1)],
     stages: list[Stage],
     policies: Annotated[dict[str, str], Field(min_length=1)],
     evaluation: dict[str, dict[str, Any]] | None = None,

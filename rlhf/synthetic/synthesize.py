@@ -7,12 +7,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from rlhf import files
 from rlhf.data.texts import TextFormat, one_leading_space
-from rlhf.errors import UserError
+from rlhf.errors import NonNegative, Seed, UserError
 from rlhf.models.loading import quiet
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.synthetic.domains import NEWS
@@ -65,8 +65,8 @@ class SmallModel:
 
 def synthesize(
     output: str,
-    seed: int = 1,
-    label_noise: NonNegativeFloat = 1.0,
+    seed: Seed = 1,
+    label_noise: NonNegative = 1.0,
     sizes: Sizes = Sizes(),
     model: SmallModel = SmallModel(),
     tokenizer: str | None = None,

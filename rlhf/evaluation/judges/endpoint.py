@@ -9,10 +9,10 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from typing_extensions import override
 
-from rlhf.errors import UserError
+from rlhf.errors import NonNegative, Positive, UserError
 from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Verdict
 
 TEMPLATE = """Below are a post and two summaries of it. Which summary is better? A good summary tells the points of \
@@ -84,15 +84,15 @@ class OpenAIJudge(AskingJudge):
         base_url: str | None = None,
         api_key_variable: str | None = "OPENAI_API_KEY",
         template: str = TEMPLATE,
-        temperature: float | None = 0.0,
-        max_tokens: int | None = 512,
+        temperature: NonNegative | None = 0.0,
+        max_tokens: PositiveInt | None = 512,
         request: dict[str, Any] | None = None,
         concurrency: PositiveInt = 8,
         attempts: PositiveInt = 3,
-        timeout: PositiveFloat = 60.0,
+        timeout: Positive = 60.0,
         retries: NonNegativeInt = 6,
-        prompt_price: float | None = None,
-        completion_price: float | None = None,
+        prompt_price: NonNegative | None = None,
+        completion_price: NonNegative | None = None,
     ) -> None:
         super().__init__(template, attempts)
         if (prompt_price is None) != (completion_price is None):
