@@ -9,7 +9,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy and Lightning take
+SEEDS = range(2**32)  # what numpy and Lightning take
+Seed = Annotated[int, Field(ge=0, lt=SEEDS.stop)]
 
 
 class UserError(Exception):

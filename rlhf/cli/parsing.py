@@ -1,13 +1,20 @@
 """Parses a command line, and puts what a user can fix into one sentence."""
 
 import errno
+import os
 import re
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.cli.values import check_values, import_class
 from rlhf.errors import UserError, causes, find_user_error
+
+_LARGEST_CONFIG = 2**20  # bytes
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -32,31 +39,114 @@ def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], d
     return others, found
 
 
-def parse(parser: Any, words: list[str]) -> Any:
+def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     """Parses a command line.
 
+    Args:
+        parser: a parser of jsonargparse.
+        words: the command line.
+        command: the parser of the subcommand, if there is one.
+
     Raises:
-        UserError: the parser refuses it.
+        UserError: the parser refuses it, or a value that it takes is none that can be used.
     """
     from jsonargparse import ArgumentError, get_loader, set_loader
     from yaml import YAMLError
 
     load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
-    # jsonargparse hands a typed `null` on to the settings of a class as the text None.
-    set_yaml(lambda text: None if text == "None" else load(text))
+    paths = [word.rpartition("=")[2] for word in words]
+    named = {os.path.abspath(path): path for path in paths if os.path.isfile(path)}
+    configs: list[str] = []  # that were read
+
+    def read(text: str) -> Any:
+        if text == "None":  # jsonargparse hands a typed `null` on to the settings of a class as this
+            return None
+        config = next((name for file, name in named.items() if _text_of(file) == text), None)
+        if config is None:
+            return load(text)
+        configs.append(config)
+        try:
+            check_keys(text)
+            return load(text)
+        except YAMLError as error:
+            raise UserError(f"config: {config} cannot be read: {' '.join(str(error).split())}.") from error
+
+    set_yaml(read)
     try:
-        return parser.parse_args(words)
+        with _whole_lists():
+            config = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
-        broken = next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None)
-        raise UserError(_not_utf8(broken, words) if broken else explain(error)) from error
+        if broken := next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None):
+            raise UserError(_not_utf8(broken, named.values())) from error
+        if "Unexpected config" in str(error):
+            raise UserError(f"config: {' '.join(configs[-1:]) or 'it'} holds no settings (key: value).") from error
+        raise UserError(with_hint(explain(error), error, command or parser)) from error
     finally:
         set_yaml(load)
+    check_values(config[config.subcommand] if "subcommand" in config else config)
+    return config
 
 
-def _not_utf8(error: UnicodeDecodeError, words: list[str]) -> str:
-    """Names the file of a command line that holds what cannot be decoded."""
-    files = [path for word in words if (path := Path(word.rpartition("=")[2])).is_file()]
-    name = next((str(path) for path in files if error.object in path.read_bytes()), "a file of the command line")
+def _text_of(path: str) -> str:
+    """Returns the text of a file that may be a config: it is not large."""
+    return Path(path).read_text(errors="replace") if os.path.getsize(path) < _LARGEST_CONFIG else ""
+
+
+def check_keys(text: str) -> None:
+    """Refuses a YAML text in which a key stands twice, of which a parser would take the last one without a word."""
+    import yaml
+
+    nodes = [yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):
+            first: dict[str, int] = {}
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in first:
+                    raise yaml.YAMLError(f"the key {name!r} stands in line {first[name]} and again in line {line}")
+                first[name] = line
+                nodes.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+
+
+@contextmanager
+def _whole_lists() -> Iterator[None]:
+    """Makes a list replace one that was given before, whose items jsonargparse would fill the new ones up from."""
+    from jsonargparse import _typehints
+
+    module: Any = _typehints
+    adapt = module.adapt_typehints
+
+    def adapt_whole(value: Any, *args: Any, **settings: Any) -> Any:
+        if isinstance(value, list) and not settings.get("append"):
+            settings["prev_val"] = None
+        return adapt(value, *args, **settings)
+
+    module.adapt_typehints = adapt_whole
+    try:
+        yield
+    finally:
+        module.adapt_typehints = adapt
+
+
+def with_hint(sentence: str, error: Exception, parser: Any) -> str:
+    """Adds the setting that an unknown one in a sentence is near to, if there is one."""
+    from jsonargparse import ArgumentParser
+
+    unknown = re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)", sentence)
+    if unknown is None:
+        return sentence
+    if classes := re.findall(r"given class_path '(.*?)'", "\n".join(map(str, causes(error)))):
+        parser = ArgumentParser()
+        parser.add_class_arguments(import_class(classes[-1]), fail_untyped=False)
+    near = get_close_matches(unknown[1], parser.get_defaults().keys(), 1)
+    return f"{sentence} Did you mean {near[0]}?" if near else sentence
+
+
+def _not_utf8(error: UnicodeDecodeError, named: Iterable[str]) -> str:
+    """Names the one of some files that holds what cannot be decoded."""
+    name = next((path for path in named if error.object in Path(path).read_bytes()), "a file")
     return (
         f"config: {name} is no text in UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}); is it a config?"
     )
@@ -70,7 +160,11 @@ def message_of(error: Exception) -> str | None:
         return f"{error}. Free some space; --ckpt_path last resumes a training run from its last checkpoint."
     if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
         return explain(error)
-    return str(error) if type(error).__name__ == "MisconfigurationException" else None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    lightnings = bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("lightning.")
+    if type(error).__name__ == "MisconfigurationException" or (isinstance(error, ValueError) and lightnings):
+        return f"trainer: {' '.join(str(error).split())}"
+    return None
 
 
 def explain(error: Exception) -> str:

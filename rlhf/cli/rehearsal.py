@@ -230,6 +230,9 @@ class Rehearsal:
             # The memory of a device is asked for when the stage begins, and updates of PPO are too many to count.
             if trainer is not None and (budget is None or (isinstance(budget, int) and ready and module.kind != "ppo")):
                 data.set_accumulation()
+        with self.collecting(name):
+            if trainer is not None:
+                module.check_schedule(trainer)
         if isinstance(data, RolloutDataModule) and isinstance(module, PPOModule):
             with self.collecting(name):
                 data.check_horizon()

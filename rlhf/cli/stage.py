@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 import rlhf
@@ -28,6 +29,7 @@ from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
 from rlhf.cli.parsing import parse
+from rlhf.cli.values import check_stage
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError, causes, find_user_error
 from rlhf.modules import StageModule
@@ -106,7 +108,9 @@ class StageCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parse(parser, list(args or sys.argv[1:]))
+        words = list(args or sys.argv[1:])
+        self.config = parse(parser, words, self._parser(words[0]))
+        check_stage(self.config[self.config.subcommand])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -135,6 +139,8 @@ class StageCLI(LightningCLI):
                 raise
             reason = " ".join(str([*causes(error)][-1]).split())  # of a library that is missing, or refuses
             raise UserError(f"trainer.logger: {reason}") from error
+        if self.subcommand == "fit":
+            self.model.check_schedule(self.trainer)
 
     def _find_checkpoint(self, settings: Any) -> None:
         """Replaces `last` by the path of the last checkpoint; refuses one that is missing or incomplete."""
@@ -179,7 +185,7 @@ class StageCLI(LightningCLI):
             given = [c for c in given if not isinstance(c, Invariants)]
         try:
             trainer = super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
-        except ValueError as error:  # Lightning raises it for settings that do not fit together
+        except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:  # a setting does not fit
             raise UserError(f"trainer: {error}") from error
         check_strategy(trainer)  # before any data is tokenised
         return trainer

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from typing_extensions import override
@@ -18,6 +18,7 @@ from rlhf.callbacks.curves import Curves
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.learning import Learning
+from rlhf.errors import UserError
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
@@ -68,6 +69,8 @@ class StageModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer)
+        if stage == "fit":
+            self.check_schedule(self.trainer)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
             bound_primitive_cache()
@@ -171,6 +174,15 @@ class StageModule(LightningModule):
     def learning_rate(self) -> float:
         """The current learning rate: the highest of all parameter groups, since one may be held at 0."""
         return max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+
+    def check_schedule(self, trainer: Trainer) -> None:
+        """Refuses a schedule that falls until the end of a training that has none."""
+        counted = self.schedule_interval == "step" and trainer.max_steps != -1
+        if self.optimization.schedule != "constant" and trainer.max_epochs == -1 and not counted:
+            raise UserError(
+                f"model.optimization.schedule is {self.optimization.schedule}, which needs a length: set "
+                "trainer.max_epochs, or the schedule to constant."
+            )
 
     def total_schedule_steps(self) -> int:
         """Returns how often the learning-rate schedule steps: once per optimizer step, or per PPO update."""

@@ -8,12 +8,13 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 import rlhf
 import rlhf.cli.main
+from rlhf.callbacks.export import Export
 from rlhf.cli.main import main
 from rlhf.cli.parsing import parse
 from rlhf.modules import StageModule
@@ -85,6 +86,54 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "trainer.callbacks.every_n_epochs is -1: it should be greater than or equal to 0.",
         ),
         (["--trainer.callbacks+=Nope"], "trainer.callbacks: there is no class Nope; give its import path."),
+        (
+            ["--trainer.callbacks+=Export", "--trainer.callbacks.every_n_epoch=1"],
+            "trainer.callbacks: rlhf.Export: Option 'every_n_epoch' is not accepted. Did you mean every_n_epochs?",
+        ),
+        (
+            ["--trainer.callbacks+=Export", "--trainer.callbacks.every_n_epochs=null"],
+            "trainer.callbacks.every_n_epochs is null: give it a value, or leave it out.",
+        ),
+        (["--data.batch_size=null"], "data.batch_size is null: give it a value, or leave it out."),
+        (["--model.k=null"], "model.k is null: give it a value, or leave it out."),
+        ([f"--data.batch_size={2**70}"], f"data.batch_size is {2**70}: it should be at most {2**63 - 1}."),
+        (
+            ["--data.train.pth=x"],
+            "data: rlhf.SFTDataModule: unrecognized arguments: --train.pth=x. Did you mean train.path?",
+        ),
+        (
+            ["--trainer.max_epoch=3"],
+            "unrecognized arguments: --trainer.max_epoch=3. Did you mean trainer.max_epochs?",
+        ),
+        (["--run_dir="], "run_dir is empty: give it a name."),
+        (["--run_dir=null"], "run_dir is null: give it a name."),
+        (["--seed_everything=-1"], "seed_everything is -1: it should be from 0 to 4294967295."),
+        ([f"--seed_everything={2**32}"], f"seed_everything is {2**32}: it should be from 0 to 4294967295."),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val is -1: it should be finite, and 0 or more."),
+        (["--trainer.gradient_clip_val=.inf"], "trainer.gradient_clip_val is inf: it should be finite, and 0 or more."),
+        (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch is 0: it should be above 0."),
+        (["--trainer.val_check_interval=.nan"], "trainer.val_check_interval is nan: it should be above 0."),
+        (["--trainer.log_every_n_steps=-1"], "trainer.log_every_n_steps is -1: it should be finite, and 0 or more."),
+        (["--trainer.max_epochs=-2"], "trainer.max_epochs is -2: it should be finite, and -1 or more."),
+        (
+            ["--trainer.max_time={hours: .nan}"],
+            "trainer: `Timer(duration='{hours: .nan}')` is not a valid duration. "
+            "Expected a string in the format DD:HH:MM:SS.",
+        ),
+        (["--trainer.max_time={hours: -1}"], "trainer.max_time.hours is -1: it should be finite, and 0 or more."),
+        (
+            ["--trainer.max_epochs=-1"],
+            "trainer.max_epochs: this would train without end; set it, trainer.max_steps or trainer.max_time.",
+        ),
+        (
+            ["--trainer.max_epochs=-1", "--trainer.max_time=00:01:00:00"],
+            "model.optimization.schedule is cosine, which needs a length: set trainer.max_epochs, or the schedule to "
+            "constant.",
+        ),
+        (
+            ["--trainer.accelerator=cpu", "--trainer.devices=-1"],
+            "trainer: `devices` selected with `CPUAccelerator` should be an int > 0.",
+        ),
     ],
 )
 def test_of_a_stage(
@@ -112,6 +161,7 @@ def test_of_a_stage(
         (["--texts=[{length: 0}]"], "text.length is 0: it should be greater than 0."),
         (["--texts=nowhere.yaml"], "texts: there is no file nowhere.yaml."),
         (["--nothing=1"], "unrecognized arguments: --nothing=1."),
+        (["--row=1"], "unrecognized arguments: --row=1. Did you mean rows?"),
     ],
 )
 def test_of_a_command(words: list[str], sentence: str, refused: Any) -> None:
@@ -132,6 +182,48 @@ def test_a_config_that_is_no_text(
     assert (
         refused(verb, *words) == f"config: {tmp_path / 'bad.yaml'} is no text in UTF-8 (byte {byte}); is it a config?"
     )
+
+
+@pytest.mark.parametrize("verb", ["command", "fit"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("rows: 1\nkind: a\nrows: 2\n", "cannot be read: the key 'rows' stands in line 1 and again in line 3."),
+        ("text: {length: 1, length: 2}", "cannot be read: the key 'length' stands in line 1 and again in line 1."),
+        ("PK\x03", "cannot be read: unacceptable character #x0003"),
+        ("rows: [1", "cannot be read: while parsing a flow sequence"),
+        ("", "holds no settings (key: value)."),
+        ("- rows", "holds no settings (key: value)."),
+    ],
+)
+def test_a_config_that_is_none(verb: str, content: str, problem: str, refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text("{}")
+    (tmp_path / "bad.yaml").write_text(content)
+    sentence = refused(verb, f"--config={tmp_path / 'good.yaml'}", f"--config={tmp_path / 'bad.yaml'}")
+    assert sentence.startswith(f"config: {tmp_path / 'bad.yaml'} {problem}")
+
+
+@pytest.mark.parametrize("form", ["--texts=[{{length: 3}}]", "--texts={}.yaml", "--config={}_too.yaml"])
+def test_a_list_replaces_a_list(form: str, tmp_path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_function_arguments(command, sub_configs=True)
+    (tmp_path / "before.yaml").write_text("texts: [{length: 2, share: 0.5}]")
+    (tmp_path / "list.yaml").write_text("[{length: 3}]")
+    (tmp_path / "list_too.yaml").write_text("texts: [{length: 3}]")
+    words = [f"--config={tmp_path / 'before.yaml'}", form.format(tmp_path / "list")]
+    (text,) = parse(parser, words).texts
+    assert (text.length, text.share) == (3, 1.0)
+
+
+def test_an_appended_callback_leaves_the_others(tmp_path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Export])
+    words = ["--callbacks=[{class_path: rlhf.Export, init_args: {every_n_epochs: 3}}]"]
+    words += ["--callbacks+=rlhf.Export", "--callbacks.best=validation/score"]
+    first, second = parse(parser, words).callbacks
+    assert (first.init_args.every_n_epochs, first.init_args.best) == (3, None)
+    assert (second.init_args.every_n_epochs, second.init_args.best) == (0, "validation/score")
 
 
 def test_constraints_reach_the_parser() -> None:
