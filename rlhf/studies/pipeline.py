@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import pandas as pd
 from pydantic import PositiveInt
@@ -14,8 +14,8 @@ from rlhf.errors import Fraction, Positive, Seed, UserError
 from rlhf.report.run_findings import all_findings
 from rlhf.studies.preflight import complaints
 from rlhf.studies.processes import stage_processes
-from rlhf.studies.recipe import Recipe, Settings, Shared
-from rlhf.studies.runner import TABLES, Runner, Stage
+from rlhf.studies.recipe import Recipe, Shared
+from rlhf.studies.runner import TABLES, Runner, Settings, Stage
 from rlhf.studies.trial import try_stages
 
 
@@ -47,23 +47,23 @@ def pipeline(
     validation_seed: int = 0,
     reward_model: str | None = None,
     reward_function: str | None = None,
-    judge: str | dict[str, Any] | None = None,
-    text: dict[str, Any] | None = None,
+    judge: str | Settings | None = None,
+    text: Settings | None = None,
     response_length: PositiveInt | None = None,
     pad_token: str | None = None,
     eos_tokens: list[str] | None = None,
     learning_rate: Positive | Literal["auto"] | None = None,
     best: str | None = None,
     devices: int | str | None = None,
-    trainer: dict[str, Any] | None = None,
+    trainer: Settings | None = None,
     seed: Seed | None = None,
-    synthesize: dict[str, Any] | None = None,
-    sft: dict[str, Any] | bool | None = None,
-    reward: dict[str, Any] | bool | None = None,
-    ppo: dict[str, Any] | bool | None = None,
-    generate: dict[str, Any] | None = None,
-    margins: dict[str, Any] | bool | None = None,
-    report: dict[str, Any] | None = None,
+    synthesize: Settings | None = None,
+    sft: Settings | bool | None = None,
+    reward: Settings | bool | None = None,
+    ppo: Settings | bool | None = None,
+    generate: Settings | None = None,
+    margins: Settings | bool | None = None,
+    report: Settings | None = None,
     size: str | None = None,
     config_dir: str = ".",
     redo: list[str] | None = None,

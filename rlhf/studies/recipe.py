@@ -10,9 +10,8 @@ from typing import Any, Literal
 from rlhf.data.readers import parse_name
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
-from rlhf.studies.runner import Stage
+from rlhf.studies.runner import Settings, Stage
 
-Settings = dict[str, Any]  # nested, as in a YAML file; or of a stage: dotted key -> value
 TRAINED = {  # stage -> its module and its DataModule
     "sft": ("SFTModule", "SFTDataModule"),
     "reward": ("RewardModule", "PreferenceDataModule"),

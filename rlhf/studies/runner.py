@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from typing_extensions import Self
 
@@ -28,6 +28,11 @@ TABLES = ("generate", "judge", "margins")  # the product of such a stage is one 
 TABLE_SUFFIX = ".parquet"
 SEED = {"fit": "seed_everything", "synthesize": "seed"}
 PATIENCE = 60.0  # seconds that the stage of a pipeline that was killed may need to save
+if TYPE_CHECKING:
+    Setting = Any
+else:  # as it is typed: with Any, jsonargparse would make an object of everything that has a `class_path`
+    Setting = bool | int | float | str | list | dict | None
+Settings = dict[str, Setting]  # nested, as in a YAML file; or of a stage: dotted key -> value
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class Stage:
     name: str
     command: Literal["fit", "synthesize", "generate", "judge", "margins", "report"] = "fit"
     config: str | list[str] | None = None
-    takes: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    takes: Settings = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
 
     @property
     def configs(self) -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, PositiveInt
 from safetensors import safe_open
@@ -20,7 +20,7 @@ from rlhf.report.lengths import Unit
 from rlhf.report.report import report
 from rlhf.report.runs import STAGES, Baseline, Run
 from rlhf.studies.recipe import evaluation_stages
-from rlhf.studies.runner import Runner, Stage, filled, run_jobs
+from rlhf.studies.runner import Runner, Settings, Stage, filled, run_jobs
 
 SHARED, BASE = "shared", "base"
 
@@ -30,7 +30,7 @@ def scaling(
     seeds: Annotated[list[Seed], Field(min_length=1)],
     stages: list[Stage],
     policies: Annotated[dict[str, str], Field(min_length=1)],
-    evaluation: dict[str, dict[str, Any]] | None = None,
+    evaluation: dict[str, Settings] | None = None,
     checkpoints: list[Stage] | None = None,
     shared: list[Stage] | None = None,
     base: list[Stage] | None = None,
@@ -72,7 +72,9 @@ def scaling(
     """
     stages = [*stages, *(evaluation_stages(evaluation) if evaluation else [])]
     shared, base, checkpoints = shared or [], base or [], checkpoints or []
-    for setting, values in ("sizes", sizes), ("seeds", seeds):
+    groups = {"stages": [*stages, *checkpoints], "shared": shared, "base": base}
+    names = {group: [stage.name for stage in of] for group, of in groups.items()}
+    for setting, values in {"sizes": sizes, "seeds": map(str, seeds), **names}.items():
         if twice := [value for value, count in Counter(values).items() if count > 1]:
             raise UserError(f"{setting}: {twice[0]} is there more than once.")
     for size in sizes:

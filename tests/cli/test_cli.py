@@ -175,13 +175,15 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.batch_size=5"], "data.batch_size 5 does not divide"),
         (["--trainer.accumulate_grad_batches=3"], "trainer.accumulate_grad_batches"),
         (["--run_dir=/proc/nowhere"], "run_dir"),
+        (["--trainer.val_check_interval=99", "--data.validation.path={train}"], "trainer: `val_check_interval` (99)"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_bad_input_gets_one_sentence(
     sft_words: list[str], words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sentence in refusal([*sft_words, *words], capsys)
+    train = next(word for word in sft_words if word.startswith("--data.train.path=")).partition("=")[2]
+    assert sentence in refusal([*sft_words, *(word.replace("{train}", train) for word in words)], capsys)
 
 
 def test_a_run_is_never_overwritten(sft_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

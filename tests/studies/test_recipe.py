@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.cli.main import parsed
 from rlhf.cli.parsing import split_words
 from rlhf.errors import UserError
+from rlhf.studies.pipeline import pipeline
 from rlhf.studies.recipe import SECTIONS, Recipe, Shared
 from rlhf.studies.runner import Runner
 
@@ -160,3 +163,13 @@ def test_settings_of_stages_are_taken_out_of_a_command_line() -> None:
     assert found == {"ppo": {"model.ppo.kl_coefficient": "0.1"}, "sft": {"trainer.max_epochs": "2"}}
     with pytest.raises(UserError, match=r"--ppo\.data\.batch_size needs a value"):
         split_words(["--ppo.data.batch_size"], SECTIONS)
+
+
+def test_a_class_in_the_settings_of_a_stage_stays_a_setting(tmp_path: Path) -> None:
+    callbacks = [{"class_path": "rlhf.callbacks.last_checkpoint.LastCheckpoint", "init_args": {"every_n_steps": 3}}]
+    given = json.dumps({"trainer": {"callbacks": callbacks}})
+    parser, config = parsed(pipeline, ["--model=m", f"--sft={given}", '--text={"prompt": "{a}: {b}"}'])
+    made = parser.instantiate(config)
+    found = words(tmp_path, BOTH | {"text": made.text}, sft=made.sft)
+    assert f"--trainer.callbacks={json.dumps(callbacks)}" in found["sft"]
+    assert "--data.text.prompt={a}: {b}" in found["sft"]

@@ -265,6 +265,12 @@ def test_a_study_without_exports_on_the_way_says_so(
         (["--sizes=[../tiny]"], "sizes: '../tiny' cannot be the name of a folder"),
         (["--seeds=[]"], "seeds is []: it should have at least 1 item"),
         (["--seeds=[1, 1]"], "seeds: 1 is there more than once."),
+        (["--shared=[{name: data}, {name: data}]"], "shared: data is there more than once."),
+        (
+            ['--checkpoints=[{name: sft, takes: {model: "{run}/ppo/export-{update}"}}]'],
+            "stages: sft is there more",
+        ),
+        ([f"--seeds=[{2**32}]"], f"seeds.0 is {2**32}: it should be less than 4294967296"),
         (["--processes=0"], "processes is 0: it should be greater than 0."),
         (["--policies={}"], "policies is {}: it should have at least 1 item"),
         (["--policies={SFT: sft}"], "policies.SFT: no stage 'sft' judges"),
