@@ -60,6 +60,13 @@ def split_file(folder: Path) -> Source:
     return Source(str(folder), split="validation")
 
 
+def split_file_beside_others(folder: Path) -> Source:
+    for name in ("train_old", "trainer", "train.old"):
+        dataset(ROWS[:1]).to_json(folder / f"{name}.jsonl")
+    dataset().to_json(folder / "train.jsonl")
+    return Source(str(folder))
+
+
 def split_shards(folder: Path) -> Source:
     dataset(ROWS[:1]).to_json(folder / "validation.jsonl")
     dataset(ROWS[:3]).to_parquet(folder / "train-00000-of-00002.parquet")
@@ -98,8 +105,8 @@ def saved_dict(folder: Path) -> Source:
 
 
 KINDS_OF_SOURCE = [
-    jsonl, json_file, wrapped, parquet, csv, tsv, split_file, split_shards, data_folder, folder_of_a_configuration,
-    folder_of_a_split, saved_dataset, saved_dict,
+    jsonl, json_file, wrapped, parquet, csv, tsv, split_file, split_file_beside_others, split_shards, data_folder,
+    folder_of_a_configuration, folder_of_a_split, saved_dataset, saved_dict,
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from rlhf.data.texts import (
     BadRecordError,
     TextFormat,
     UnfittableError,
+    border,
     join_response,
     one_leading_space,
     plain_query,
@@ -104,6 +106,14 @@ def test_one_character_too_many_costs_one_character(tokenizer: Any) -> None:
     assert fitted(tokenizer, post, count(tokenizer, query_of(post)) - 1) == query_of(post[:-1])
 
 
+@pytest.mark.parametrize("tokens", range(1, 33))
+def test_characters_of_several_tokens_are_not_cut_too_far(tokenizer: Any, tokens: int) -> None:
+    post = "🎉" * 20
+    assert count(tokenizer, post) == 80
+    kept = post[: len(post) - math.ceil(tokens / 4)]
+    assert fitted(tokenizer, post, count(tokenizer, query_of(post)) - tokens) == query_of(kept)
+
+
 def test_the_default_maximum_is_512_tokens(tokenizer: Any) -> None:
     post = "~" * (520 - count(tokenizer, query_of("")))
     text, ids = tldr_query(RECORD | {"post": post}, tokenizer, TextFormat())
@@ -163,6 +173,22 @@ def test_query_and_response_are_tokenised_as_one_text(tokenizer: Any) -> None:
     assert 0 < start < len(query_ids)
 
 
+@pytest.mark.parametrize(
+    ("ids", "query_ids", "start"),
+    [
+        ([1, 2, 3, 4], [1, 2], 2),
+        ([1, 9, 4], [1, 2], 1),  # one token reaches into the response
+        ([1, 9, 4, 5], [1, 2, 3], 1),  # it has taken in two tokens of the query
+        ([9, 4], [1, 2, 3], 0),
+        ([1, 2], [1, 2, 3], 2),  # the query alone has more tokens
+    ],
+)
+def test_what_is_not_of_the_query_alone_belongs_to_the_response(
+    ids: list[int], query_ids: list[int], start: int
+) -> None:
+    assert border(ids, query_ids) == start
+
+
 @pytest.mark.parametrize(("spare", "truncated"), [(1, False), (0, False), (-1, True), (-3, True)])
 def test_a_response_beyond_its_maximum_loses_its_end_and_eos(tokenizer: Any, spare: int, truncated: bool) -> None:
     query, response = "POST: a\n\nTL;DR:", " one response of some words"
@@ -173,6 +199,14 @@ def test_a_response_beyond_its_maximum_loses_its_end_and_eos(tokenizer: Any, spa
     assert len(ids) == min(length, length + spare)
     assert (ids[-1] == tokenizer.eos_token_id) is not truncated
     assert (" one response of some words" + EOS).startswith(tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("long", [0, 1, 2])
+def test_a_pair_is_truncated_if_one_of_its_sides_is(tokenizer: Any, long: int) -> None:
+    sides = [" one", " two", " three"]
+    sides[long] += " and a good many words that are too much"
+    pair = {"prompt": "A:", "chosen": sides[0], "rejected": sides[1]}
+    assert comparison(pair, tokenizer, TextFormat(max_response_length=8), "pair")["truncated"] is (long < 2)
 
 
 def test_summaries_of_articles_may_be_longer(tokenizer: Any, pairs: list[dict[str, Any]]) -> None:

@@ -121,6 +121,13 @@ def test_a_budget_is_estimated_as_so_many_of_the_longest_rows() -> None:
         assert token_budget.workload(trainer, module, data).micro_batch == 1
 
 
+@pytest.mark.parametrize(("rollout", "evaluation"), [(3, 7), (7, 3), (0, 7)])
+def test_the_larger_batch_of_rollout_and_evaluation_counts(rollout: int, evaluation: int) -> None:
+    trainer, module, data = run("ppo")
+    data.rollout_batch_size, data.eval_batch_size = rollout, evaluation
+    assert token_budget.workload(trainer, module, data).inference_batch == 7
+
+
 def test_a_run_takes_what_fits(model_path: str, trainer: Make, sft_data: Make, memory: Callable[[float], None]) -> None:
     """All examples of a step at once where there is room; the same weights where there is not."""
     weights, parts = [], []

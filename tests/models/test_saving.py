@@ -25,6 +25,7 @@ from rlhf.models.tokenizers import eos_ids, load_tokenizer
 def test_export_loads_in_plain_transformers(sharp_path: str, tokenizer: Any, tmp_path: Path) -> None:
     policy = load_causal_lm(sharp_path)
     policy.config.pad_token_id = policy.generation_config.pad_token_id = None
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id + 5  # of another tokenizer
     save_pretrained(policy, tokenizer, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])

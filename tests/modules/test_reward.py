@@ -77,7 +77,7 @@ def test_accuracy_is_over_all_pairs_of_a_split(model_path: str, trainer: Make, p
 def test_export_is_centred_and_loads_in_plain_transformers(
     model_path: str, trainer: Make, preference_data: Make, tmp_path: Path
 ) -> None:
-    data = preference_data()
+    data = preference_data(eval_batch_size=5)  # several batches of demonstrations
     trained(model_path, trainer, data, callbacks=[Export()])
     folder = tmp_path / "run" / "export"
     ours = ScalarModel.from_pretrained(str(folder), "model")
