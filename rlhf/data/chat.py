@@ -152,7 +152,7 @@ def _no_eos(tokenizer: PreTrainedTokenizerBase, turn: str) -> UserError:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: bool = False) -> str:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     if not tokenizer.chat_template:
         raise UserError(
@@ -164,6 +164,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: bool
     known = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
         text = tokenizer.apply_chat_template(known, tokenize=False, add_generation_prompt=answer)
+    except TemplateSyntaxError as error:
+        raise UserError(f"data.text.chat_template is broken in its line {error.lineno}: {error.message}") from error
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise BadRecordError(f"the chat template refuses the conversation ({error})") from error
     return str(text)

@@ -218,6 +218,12 @@ def test_special_tokens_in_messages_are_left_out_or_let_in(chat: Any, load: Load
     assert load(bad, special_tokens="control")[0]["query_ids"].count(chat.eos_token_id) == 2
 
 
+def test_a_broken_template_is_refused_once(chat: Any, load: Load) -> None:
+    chat.chat_template = "{{ bos_token }}\n{% for message in messages %}"
+    with pytest.raises(UserError, match=r"data\.text\.chat_template is broken in its line 2: Unexpected end"):
+        load({"messages": SUM}, {"messages": SUM})
+
+
 def test_what_a_template_refuses_is_counted_with_its_reason(chat: Any, load: Load) -> None:
     chat.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('No system role.') }}{% endif %}" + chat.chat_template
