@@ -217,12 +217,12 @@ def test_files_of_the_users_own_are_never_moved(tmp_path: Path, capsys: pytest.C
     folder.mkdir()
     for name in (files.CONFIG, "sft.jsonl"):
         (folder / name).write_text("mine")
-    with pytest.raises(UserError, match=r"has a config.yaml that is of no run"), files.claimed(str(folder), False):
+    with pytest.raises(UserError, match=r"has a config.yaml that is of no run"), files.claimed(folder, False):
         pass
     (folder / files.CONFIG).unlink()
-    with files.claimed(str(folder), False):  # a run that writes its config, and fails
+    with files.claimed(folder, False):  # a run that writes its config, and fails
         (folder / files.CONFIG).write_text("of the run")
-    with files.claimed(str(folder), False):
+    with files.claimed(folder, False):
         assert not (folder / files.CONFIG).exists()
     assert (folder / "sft.jsonl").read_text() == "mine"
     assert f"is now in {folder}.1" in capsys.readouterr().out
@@ -233,6 +233,6 @@ def test_the_folder_of_this_process_can_be_a_run(tmp_path: Path, monkeypatch: py
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for _ in range(2):
-        with files.claimed(".", False):
+        with files.claimed(Path(), False):
             Path(files.CONFIG).write_text("of the run")
     assert (tmp_path / "here.1" / files.CONFIG).is_file()

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+PREDICTIONS = "predictions"
+
 
 class PredictionFile(BasePredictionWriter):
     """Writes the rows of every batch to `<run folder>/predictions-<rank>.jsonl`."""
@@ -18,7 +20,7 @@ class PredictionFile(BasePredictionWriter):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._file = Path(trainer.default_root_dir) / f"predictions-{trainer.global_rank}.jsonl"
+        self._file = Path(trainer.default_root_dir) / f"{PREDICTIONS}-{trainer.global_rank}.jsonl"
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text("")
 

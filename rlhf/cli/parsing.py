@@ -1,13 +1,12 @@
 """Parses a command line, and puts what a user can fix into one sentence."""
 
-import errno
 import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError, causes, find_user_error
+from rlhf.errors import UserError, causes, find_user_error, full_disk
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -66,8 +65,8 @@ def message_of(error: Exception) -> str | None:
     """Returns the message of an error that the user can fix; None for any other error."""
     if known := find_user_error(error):
         return str(known)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Free some space; --ckpt_path last resumes a training run from its last checkpoint."
+    if full := full_disk(error):
+        return f"{full}. Free some space; the same command goes on, a training run with --ckpt_path last."
     if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
         return explain(error)
     return str(error) if type(error).__name__ == "MisconfigurationException" else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from rlhf.callbacks import unless_given
+from rlhf.callbacks.checkpoint_io import check_savable
 from rlhf.callbacks.curves import Curves
 from rlhf.callbacks.dropout import DisableDropout
 from rlhf.callbacks.invariants import Invariants
@@ -231,6 +232,7 @@ class StageModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_savable(self.trainer, self)
         checkpoint[EPOCH_MEANS] = self.epoch_means.state()
 
     @override

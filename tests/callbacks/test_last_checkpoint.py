@@ -253,7 +253,10 @@ def test_a_disk_that_is_full_for_the_curves_too_ends_the_run_with_a_sentence(
     with pytest.raises(SystemExit) as stop:
         main(["fit"])
     assert stop.value.code == 2
-    assert "No space left on device. Free some space; --ckpt_path last resumes" in capsys.readouterr().err
+    assert (
+        "No space left on device. Free some space; the same command goes on, a training run with --ckpt_path last"
+        in capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
