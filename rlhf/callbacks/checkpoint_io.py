@@ -68,7 +68,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with files.replacing(Path(path)) as partial:
                 with partial.open("wb") as file:
                     torch.save(checkpoint, file)
-                files.sync(partial)
                 verify(partial)
         except (OSError, RuntimeError) as error:
             raise _os_error(error) from error

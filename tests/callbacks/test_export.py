@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from rlhf.callbacks.export import Export
 from rlhf.errors import UserError
-from rlhf.files import is_complete, previous_path
+from rlhf.files import LOCK, is_complete, owned, previous_path
 from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,6 +79,26 @@ def test_a_full_disk_of_another_process_ends_this_one_too(trainer: Any, tmp_path
     trainer.is_global_zero = False
     with pytest.raises(UserError, match="could not be written: see what the first process says"):
         Export.export(trainer, Module(failed_elsewhere=True), "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_weights_that_are_not_finite_on_any_process_are_not_exported(trainer: Any, tmp_path: Path, here: bool) -> None:
+    module = Module()
+    weights = torch.tensor([0.0, float("inf")]) if here else torch.zeros(2)
+    module.parameters = lambda: iter([weights])  # type: ignore[method-assign]
+    module.reduce_max = lambda x: x + (not here)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="weights are not finite after step 12" if here else "Another process has"):
+        Export.export(trainer, module, "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_run_whose_folder_is_anothers_by_now_writes_nothing_there(trainer: Any, tmp_path: Path) -> None:
+    with owned(tmp_path):
+        (tmp_path / LOCK).rename(tmp_path / "old")
+        (tmp_path / LOCK).touch()
+        with pytest.raises(UserError, match=f"run_dir: {tmp_path} was deleted, and is another run's by now"):
+            Export.export(trainer, Module(), "export")
     assert not (tmp_path / "export").exists()
 
 
