@@ -4,6 +4,8 @@ import errno
 import os
 from collections.abc import Iterator
 
+ROOM = "Free some space"  # what all messages about a full disk say
+
 
 class UserError(Exception):
     """A setting, file or record is wrong; the message says what, where, and what to do.

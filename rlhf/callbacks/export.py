@@ -15,7 +15,7 @@ from typing_extensions import override
 import rlhf
 from rlhf import files
 from rlhf.callbacks.checkpoint_io import check_savable, failed_anywhere, find_last
-from rlhf.errors import UserError
+from rlhf.errors import ROOM, UserError
 from rlhf.protocols import Stage, stage
 from rlhf.strategies import full_precision
 
@@ -121,7 +121,7 @@ class Export(Callback):
             last = find_last(Path(trainer.default_root_dir) / files.CHECKPOINTS)
             how = f"the checkpoint {last} is intact, and --ckpt_path last writes the export again" if last else "rerun"
             why = str(error).splitlines()[0] if error is not None else "see what the first process says"
-            raise UserError(f"The export {final} could not be written: {why}. Make room; {how}.") from error
+            raise UserError(f"The export {final} could not be written: {why}. {ROOM}; {how}.") from error
         return final
 
 

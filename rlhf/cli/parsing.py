@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError, causes, find_user_error, full_disk
+from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -63,10 +63,11 @@ def _not_utf8(error: UnicodeDecodeError, words: list[str]) -> str:
 
 def message_of(error: Exception) -> str | None:
     """Returns the message of an error that the user can fix; None for any other error."""
-    if known := find_user_error(error):
+    known, full = find_user_error(error), full_disk(error)
+    if full and ROOM not in str(known):
+        return f"{known or f'{full}.'} {ROOM}; the same command goes on, a training run with --ckpt_path last."
+    if known:
         return str(known)
-    if full := full_disk(error):
-        return f"{full}. Free some space; the same command goes on, a training run with --ckpt_path last."
     if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
         return explain(error)
     return str(error) if type(error).__name__ == "MisconfigurationException" else None

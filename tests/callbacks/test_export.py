@@ -68,7 +68,9 @@ def test_a_full_disk_leaves_the_old_export_and_is_said_in_one_sentence(
     trainer: Any, tmp_path: Path, error: Exception
 ) -> None:
     Export.export(trainer, Module("old"), "export")
-    message = rf"The export {tmp_path}/export could not be written: .*No space left\. Make room; the checkpoint .* is "
+    message = (
+        rf"The export {tmp_path}/export could not be written: .*No space left\. Free some space; the checkpoint .* is "
+    )
     with pytest.raises(UserError, match=message + "intact, and --ckpt_path last writes the export again"):
         Export.export(trainer, Module(error=error), "export")
     assert text_of(tmp_path / "export") == "old"
