@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from rlhf.callbacks.export import Export
+from rlhf.callbacks.export import Export, write_export
 from rlhf.errors import UserError
 from rlhf.files import LOCK, is_complete, owned, previous_path
+from rlhf.models.loading import load_causal_lm
 from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parent.parent.parent
@@ -153,6 +155,27 @@ def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_expor
     assert not (run / "export").exists()
     assert driver([*words, "--ckpt_path=last"], 2, log) == [0, 0], log.read_text()[-3000:]
     assert is_complete(run / "export")
+
+
+def test_one_bit_in_the_weights_of_an_export_is_found_when_they_are_loaded(model_path: str, tmp_path: Path) -> None:
+    class PPO(Module):
+        def save_export(self, folder: Path) -> None:
+            for place in (folder, folder / "critic"):
+                shutil.copytree(model_path, place, dirs_exist_ok=True)
+
+    export = tmp_path / "export"
+    write_export(PPO(), export)  # type: ignore[arg-type]
+    for folder in (export, export / "critic"):
+        file = folder / "model.safetensors"
+        whole = file.read_bytes()
+        load_causal_lm(str(folder), "model")
+        file.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+        with pytest.raises(UserError, match=f"^model: {file} is damaged: .* delete checksums from {export}/rlhf.json"):
+            load_causal_lm(str(folder), "model")
+    manifest = json.loads((export / "rlhf.json").read_text())
+    del manifest["checksums"]
+    (export / "rlhf.json").write_text(json.dumps(manifest))
+    load_causal_lm(str(export), "model")
 
 
 def test_manifest(trainer: Any, tmp_path: Path) -> None:

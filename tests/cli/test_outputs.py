@@ -22,6 +22,8 @@ OUTPUTS = {  # command -> what it writes
     "synthesize": "data", "export": "exported", "predict": "sft/predictions",
 }  # fmt: skip
 
+SIZES = [f"--sizes.{name}=40" for name in ("pretraining", "train", "validation", "comparisons")]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,7 +58,7 @@ def words(folder: Path, model_path: str) -> dict[str, list[str]]:
         ],
         "judge": [*judged, f"--output={folder}/new-judged.csv"],
         "report": ["report", f"--runs={json.dumps([run])}", f"--output={folder}/page"],
-        "synthesize": ["synthesize", f"--output={folder}/data", "--sizes.pretraining=50"],
+        "synthesize": ["synthesize", f"--output={folder}/data", *SIZES],
         "export": ["export", f"--checkpoint={folder}/sft/checkpoints/last.ckpt", f"--output={folder}/exported"],
         "predict": ["predict", *stage],
     }
