@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +36,9 @@ def fitted(model_path: str, reward_path: str, trainer: Make, rollout_data: Make,
     def fitted(kind: type[PPOModule], **settings: Any) -> tuple[Any, dict[str, Any]]:
         module, data = kind(model_path, reward_path, ppo=SETTINGS), rollout_data()
         trainer(limit_val_batches=0, **settings).fit(module, data)
-        return module, {**batch_of(data, "train", [0, 1, 2, 3]), "chunk": 4}
+        module.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
+        batch = move_data_to_device(batch_of(data, "train", [0, 1, 2, 3]), module.device)
+        return module, {**batch, "chunk": 4}
 
     return fitted
 
