@@ -122,7 +122,7 @@ def test_a_rollout_does_not_depend_on_its_groups(fitted: Make, batch_of: Make, c
     """Responses token by token, everything else to rounding. No draw of this update is within 1e-5 of another token."""
     module, batch = fitted(EndsEarly)
     data: Any = module.trainer.datamodule
-    batch = batch_of(data, "train", list(range(16)))
+    batch = move_data_to_device(batch_of(data, "train", list(range(16))), module.device)
     alike, other = (module.rollout({**batch, "chunk": c}, 3) for c in (chunk, 2))
     assert alike.lengths.unique().numel() > 3
     for name in Rollout.__annotations__:
