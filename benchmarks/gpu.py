@@ -113,7 +113,7 @@ def parts() -> dict[str, list[Case]]:
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
         "trl": [
             update("64 episodes", "--ppo", GRAPHS, sides="ours trl", updates=2),
-            update("512 episodes, ours in micro-batches of 32", "--ppo", GRAPHS, batch=512, rows=32, sides="ours trl", updates=1),
+            update("512 episodes, 32 rows for us", "--ppo", GRAPHS, batch=512, rows=32, sides="ours trl", updates=1),
         ],
         "placements": [
             Case(

@@ -160,7 +160,7 @@ def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(
     monkeypatch.setattr(ScalarModel, "score", lambda self, *args: scored.append(args[0].numel()) or score(self, *args))
     module.__class__ = Spy
     module.sampled, module.called = [], []
-    batch = batch_of(module.trainer.datamodule, "train", list(range(16)))
+    batch = move_data_to_device(batch_of(module.trainer.datamodule, "train", list(range(16))), module.device)
     module.rollout({**batch, "chunk": chunk}, 0)
     limit = chunk * (batch["queries"].shape[1] + SETTINGS.response_length)
     assert max(module.sampled) <= limit
