@@ -51,16 +51,17 @@ def claimed(folder: Path, resuming: bool) -> Iterator[None]:
     those of this run.
 
     Raises:
-        UserError: another process owns the folder, it holds a run and this one is new, or there is nothing to resume
-            in it, but an export.
+        UserError: another process owns the folder, it holds a run and this one is new, or an export but no checkpoint.
     """
     ours = (folder / OWNER).exists()  # a command of this program wrote there before
     with owned(folder):
-        if not holds_run(folder):
+        exports = [path.name for path in _exports(folder)]
+        unfinished = resuming and not {EXPORT, previous_path(Path(EXPORT)).name} & {*exports}
+        if not holds_run(folder) or (unfinished and (folder / CONFIG).exists() and not has_checkpoint(folder)):
             if (folder / CONFIG).exists():
                 if not ours:
                     raise UserError(f"run_dir: {folder} has a {CONFIG} that is of no run; choose another folder.")
-                left = set_aside(folder, (CONFIG, CURVES, FINDINGS, TENSORBOARD, CHECKPOINTS))
+                left = set_aside(folder, (CONFIG, CURVES, FINDINGS, TENSORBOARD, CHECKPOINTS, *exports))
                 print(f"{folder} has no checkpoint yet; what an earlier try left there is now in {left}.")
         elif not resuming:
             raise UserError(
@@ -69,7 +70,7 @@ def claimed(folder: Path, resuming: bool) -> Iterator[None]:
             )
         elif not has_checkpoint(folder):
             raise UserError(
-                f"run_dir: {folder} has no checkpoint to resume from, and {_exports(folder)[0]} would be replaced; "
+                f"run_dir: {folder} has no checkpoint to resume from, and {folder / exports[0]} would be replaced; "
                 "choose another folder with --run_dir, or move it away."
             )
         yield

@@ -338,6 +338,20 @@ def test_an_export_without_a_checkpoint_is_kept_from_a_run_that_would_resume(nam
         pass
 
 
+def test_exports_during_a_run_without_a_checkpoint_are_moved_aside_when_it_starts_again(tmp_path: Path) -> None:
+    """As where the best export is kept, and a kill comes before the first checkpoint."""
+    folder = tmp_path / "run"
+    with files.claimed(folder, False):
+        (folder / files.CONFIG).touch()
+        for name in ("export_best", "export-3"):
+            write(folder / name, "folder", "old")
+    with pytest.raises(UserError, match="already holds a run"), files.claimed(folder, False):
+        pass
+    with files.claimed(folder, True):
+        assert {path.name for path in folder.iterdir()} == {files.LOCK, files.OWNER}
+    assert [content(tmp_path / "run.1" / name) for name in ("export_best", "export-3")] == ["oldold", "oldold"]
+
+
 def test_files_of_the_users_own_are_never_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
