@@ -1,5 +1,7 @@
 """The error that a user is meant to read, and the numbers that settings may be: never NaN, never infinite."""
 
+import errno
+import os
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -11,6 +13,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SEEDS = range(2**32)  # what numpy and Lightning take
 Seed = Annotated[int, Field(ge=0, lt=SEEDS.stop)]
+
+ROOM = "Free some space"  # what all messages about a full disk say
 
 
 class UserError(Exception):
@@ -30,3 +34,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def find_user_error(error: BaseException) -> UserError | None:
     """Finds the `UserError` that a library has wrapped in an error of its own."""
     return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Returns what an error says of a full disk, in the words of whatever library; None if it is of another kind."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = [cause for cause in causes(error) if any(os.strerror(number) in str(cause) for number in full)]
+    return " ".join(str(said[0]).split()) if said else None

@@ -2,6 +2,8 @@
 
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,27 @@ def find_last(folder: Path) -> Path | None:
     return next((path for path in (last, files.previous_path(last)) if path.exists()), None)
 
 
+def check_savable(trainer: Trainer, module: Stage) -> None:
+    """Refuses to write weights that are not finite, or into a folder that is another run's by now. For all ranks.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    folder = Path(trainer.default_root_dir)
+    problem = ""
+    if not all(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).tolist()):
+        last = find_last(folder / files.CHECKPOINTS)
+        kept = f"the one before, {last}, stays: go on from it (--ckpt_path last)" if last else "start again"
+        problem = (
+            f"The weights are not finite after step {trainer.global_step}, so no checkpoint or export of them is "
+            f"written; {kept} with a lower model.optimization.learning_rate, or with trainer.gradient_clip_val."
+        )
+    elif trainer.is_global_zero and files.taken_over(folder):
+        problem = f"run_dir: {folder} was deleted, and is another run's by now; this one ends without writing to it."
+    if failed_anywhere(module, bool(problem)):
+        raise UserError(problem or "Another process has stopped, see what it says.")
+
+
 def failed_anywhere(module: Stage, failed: bool) -> bool:
     """Tells whether a step failed on any rank. All ranks must call it together."""
     return bool(module.reduce_max(torch.tensor(float(failed), device=module.device)) > 0)
@@ -42,10 +65,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         try:
-            with files.replacing(Path(path)) as partial, partial.open("wb") as file:
-                torch.save(checkpoint, file)
+            with files.replacing(Path(path)) as partial:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                verify(partial)
         except (OSError, RuntimeError) as error:
             raise _os_error(error) from error
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        check_complete(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def _os_error(error: BaseException) -> OSError:
@@ -100,17 +130,52 @@ def _states_file(path: Path) -> Path:
 
 
 def check_complete(path: Path) -> None:
-    """Refuses a path that holds no checkpoint, or only a part of one.
+    """Refuses a path that holds no checkpoint, only a part of one, or one in which a bit is not as it was written.
 
     Raises:
-        UserError: a file is missing or cut off: its table of contents is at its end.
+        UserError: a file is missing, cut off or damaged.
     """
-    for file in (_states_file(path), *path.glob("checkpoint/*.pt")):
-        if not (file.is_file() and zipfile.is_zipfile(file)):
-            raise UserError(
-                f"ckpt_path: {path} is no complete checkpoint, see {file}. Give another one, or train from the "
-                "beginning in another folder (--run_dir)."
-            )
+    try:
+        verify(path, contents=files.is_main_process())
+    except OSError as error:
+        raise UserError(
+            f"ckpt_path: {path} is no complete checkpoint: {error}. Give another one, or train from the beginning in "
+            "another folder (--run_dir)."
+        ) from error
+
+
+def verify(path: Path, contents: bool = True) -> None:
+    """Reads a checkpoint and compares it with the checksums (CRC-32) that torch has written beside every tensor.
+
+    Args:
+        path: a file, or a folder of ZeRO.
+        contents: False: only sees whether each file has its table of contents, which is at its end.
+
+    Raises:
+        OSError: a file is missing, cut off or damaged; the message names it.
+    """
+    parts = {_states_file(path), *path.glob("checkpoint/*.pt")}
+    with ThreadPoolExecutor() as pool:  # checksums are computed side by side
+        for part, problem in zip(parts, pool.map(lambda part: _damage(part, contents), parts), strict=True):
+            if problem:
+                raise OSError(f"{part} {problem}")
+
+
+def _damage(file: Path, contents: bool) -> str:
+    if not (file.is_file() and zipfile.is_zipfile(file)):
+        return "is missing" if not file.exists() else "is cut off, or is no checkpoint"
+    found = file.stat()
+    return _damage_inside(file, found.st_mtime_ns, found.st_size) if contents else ""
+
+
+@cache
+def _damage_inside(file: Path, written: int, size: int) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # whatever a table of contents with a changed bit leads to
+        bad = str(error)
+    return f"is damaged: its contents are not those that were written ({bad})" if bad else ""
 
 
 def read(path: Path) -> dict[str, Any]:

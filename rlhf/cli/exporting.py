@@ -50,12 +50,11 @@ def export(
         raise UserError(f"checkpoint: there is no checkpoint {source}.")
     if folder.exists():
         raise UserError(f"output: {folder} exists already; choose another folder.")
-    files.create_folder(str(folder.resolve().parent), "output")
     copied = files.is_complete(source)
     run = source.resolve().parent if copied else source.resolve().parent.parent
     config = _read_config(run / files.CONFIG, source)
     hub = Hub(push_to_hub, public) if push_to_hub else None
-    with files.replacing(folder) as partial:
+    with files.owned(folder, "output", beside=True), files.replacing(folder) as partial:
         if copied:
             shutil.copytree(source, partial)
         else:

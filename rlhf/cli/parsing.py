@@ -1,6 +1,5 @@
 """Parses a command line, and puts what a user can fix into one sentence."""
 
-import errno
 import os
 import re
 import traceback
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli.values import check_values, import_class
-from rlhf.errors import UserError, causes, find_user_error
+from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 
 _LARGEST_CONFIG = 2**20  # bytes
 
@@ -154,10 +153,11 @@ def _not_utf8(error: UnicodeDecodeError, named: Iterable[str]) -> str:
 
 def message_of(error: Exception) -> str | None:
     """Returns the message of an error that the user can fix; None for any other error."""
-    if known := find_user_error(error):
+    known, full = find_user_error(error), full_disk(error)
+    if full and ROOM not in str(known):
+        return f"{known or f'{full}.'} {ROOM}; the same command goes on, a training run with --ckpt_path last."
+    if known:
         return str(known)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Free some space; --ckpt_path last resumes a training run from its last checkpoint."
     if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
         return explain(error)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

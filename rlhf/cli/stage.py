@@ -24,7 +24,7 @@ from rlhf.callbacks.checkpoint_io import check_complete, find_last
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.last_checkpoint import LastCheckpoint
-from rlhf.callbacks.prediction_file import PredictionFile
+from rlhf.callbacks.prediction_file import PREDICTIONS, PredictionFile
 from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
@@ -122,10 +122,15 @@ class StageCLI(LightningCLI):
         if self.config.subcommand == "check":
             self.save_config_callback = None
             return
-        if files.is_main_process() and not settings.trainer.fast_dev_run:
-            files.create_folder(settings.run_dir)
-            if self.config.subcommand == "fit":
-                self.owned.enter_context(files.claimed(settings.run_dir, settings.get("ckpt_path") is not None))
+        run = Path(settings.run_dir)
+        if not files.is_main_process() or settings.trainer.fast_dev_run:
+            pass
+        elif self.config.subcommand == "fit":
+            self.owned.enter_context(files.claimed(run, settings.get("ckpt_path") is not None))
+        elif self.config.subcommand == "predict":
+            self.owned.enter_context(files.owned(run / PREDICTIONS, beside=True))
+        else:
+            files.check_writable(run, "run_dir")
         self._find_checkpoint(settings)
         if self.config.subcommand == "fit" and os.environ.get("LOCAL_RANK", "0") != "0":
             end_with_parent()

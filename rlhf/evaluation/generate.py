@@ -66,7 +66,7 @@ def generate(
             `generation_config.json`.
     """
     tokenizer = check_models(model, reward, eos_tokens)
-    with ranks() as processes:
+    with ranks(output) as processes:
         with processes.first_alone():
             records = load_demonstrations(data, "data", tokenizer, text, need_response=False).to_list()
         check_records(records, model, tokenizer, response_length, reward)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,7 @@ import pandas as pd
 import torch.distributed as dist
 
 from rlhf.errors import UserError
-from rlhf.evaluation.tables import claim, parts_of, read_table, write_table
+from rlhf.evaluation.tables import claim, owned_table, parts_of, read_table, write_table
 
 Row = dict[str, Any]
 _PATIENCE = timedelta(days=7)  # the slowest process may take so much longer than the fastest
@@ -47,15 +47,17 @@ class Ranks:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """Connects the processes that `torchrun` started, for the duration of the block."""
+def ranks(output: str) -> Iterator[Ranks]:
+    """Connects the processes that `torchrun` started, within the block; the first of them owns the table."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
-        yield Ranks()
+        with owned_table(output):
+            yield Ranks()
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), size)
+        with owned_table(output) if dist.get_rank() == 0 else nullcontext():
+            yield Ranks(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
 

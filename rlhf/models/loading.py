@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,7 @@ def from_pretrained(
     """
     import transformers
 
+    check_export(path, setting)
     auto_class = getattr(transformers, kind)
     if getattr(config, "rescale_every", 0):
         config.rescale_every = 0  # RWKV halves weights in place in evaluation, as float16 needs it
@@ -146,6 +148,25 @@ def from_pretrained(
             f"{setting}: {path} is no causal language model: in {type(model).__name__} a token depends on later ones."
         )
     return model
+
+
+def check_export(path: str, setting: str) -> None:
+    """Refuses weights of an export that are not those that were written; any other model says nothing of its sums."""
+    folder = Path(path).expanduser().resolve()
+    root = next((place for place in (folder, folder.parent) if files.is_complete(place)), None)  # a critic's is above
+    if root is None or not files.is_main_process():
+        return
+    try:
+        written = json.loads((root / files.MANIFEST).read_text()).get(files.CHECKSUMS, {})
+        found = files.checksums(folder, files.WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {root} cannot be read: {error}") from error
+    for name, checksum in found.items():
+        if written.get(str((folder / name).relative_to(root)), checksum) != checksum:
+            raise UserError(
+                f"{setting}: {folder / name} is damaged: its contents are not those that were written. Export it "
+                f"again; if it was changed on purpose, delete {files.CHECKSUMS} from {root / files.MANIFEST}."
+            )
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
