@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 
-_LARGEST_CONFIG = 2**20  # bytes
+_LARGEST_VALUE = 2**20  # characters
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -53,15 +53,16 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     from yaml import YAMLError
 
     load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
-    paths = [word.rpartition("=")[2] for word in words]
-    named = {os.path.abspath(path): path for path in paths if os.path.isfile(path)}
+    named = {os.path.abspath(path): path for path in _config_files(words)}
     configs: list[str] = []  # that were read
 
     def read(text: str) -> Any:
         if text == "None":  # jsonargparse hands a typed `null` on to the settings of a class as this
             return None
-        config = next((name for file, name in named.items() if _text_of(file) == text), None)
+        config = next((name for file, name in named.items() if Path(file).read_text(errors="replace") == text), None)
         if config is None:
+            if len(text) > _LARGEST_VALUE:  # a file of records, of which YAML would take minutes to read
+                raise YAMLError
             return load(text)
         configs.append(config)
         try:
@@ -86,9 +87,15 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     return config
 
 
-def _text_of(path: str) -> str:
-    """Returns the text of a file that may be a config: it is not large."""
-    return Path(path).read_text(errors="replace") if os.path.getsize(path) < _LARGEST_CONFIG else ""
+def _config_files(words: list[str]) -> list[str]:
+    """Returns the files of a command line that are meant as configs; others hold data, and may be large."""
+    split = [word.rpartition("=") for word in words]
+    before = [None, *words]
+    return [
+        value
+        for previous, (option, _, value) in zip(before, split, strict=False)
+        if ("--config" in (option, previous) or value.endswith((".yaml", ".yml"))) and os.path.isfile(value)
+    ]
 
 
 def check_keys(text: str) -> None:

@@ -216,6 +216,17 @@ def test_a_list_replaces_a_list(form: str, tmp_path: Path) -> None:
     assert (text.length, text.share) == (3, 1.0)
 
 
+@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a": 2}', b'{"a": "caf\xe9"}', b'[{"a": 1, "a": 2}]', b""])
+def test_a_file_of_records_is_no_config(content: bytes, tmp_path: Path) -> None:
+    def learn(records: str | Text) -> None:
+        """A command with data."""
+
+    (tmp_path / "records.jsonl").write_bytes(content)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(learn, sub_configs=True)
+    assert parse(parser, [f"--records={tmp_path}/records.jsonl"]).records == str(tmp_path / "records.jsonl")
+
+
 def test_an_appended_callback_leaves_the_others(tmp_path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Export])
