@@ -27,7 +27,7 @@ from rlhf.callbacks.prediction_file import PredictionFile
 from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
-from rlhf.cli.parsing import parse
+from rlhf.cli.parsing import add_trust, parse, take_trust
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError, causes, find_user_error
 from rlhf.modules import StageModule
@@ -101,12 +101,14 @@ class StageCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of this run; never overwritten")
+        add_trust(parser)
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")  # of each, if there are several
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parse(parser, list(args or sys.argv[1:]))
+        take_trust(self.config[self.config.subcommand])
 
     @override
     def _parse_ckpt_path(self) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from rlhf import files
 from rlhf.errors import UserError
 from rlhf.models.probes import is_causal
+from rlhf.models.remote_code import trusts_remote_code
+from rlhf.models.weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -40,10 +43,30 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     check_model_path(path, setting)
+    with explained(f"{setting}: {path} is not a model that can be loaded"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trusts_remote_code())
+
+
+@contextmanager
+def explained(sentence: str) -> Iterator[None]:
+    """Turns whatever a library raises, in the block, at files that others wrote into one sentence.
+
+    Python code among them is refused, unless the user trusts it: transformers would ask on the terminal.
+    """
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} is not a model that can be loaded: {first_line(error)}") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = first_line(error) or type(error).__name__
+        if "trust_remote_code=True" in str(error):
+            why = "it needs Python code that comes with it; read that code, and add --trust_remote_code to run it."
+        elif isinstance(error, UnpicklingError):
+            unsafe = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it would run {unsafe[1]}, so it is not read." if unsafe else "it is broken, or holds no weights."
+        elif not isinstance(error, OSError | ValueError | RuntimeError):  # the message is not meant for users
+            why = f"{type(error).__name__}: {why}"
+        raise UserError(f"{sentence}: {why}") from error
 
 
 def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[GenerationConfig, bool]:
@@ -73,7 +96,8 @@ def check_language_model(path: str, setting: str) -> PreTrainedConfig:
     config = load_config(path, setting)
     if is_classifier(config):
         raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trusts_remote_code()
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise UserError(f"{setting}: {path} is of type {config.model_type}, which is no causal language model.")
     return config
 
@@ -103,7 +127,7 @@ def model_fingerprint(path: str, setting: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
-    kinds, names = (".safetensors", ".bin"), ("config.json", files.MANIFEST)
+    kinds, names = (".safetensors", ".bin", ".py"), ("config.json", files.MANIFEST)
     return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in kinds or f.name in names))
 
 
@@ -124,17 +148,13 @@ def from_pretrained(
     auto_class = getattr(transformers, kind)
     if getattr(config, "rescale_every", 0):
         config.rescale_every = 0  # RWKV halves weights in place in evaluation, as float16 needs it
-    try:
-        with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
-            model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{setting}: the model {path} cannot be loaded: {first_line(error)}") from error
-    missing = sorted(set(report["missing_keys"]) - {new})
-    if missing:
-        raise UserError(
-            f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
-            f"{missing[0]}."
+    cannot = f"{setting}: the model {path} cannot be loaded"
+    with explained(cannot), quiet(), torch.device("cpu"):  # in Lightning's, transformers would ask for accelerate
+        model, report = auto_class.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trusts_remote_code()
         )
+    with explained(cannot):
+        check_weights(model, report, path, setting, new)
     try:
         causal = is_causal(model)
     except Exception as error:  # whatever a model may do that does not take token ids alone

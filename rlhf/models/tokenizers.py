@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import takewhile
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.models.loading import check_model_path, first_line, load_config, load_generation_config, quiet
+from rlhf.models.loading import check_model_path, explained, load_config, load_generation_config, quiet
+from rlhf.models.remote_code import trusts_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -37,14 +39,15 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     check_model_path(path, setting, "tokenizer.json")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        why = first_line(error)
-        if any(name in why.lower() for name in ("sentencepiece", "tiktoken")) and find_spec("sentencepiece") is None:
-            why = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
-        raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {why}") from error
+    sentence = f"{setting}: {path} has no tokenizer that can be loaded"
+    with explained(sentence), quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts_remote_code())
+        except Exception as error:
+            if re.search("sentencepiece|tiktoken", str(error).lower()) and find_spec("sentencepiece") is None:
+                needed = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
+                raise UserError(f"{sentence}: {needed}") from error
+            raise
     if not tokenizer.encode("a", add_special_tokens=False):
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: it holds no vocabulary.")
     _set_eos(tokenizer, path, setting, eos_tokens)
