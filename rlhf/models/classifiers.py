@@ -82,12 +82,14 @@ def _has_head(make: Callable[[Any], Any], config: PreTrainedConfig) -> bool:
 
 def _new_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Makes a class of what all types of transformers have: its generic classifier, and the type's base class."""
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
     from transformers.modeling_layers import GenericForSequenceClassification
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code())
     backbone = backbone_of(model)
+    if type(config) not in AutoModel._model_mapping:  # code of its own; the generic classifier would ask for it
+        AutoModel._model_mapping._extra_content[type(config)] = type(backbone)
     name = next(name for name, child in model.named_children() if child is backbone)
     parent = next(c for c in type(model).__mro__ if isinstance(backbone, c) and issubclass(c, PreTrainedModel))
     title = parent.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"

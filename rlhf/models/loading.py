@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from rlhf import files
 from rlhf.errors import UserError
@@ -19,6 +22,8 @@ from rlhf.models.weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+SHIFT = "reward_shift"  # in the configuration of a reward model: what is subtracted from the scores of transformers
 
 
 def check_model_path(path: str, setting: str, *others: str) -> None:
@@ -64,9 +69,13 @@ def explained(sentence: str) -> Iterator[None]:
         elif isinstance(error, UnpicklingError):
             unsafe = re.search(r"GLOBAL (\S+)", str(error))
             why = f"it would run {unsafe[1]}, so it is not read." if unsafe else "it is broken, or holds no weights."
+        elif isinstance(error, SafetensorError):
+            why = f"a file of its weights is broken, or cut off: {why}"
+        elif isinstance(error, JSONDecodeError):
+            why = f"a JSON file of it is broken: {why}"
         elif not isinstance(error, OSError | ValueError | RuntimeError):  # the message is not meant for users
-            why = f"{type(error).__name__}: {why}"
-        raise UserError(f"{sentence}: {why}") from error
+            why = f"a file of it is not of the expected form ({type(error).__name__}: {why})"
+        raise UserError(f"{sentence}: {why.rstrip('.')}.") from error
 
 
 def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[GenerationConfig, bool]:
@@ -79,7 +88,10 @@ def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[Generat
     with quiet():
         try:
             found = GenerationConfig.from_pretrained(path)
-        except (OSError, ValueError):
+        except Exception as error:
+            file = Path(path).expanduser() / "generation_config.json"
+            if file.is_file():  # it may name EOS tokens
+                raise UserError(f"{file} cannot be read: {first_line(error)}; mend it, or delete it.") from error
             found = GenerationConfig.from_model_config(config)
     return found, not found._from_model_config or isinstance(found.eos_token_id, list)
 
@@ -111,6 +123,9 @@ def check_reward_model(path: str, setting: str) -> PreTrainedConfig:
             f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the reward "
             "stage."
         )
+    shift = getattr(config, SHIFT, 0.0)
+    if not isinstance(shift, int | float) or not math.isfinite(shift):
+        raise UserError(f"{setting}: {SHIFT} in the config.json of {path} is {shift!r}, not a number.")
     return config
 
 
@@ -197,5 +212,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message."""
-    return str(error).strip().split("\n")[0]
+    """Returns the first line of an error's message, and the next one if that says what it is."""
+    first, *others = str(error).strip().split("\n")
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first

@@ -39,6 +39,8 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     check_model_path(path, setting, "tokenizer.json")
+    if _has_config(path):
+        load_config(path, setting)  # says itself what is wrong with it
     sentence = f"{setting}: {path} has no tokenizer that can be loaded"
     with explained(sentence), quiet():
         try:
@@ -100,8 +102,7 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
 
     A single id of `config.json` may be the default of its class, so it counts only if it is no ordinary token.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not _has_config(path):
         return []
     config = load_config(path, setting)
     generation, own = load_generation_config(path, config)
@@ -109,6 +110,11 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
     if isinstance(ids, int):
         return [ids] if own or ids in tokenizer.added_tokens_decoder else []
     return list(ids or ())
+
+
+def _has_config(path: str) -> bool:
+    folder = Path(path).expanduser()
+    return not folder.is_dir() or (folder / "config.json").is_file()
 
 
 def eos_disagreement(tokenizer: PreTrainedTokenizerBase, path: str, setting: str) -> str:
