@@ -19,7 +19,7 @@ from typing_extensions import override
 import rlhf
 from rlhf import files
 from rlhf.callbacks import unless_given
-from rlhf.callbacks.checkpoint_io import check_complete, find_last
+from rlhf.callbacks.checkpoint_io import check_contents, check_parts, find_last
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.last_checkpoint import LastCheckpoint
@@ -152,13 +152,14 @@ class StageCLI(LightningCLI):
         if checkpoint not in FOUND_BY_LIGHTNING:
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
-            check_complete(Path(checkpoint))
+            check_contents(Path(checkpoint))
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
         fitting = self.subcommand == "fit"
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
         if self.subcommand == "check":  # nothing is written
             config |= ONE_UPDATE | {"logger": DummyLogger()}
             given = [c for c in given if not isinstance(c, WRITERS)]
@@ -168,7 +169,6 @@ class StageCLI(LightningCLI):
             elif config["logger"] in (None, True):
                 root = config["default_root_dir"]
                 config["logger"] = TensorBoardLogger(root, name="", version=files.TENSORBOARD, default_hp_metric=False)
-            checkpoint = self.config[self.subcommand].get("ckpt_path")
             if fitting and checkpoint not in FOUND_BY_LIGHTNING:
                 given.append(Resume(checkpoint))
             if config["enable_checkpointing"] is not False:
@@ -184,4 +184,6 @@ class StageCLI(LightningCLI):
         except ValueError as error:  # Lightning raises it for settings that do not fit together
             raise UserError(f"trainer: {error}") from error
         check_strategy(trainer)  # before any data is tokenised
+        if checkpoint not in FOUND_BY_LIGHTNING:
+            check_parts(Path(checkpoint), trainer.strategy)
         return trainer
