@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO stage 2 with the same numbers as a single process."""
 
 import os
-import pydoc
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ def safe_reading() -> Iterator[None]:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    allowed: list[Any] = [pydoc.locate(name) for name in HARMLESS]
+    allowed = [pkgutil.resolve_name(name) for name in HARMLESS]
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:

@@ -48,7 +48,7 @@ ONE_UPDATE: dict[str, Any] = {
     "val_check_interval": 1.0,
     "check_val_every_n_epoch": 10**9,
 }
-FOUND_BY_LIGHTNING = (None, "best", "hpc")  # a checkpoint that is no path
+FOUND_BY_LIGHTNING = (None, "hpc")  # a checkpoint that is no path
 
 
 class SaveConfig(SaveConfigCallback):
@@ -137,6 +137,7 @@ class StageCLI(LightningCLI):
                 raise
             reason = " ".join(str([*causes(error)][-1]).split())  # of a library that is missing, or refuses
             raise UserError(f"trainer.logger: {reason}") from error
+        self.model.check_data(self.datamodule)  # before it is read
 
     def _find_checkpoint(self, settings: Any) -> None:
         """Replaces `last` by the path of the last checkpoint; refuses one that is missing or incomplete."""
@@ -149,6 +150,8 @@ class StageCLI(LightningCLI):
                 rank_zero_info(f"There is no checkpoint in {folder} yet: the run starts from the beginning.")
             settings.ckpt_path = last and str(last)
         checkpoint = settings.get("ckpt_path")
+        if checkpoint in ("", "best"):  # Lightning knows the best one only of a run of the same process
+            raise UserError(f"ckpt_path: {checkpoint!r} is no checkpoint; give the path of a checkpoint, or last.")
         if checkpoint not in FOUND_BY_LIGHTNING:
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")

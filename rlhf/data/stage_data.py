@@ -56,6 +56,7 @@ class StageDataModule(LightningDataModule):
             estimate that `check` shows.
     """
 
+    kind: str | None = None  # of the modules that it serves; None: any
     minibatches = 1  # optimizer steps that a global batch is cut into
     sequences = 1  # per example
     rollout_batch_size = 0

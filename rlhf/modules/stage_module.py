@@ -70,9 +70,18 @@ class StageModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer)
+        self.check_data(getattr(self.trainer, "datamodule", None))
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
             bound_primitive_cache()
+
+    def check_data(self, data: Any) -> None:
+        """Refuses a DataModule that is made for another stage."""
+        if getattr(data, "kind", None) not in (None, self.kind):
+            raise UserError(
+                f"data: {type(data).__name__} is for {data.kind}, and {type(self).__name__} is for {self.kind}; set "
+                "--data to the DataModule of the same stage."
+            )
 
     @abstractmethod
     def evaluate(self, batch: Any, batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
