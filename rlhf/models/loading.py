@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,15 +32,18 @@ def check_model_path(path: str, setting: str, *others: str) -> None:
 
     `setting` is the user's name for this path, here and below. One of the files `others` will do, too.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", *others)):
-            raise UserError(f"{setting}: the folder {path} has no config.json, so it is not a Hugging Face model.")
+    folder = os.path.expanduser(path)
+    if path and os.path.isdir(folder):  # unlike pathlib's, it raises nothing
+        if not any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", *others)):
+            raise UserError(
+                f"{setting}: the folder {path} has no config.json that can be read, so it is not a Hugging Face model."
+            )
         return
-    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
-    if looks_local or folder.parent.is_dir() or folder.exists():
+    looks_local = os.path.isabs(folder) or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local or os.path.isdir(os.path.dirname(folder)) or os.path.exists(folder):
         raise UserError(
-            f"{setting}: there is no model folder {path}; give the folder of an export, or a hub name (owner/name)."
+            f"{setting}: there is no model folder {path or '(it is empty)'}; give the folder of an export, or a hub name "
+            "(owner/name)."
         )
 
 
@@ -49,7 +53,7 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
 
     check_model_path(path, setting)
     with explained(f"{setting}: {path} is not a model that can be loaded"):
-        return AutoConfig.from_pretrained(path, trust_remote_code=trusts_remote_code())
+        return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trusts_remote_code())
 
 
 @contextmanager
@@ -87,7 +91,7 @@ def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[Generat
 
     with quiet():
         try:
-            found = GenerationConfig.from_pretrained(path)
+            found = GenerationConfig.from_pretrained(os.path.expanduser(path))
         except Exception as error:
             file = Path(path).expanduser() / "generation_config.json"
             if file.is_file():  # it may name EOS tokens
@@ -166,7 +170,11 @@ def from_pretrained(
     cannot = f"{setting}: the model {path} cannot be loaded"
     with explained(cannot), quiet(), torch.device("cpu"):  # in Lightning's, transformers would ask for accelerate
         model, report = auto_class.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trusts_remote_code()
+            os.path.expanduser(path),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trusts_remote_code(),
         )
     with explained(cannot):
         check_weights(model, report, path, setting, new)

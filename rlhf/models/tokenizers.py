@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -44,7 +45,8 @@ def load_tokenizer(
     sentence = f"{setting}: {path} has no tokenizer that can be loaded"
     with explained(sentence), quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts_remote_code())
+            found = os.path.expanduser(path)
+            tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trusts_remote_code())
         except Exception as error:
             if re.search("sentencepiece|tiktoken", str(error).lower()) and find_spec("sentencepiece") is None:
                 needed = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
@@ -235,6 +237,16 @@ def retokenise(
     texts = decode(source, [ids[:-1] if end else ids for ids, end in zip(sequences, ended, strict=True)])
     last = [eos_ids(target)[0]]
     return [encode(target, text) + last * end for text, end in zip(texts, ended, strict=True)]
+
+
+def check_row(id_: int, rows: int, tokenizer: PreTrainedTokenizerBase, path: str, where: str) -> None:
+    """Refuses the largest token id of some texts if the embedding of a model, with so many rows, has none for it."""
+    if id_ >= rows:
+        raise UserError(
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(id_)!r} with id {id_}, but the embedding of "
+            f"{path} has {rows} rows; its tokenizer does not fit it, unless the SFT stage adds rows "
+            "(model.resize_embeddings)."
+        )
 
 
 def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -73,7 +74,9 @@ def _stored_integers(path: str) -> Iterator[tuple[str, str]]:
     """Yields names and types of the integers in the files of a model."""
     from transformers.utils import cached_file
 
-    folder = Path(str(cached_file(path, "config.json"))).parent  # of a name on the hub, in the cache
+    folder = Path(
+        str(cached_file(os.path.expanduser(path), "config.json"))
+    ).parent  # of a name on the hub, in the cache
     if found := sorted(folder.glob("*.safetensors")):
         for file in found:
             with safe_open(file, "pt") as stored:
