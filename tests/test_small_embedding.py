@@ -12,7 +12,6 @@ from transformers import GPTNeoXConfig
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.evaluation.judges import LocalJudge, Pair
-from rlhf.evaluation.judges.local_model import LocalJudge
 from rlhf.models.scalar_model import ScalarModel
 
 ROWS = 300  # of 500

@@ -42,8 +42,8 @@ def check_model_path(path: str, setting: str, *others: str) -> None:
     looks_local = os.path.isabs(folder) or path.startswith((".", "~")) or path.count("/") != 1
     if looks_local or os.path.isdir(os.path.dirname(folder)) or os.path.exists(folder):
         raise UserError(
-            f"{setting}: there is no model folder {path or '(it is empty)'}; give the folder of an export, or a hub name "
-            "(owner/name)."
+            f"{setting}: there is no model folder {path or '(it is empty)'}; give the folder of an export, or a hub "
+            "name (owner/name)."
         )
 
 

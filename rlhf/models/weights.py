@@ -74,9 +74,8 @@ def _stored_integers(path: str) -> Iterator[tuple[str, str]]:
     """Yields names and types of the integers in the files of a model."""
     from transformers.utils import cached_file
 
-    folder = Path(
-        str(cached_file(os.path.expanduser(path), "config.json"))
-    ).parent  # of a name on the hub, in the cache
+    config = cached_file(os.path.expanduser(path), "config.json")  # of a name on the hub, in the cache
+    folder = Path(str(config)).parent
     if found := sorted(folder.glob("*.safetensors")):
         for file in found:
             with safe_open(file, "pt") as stored:
