@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
-from rlhf.cli.parsing import message_of, parse, split_words
+from rlhf.cli.parsing import add_trust, message_of, parse, split_words, take_trust
 from rlhf.errors import UserError
 
 STAGE_VERBS = {
@@ -108,8 +108,11 @@ def parsed(function: Callable[..., Any], words: list[str]) -> tuple[Any, Any]:
     parser = ArgumentParser(prog=f"train.py {function.__name__}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
+    add_trust(parser)
     config = parse(parser, _with_list(words, "--redo"))
-    config.pop("config", None)
+    take_trust(config)
+    for name in ("config", "trust_remote_code"):
+        config.pop(name, None)
     return parser, config
 
 
