@@ -1,8 +1,10 @@
 """DeepSpeed ZeRO stage 2 with the same numbers as a single process."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 from typing_extensions import override
 
+from rlhf import heartbeat
 from rlhf.errors import UserError
 
 NAME = "zero2"
@@ -109,6 +112,33 @@ class Zero2Strategy(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the accumulation; DeepSpeed would do so again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def watch(trainer: Trainer, minutes: float) -> None:
+    """Starts the heartbeat of the processes of a run as soon as they are connected.
+
+    Args:
+        trainer: of this process.
+        minutes: how long a process may be silent, or all be stuck.
+    """
+    strategy: Any = trainer.strategy
+    connect = strategy.setup_environment
+
+    def what() -> str:
+        doing = trainer.state.stage or trainer.state.fn
+        return f"{doing and doing.value} in epoch {trainer.current_epoch + 1} after step {trainer.global_step}"
+
+    def connect_and_watch() -> None:
+        connect()
+        children = getattr(strategy.launcher, "procs", [])
+        heartbeat.start(trainer.global_rank, trainer.world_size, what, minutes, children)
+        for thread in threading.enumerate():  # Lightning's own, which kills all without a word when one has failed
+            if thread.name == "child-process-observer":
+                thread._child_processes = []  # type: ignore[attr-defined]
+
+    strategy.setup_environment = connect_and_watch
+    if hasattr(strategy, "_timeout"):  # of what waits for all processes; the heartbeat knows better who is missing
+        strategy._timeout = max(strategy._timeout, timedelta(minutes=3 * minutes))
 
 
 def check_strategy(trainer: Trainer) -> None:

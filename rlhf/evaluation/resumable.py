@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 import torch.distributed as dist
 
-from rlhf.errors import UserError
+from rlhf import heartbeat
+from rlhf.errors import OtherProcessError
 from rlhf.evaluation.tables import claim, parts_of, read_table, write_table
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ class Ranks:
             if self.size > 1:
                 dist.barrier()
         except RuntimeError as error:
-            raise UserError(
+            raise OtherProcessError(
                 "another process stopped, see its message; the same command resumes from the finished parts."
             ) from error
 
@@ -54,10 +55,10 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        yield Ranks(dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
+    heartbeat.start(dist.get_rank(), size, lambda: "at work")
+    yield Ranks(dist.get_rank(), size)
+    heartbeat.leave()  # before the store is gone
+    dist.destroy_process_group()
 
 
 class Parts:
