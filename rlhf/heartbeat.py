@@ -19,6 +19,7 @@ from rlhf.files import is_main_process
 TEMPORARY = 75  # exit status, EX_TEMPFAIL: nothing is wrong with the settings, the same command may go on
 EVERY = 1.0  # seconds between two beats
 MINUTES = 10.0
+GO_ON = "All processes are ended; --ckpt_path last resumes a training run from its last checkpoint."
 GRACE = 5.0  # seconds that a process leaves another one to say what is wrong
 DISK = ("torch/serialization.py", "safetensors/torch.py", "rlhf/files.py")  # who waits for a disk is not stuck
 LIBRARIES = "/lib/python"  # in the paths of Python's own and of installed ones
@@ -47,20 +48,17 @@ class Heartbeat:
         self.patience = max(5, round(60 * minutes / EVERY))  # in beats
         self.keys = [str(number) for number in range(size)]
         self.store, self.own_store = _connect(), _connect()  # of the beats, and of the main thread
-        for key in self.keys:
-            self.store.compare_set(key, "", "{}")
-        self.beats: list[dict[str, Any]] = [{} for _ in self.keys]
         self.silent = [0] * size  # of my beats, since the last one of each
         self.rounds = 0
         self.left = False  # what this process had to do is done
         self.others_left = threading.Event()
         self.lock = threading.Lock()  # nothing is told after having left
-        self.parent = os.getppid()
         self._main: Any = threading.main_thread().ident
         clock = getattr(time, "pthread_getcpuclockid", None)
         self._clock = clock and clock(self._main)
         self._seen: tuple[Any, float] = ((), 0.0)
         self._still = 0
+        self.beats: list[dict[str, Any]] = self._exchange()
         for run in (self._beat, self._watch_store):
             threading.Thread(target=run, daemon=True, name="heartbeat").start()
 
@@ -74,18 +72,25 @@ class Heartbeat:
                 self.others_left.wait(EVERY)
         except RuntimeError:  # the first process, which has the store and ends last, is gone
             if not (self.left or self.others_left.is_set()):
-                if os.getppid() == self.parent:
-                    _say(f"error: process {self.rank} has lost the first one, see its message.")
+                if self.rank == 1:
+                    _say(f"error: process 0 ({self._name(0)}) has ended without a word. {GO_ON}")
                 _exit(TEMPORARY)
 
-    def _round(self) -> None:
+    def _exchange(self) -> list[dict[str, Any]]:
+        """Tells where this process is, and returns what each has told last."""
         place, moves = self._look()
         self._still = 0 if moves else self._still + 1
         where = {"host": socket.gethostname(), "pid": os.getpid(), "at": f"{self.what()}, {place}"}
         with self.lock:
             if not self.left:
                 self.store.set(str(self.rank), json.dumps({"number": self.rounds, "still": self._still, **where}))
-        beats = [json.loads(beat) for beat in self.store.multi_get(self.keys)]
+        return self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [json.loads(beat) for beat in self.store.multi_get(self.keys)]
+
+    def _round(self) -> None:
+        beats = self._exchange()
         self.silent = [n + 1 if a == b else 0 for n, a, b in zip(self.silent, beats, self.beats, strict=True)]
         self.beats = beats
         if self._have_left():
@@ -114,12 +119,11 @@ class Heartbeat:
             )
 
     def _fail_for(self, ranks: list[int], what: str, kill: Sequence[int] = ()) -> NoReturn:
-        lines = [
-            "process {} ({} on {}), last seen {},".format(n, *map(self.beats[n].get, ("pid", "host", "at")))
-            for n in ranks
-        ]
-        message = f"error: {' and '.join(lines)} {what}. {GO_ON}"
-        self._end(self.fail(message, TEMPORARY, kill))
+        names = " and ".join(f"process {n} ({self._name(n)})" for n in ranks)
+        self._end(self.fail(f"error: {names} {what}. {GO_ON}", TEMPORARY, kill))
+
+    def _name(self, rank: int) -> str:
+        return "{pid} on {host}, last seen {at}".format(**self.beats[rank])
 
     def _look(self) -> tuple[str, bool]:
         """Returns where the main thread is, and whether it has moved, or may be where it is for long."""
@@ -144,12 +148,7 @@ class Heartbeat:
         while not self.others_left.wait(EVERY) and not self.left:
             rounds, missed = self.rounds, missed + 1 if rounds == self.rounds else 0
             if missed > self.patience + 3 * self.rank:  # the next process speaks, and the others see that
-                first = self.beats[0]
-                _say(
-                    "error: process 0 ({pid} on {host}), last seen {at}, has been silent for {0:g} minutes. {1}".format(
-                        self.minutes, GO_ON, **{"pid": "?", "host": "?", "at": "never", **first}
-                    )
-                )
+                _say(f"error: process 0 ({self._name(0)}) has been silent for {self.minutes:g} minutes. {GO_ON}")
                 self._kill([0])
                 _exit(TEMPORARY)
 
@@ -162,6 +161,11 @@ class Heartbeat:
             failure = {"rank": self.rank, "status": status, "kill": [*kill]}
             self.own_store.set("failure", json.dumps(failure))
         return json.loads(self.own_store.get("failure"))
+
+    def missing(self) -> str:
+        """Names the processes that have told nothing for some seconds."""
+        gone = [n for n, beats in enumerate(self.silent) if beats >= GRACE / EVERY / 2 and "pid" in self.beats[n]]
+        return " and ".join(f"process {n} ({self._name(n)})" for n in gone)
 
     def failed(self) -> bool:
         """Tells whether any process has failed."""
@@ -198,7 +202,7 @@ class Heartbeat:
             if time.monotonic() > deadline:
                 break
             time.sleep(EVERY / 10)
-            self.beats = [json.loads(beat) for beat in self.store.multi_get(self.keys)]
+            self.beats = self._read()
         for child in self.children:
             child.kill()
         _exit(failure["status"])
@@ -227,7 +231,8 @@ def leave() -> None:
     """Ends the heartbeat of this process, which has done its work; the first process waits for the others."""
     global _heartbeat
     if _heartbeat is not None:
-        _heartbeat.leave(patient=sys.exc_info()[0] is None)
+        with suppress(RuntimeError):  # the store is gone
+            _heartbeat.leave(patient=sys.exc_info()[0] is None)
         _heartbeat = None
 
 
@@ -246,30 +251,27 @@ def fail(error: Exception, message: str | None, status: int) -> int:
     """
     global _heartbeat
     text = f"error: {message}" if message is not None else "".join(traceback.format_exception(error)).rstrip()
-    elsewhere = any(
-        isinstance(e, OtherProcessError) or "gloo" in str(e) or type(e).__name__ == "DistBackendError"
-        for e in causes(error)
-    )
     if _heartbeat is None:
-        if (
-            not is_main_process()
-        ):  # the first one says the same, and whoever has started both ends this one; or it lives
+        if not is_main_process():  # the first one may say the same, and whoever started both then ends this one
             time.sleep(GRACE)
         _say(text)
         return status
-    deadline = time.monotonic() + GRACE
-    while elsewhere and not _heartbeat.failed() and time.monotonic() < deadline:
-        time.sleep(EVERY / 10)
-    if elsewhere and not isinstance(error, OtherProcessError):
-        status, reason = TEMPORARY, (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        text = f"error: process {_heartbeat.rank} has lost another one: {reason}. {GO_ON}"
-    failure = _heartbeat.fail(text, status)
-    _heartbeat.leave(patient=False)
+    known = any(isinstance(cause, OtherProcessError) for cause in causes(error))
+    lost = any("/gloo/" in str(cause) or type(cause).__name__ == "DistBackendError" for cause in causes(error))
+    try:
+        deadline = time.monotonic() + GRACE
+        while (known or lost) and not _heartbeat.failed() and time.monotonic() < deadline:
+            time.sleep(EVERY / 10)
+        if lost and not known:
+            status, reason = TEMPORARY, (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            gone, cut_off = _heartbeat.missing(), f"process {_heartbeat.rank} is cut off from another one: {reason}"
+            text = f"error: {f'{gone} has ended without a word' if gone else cut_off}. {GO_ON}"
+        status = int(_heartbeat.fail(text, status)["status"])
+        _heartbeat.leave(patient=False)
+    except RuntimeError:  # the store is gone: the heartbeat says so, and ends this process
+        time.sleep(GRACE)
     _heartbeat = None
-    return int(failure["status"])
-
-
-GO_ON = "All processes are ended; --ckpt_path last resumes a training run from its last checkpoint."
+    return status
 
 
 def _connect() -> Any:

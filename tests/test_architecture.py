@@ -16,8 +16,8 @@ import rlhf
 ROOT = Path(rlhf.__file__).parent
 # From the bottom to the top, as docs/design.md draws it: a room imports only from those before it.
 ROOMS = [
-    "errors", "files", "hardware", "seeding", "heartbeat", "ops", "models", "sampling", "strategies", "protocols", "data",
-    "synthetic", "evaluation", "callbacks", "modules", "report", "studies", "cli",
+    "errors", "files", "hardware", "seeding", "heartbeat", "ops", "models", "sampling", "strategies", "protocols",
+    "data", "synthetic", "evaluation", "callbacks", "modules", "report", "studies", "cli",
 ]  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

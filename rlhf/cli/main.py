@@ -138,6 +138,7 @@ def _quiet() -> None:
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that ends, all others would print a trace
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "False")  # asks the hub even for local files
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
