@@ -122,7 +122,7 @@ def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_expor
     ]  # fmt: skip
     assert driver([*words, *full], 2, log) == [2, 2], log.read_text()[-3000:]
     said = log.read_text()
-    assert said.count("error: ") == 1
+    assert said.count("\nerror: ") == 1
     assert "Traceback" not in said
     assert "error: The export" in said
     assert "File too large" in said
