@@ -58,7 +58,8 @@ class Heartbeat:
         self._clock = clock and clock(self._main)
         self._seen: tuple[Any, float] = ((), 0.0)
         self._still = 0
-        self.beats: list[dict[str, Any]] = self._exchange()
+        self.beats: list[dict[str, Any]] = [{} for _ in self.keys]
+        self._exchange()
         for run in (self._beat, self._watch_store):
             threading.Thread(target=run, daemon=True, name="heartbeat").start()
 
@@ -76,23 +77,27 @@ class Heartbeat:
                     _say(f"error: process 0 ({self._name(0)}) has ended without a word. {GO_ON}")
                 _exit(TEMPORARY)
 
-    def _exchange(self) -> list[dict[str, Any]]:
-        """Tells where this process is, and returns what each has told last."""
+    def _exchange(self) -> None:
+        """Tells where this process is, and reads what each has told last."""
         place, moves = self._look()
         self._still = 0 if moves else self._still + 1
-        where = {"host": socket.gethostname(), "pid": os.getpid(), "at": f"{self.what()}, {place}"}
+        with suppress(Exception):  # what it reads may just be changing
+            place = f"{self.what()}, {place}"
+        where = {"host": socket.gethostname(), "pid": os.getpid(), "at": place}
         with self.lock:
             if not self.left:
                 self.store.set(str(self.rank), json.dumps({"number": self.rounds, "still": self._still, **where}))
-        return self._read()
+        self._read()
 
-    def _read(self) -> list[dict[str, Any]]:
-        return [json.loads(beat) for beat in self.store.multi_get(self.keys)]
+    def _read(self) -> None:
+        for beat, told in zip(self.beats, self.store.multi_get(self.keys), strict=True):
+            beat.update(json.loads(told))
 
     def _round(self) -> None:
-        beats = self._exchange()
-        self.silent = [n + 1 if a == b else 0 for n, a, b in zip(self.silent, beats, self.beats, strict=True)]
-        self.beats = beats
+        before = [beat.get("number") for beat in self.beats]
+        self._exchange()
+        for n, beat in enumerate(self.beats):
+            self.silent[n] = self.silent[n] + 1 if beat.get("number") == before[n] else 0
         if self._have_left():
             self.others_left.set()
         elif self.store.add("failures", 0):
@@ -164,7 +169,9 @@ class Heartbeat:
 
     def missing(self) -> str:
         """Names the processes that have told nothing for some seconds."""
-        gone = [n for n, beats in enumerate(self.silent) if beats >= GRACE / EVERY / 2 and "pid" in self.beats[n]]
+        gone = [
+            n for n, beats in enumerate(self.silent) if beats >= GRACE / EVERY / 2 and not self.beats[n].get("left")
+        ]
         return " and ".join(f"process {n} ({self._name(n)})" for n in gone)
 
     def failed(self) -> bool:
@@ -178,8 +185,8 @@ class Heartbeat:
             patient: they are waited for as long as they live; otherwise all are stopping, and get some seconds.
         """
         with self.lock:
-            self.left = True
             self.own_store.set(str(self.rank), json.dumps({"left": True}))
+            self.left = True
         if self.rank == 0 or self.children:
             self.others_left.wait(None if patient else 2 * GRACE)
         self.others_left.set()
@@ -202,7 +209,7 @@ class Heartbeat:
             if time.monotonic() > deadline:
                 break
             time.sleep(EVERY / 10)
-            self.beats = self._read()
+            self._read()
         for child in self.children:
             child.kill()
         _exit(failure["status"])
@@ -284,10 +291,12 @@ def _connect() -> Any:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody may be there to read it
+        print(text, file=sys.stderr, flush=True)
 
 
 def _exit(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):
+            stream.flush()
     os._exit(status)

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -122,6 +123,8 @@ def watch(trainer: Trainer, minutes: float) -> None:
         minutes: how long a process may be silent, or all be stuck.
     """
     strategy: Any = trainer.strategy
+    if not isinstance(strategy.launcher, _SubprocessScriptLauncher):  # one process, or forks in a notebook
+        return
     connect = strategy.setup_environment
 
     def what() -> str:
@@ -130,14 +133,13 @@ def watch(trainer: Trainer, minutes: float) -> None:
 
     def connect_and_watch() -> None:
         connect()
-        children = getattr(strategy.launcher, "procs", [])
-        heartbeat.start(trainer.global_rank, trainer.world_size, what, minutes, children)
+        heartbeat.start(trainer.global_rank, trainer.world_size, what, minutes, strategy.launcher.procs)
         for thread in threading.enumerate():  # Lightning's own, which kills all without a word when one has failed
             if thread.name == "child-process-observer":
                 thread._child_processes = []  # type: ignore[attr-defined]
 
     strategy.setup_environment = connect_and_watch
-    if hasattr(strategy, "_timeout"):  # of what waits for all processes; the heartbeat knows better who is missing
+    if getattr(strategy, "_timeout", None):  # of collectives; the heartbeat knows who is missing
         strategy._timeout = max(strategy._timeout, timedelta(minutes=3 * minutes))
 
 
