@@ -44,11 +44,11 @@ def bug() -> None:
 def work() -> None:
     """A pause of all processes; then long work of one, first in small steps, then on a disk."""
     pids = " ".join(map(str, PIDS))
-    subprocess.Popen(["sh", "-c", f"kill -STOP {pids}; sleep 7; kill -CONT {pids}"])
-    for _ in range(40):
+    subprocess.Popen(["sh", "-c", f"kill -STOP {pids}; sleep 10; kill -CONT {pids}"])
+    for _ in range(50):
         time.sleep(0.2)
     slow_disk: dict[str, Any] = {"time": time}
-    exec(compile("def sync(): time.sleep(7)", "/x/rlhf/files.py", "exec"), slow_disk)
+    exec(compile("def sync(): time.sleep(10)", "/x/rlhf/files.py", "exec"), slow_disk)
     slow_disk["sync"]()
     print("worked", flush=True)
 
@@ -58,7 +58,7 @@ def together(event: str, rank: int) -> None:
     own, size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init_process_group("gloo", rank=own, world_size=size)
-    heartbeat.start(own, size, lambda: "the work of the test", minutes=0.08)
+    heartbeat.start(own, size, lambda: "the work of the test", minutes=0.13 if event == "work" else 0.08)
     dist.all_gather_object(PIDS, os.getpid())
     if own == rank:
         globals()[event]()
