@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 import rlhf
-from rlhf import files
+from rlhf import files, heartbeat
 from rlhf.callbacks import unless_given
 from rlhf.callbacks.checkpoint_io import check_contents, check_parts, find_last
 from rlhf.callbacks.export import Export
@@ -32,7 +33,7 @@ from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError, causes, find_user_error
 from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
-from rlhf.strategies import check_strategy
+from rlhf.strategies import check_strategy, watch
 from rlhf.studies.processes import end_with_parent
 
 FOUND_BY_NAME = [
@@ -102,6 +103,9 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of this run; never overwritten")
         add_trust(parser)
+        silence = "minutes that one of several processes may be silent, or all be stuck, before all are ended"
+        week = restricted_number_type("Minutes", float, [(">", 0), ("<=", 7 * 24 * 60)])
+        parser.add_argument("--silence", type=week, default=heartbeat.MINUTES, help=silence)
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")  # of each, if there are several
 
@@ -194,4 +198,5 @@ class StageCLI(LightningCLI):
         check_strategy(trainer)  # before any data is tokenised
         if checkpoint not in FOUND_BY_LIGHTNING:
             check_parts(Path(checkpoint), trainer.strategy)
+        watch(trainer, self.config[self.subcommand].silence)
         return trainer
