@@ -111,7 +111,10 @@ def parts() -> dict[str, list[Case]]:
             update("512 episodes, micro-batches of 32, cuda_graphs", "--ppo", GRAPHS, batch=512, rows=32, updates=1),
         ],
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
-        "trl": [update("64 episodes", "--ppo", GRAPHS, sides="ours trl", updates=2)],
+        "trl": [
+            update("64 episodes", "--ppo", GRAPHS, sides="ours trl", updates=2),
+            update("512 episodes, 32 rows for us", "--ppo", GRAPHS, batch=512, rows=32, sides="ours trl", updates=1),
+        ],
         "placements": [
             Case(
                 "ZeRO-2", [*places, "--size", "1b", "--episodes", "64", "--micro_batch", "16", "--rollout_batch", "64"],

@@ -103,16 +103,15 @@ def main() -> None:
         folder = Path(name)
         write_models(folder, options.size)
         prompts = write_prompts(folder, max(options.episodes * options.updates, 64))
-        rows = {p: measure(folder, prompts, p, options) for p in options.placements}
-    print(
-        f"\n{device} x {options.devices}, {options.size}, {options.episodes} episodes per update, seconds per phase:\n"
-    )
-    print("| placement | " + " | ".join(PHASES) + " | peak GiB | largest ratio deviation | episodes/s |")
-    print("|---" * (len(PHASES) + 4) + "|")
-    for placement, row in rows.items():
-        seconds = " | ".join(f"{row[f'seconds/{phase}']:.2f}" for phase in PHASES)
-        rest = f"{row['memory/peak_gib']:.2f} | {row['invariants/ratio']:.1e} | {row['eps']:.2f}"
-        print(f"| {placement} | {seconds} | {rest} |")
+        title = f"{device} x {options.devices}, {options.size}, {options.episodes} episodes per update"
+        print(f"\n{title}, seconds per phase:\n", flush=True)
+        print("| placement | " + " | ".join(PHASES) + " | peak GiB | largest ratio deviation | episodes/s |")
+        print("|---" * (len(PHASES) + 4) + "|", flush=True)
+        for placement in options.placements:
+            row = measure(folder, prompts, placement, options)
+            seconds = " | ".join(f"{row[f'seconds/{phase}']:.2f}" for phase in PHASES)
+            rest = f"{row['memory/peak_gib']:.2f} | {row['invariants/ratio']:.1e} | {row['eps']:.2f}"
+            print(f"| {placement} | {seconds} | {rest} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Moves a tensor to a device; a GPU copies it from pinned memory, so that the CPU does not wait for its turn."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned
     return tensor.to(device)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +36,9 @@ def fitted(model_path: str, reward_path: str, trainer: Make, rollout_data: Make,
     def fitted(kind: type[PPOModule], **settings: Any) -> tuple[Any, dict[str, Any]]:
         module, data = kind(model_path, reward_path, ppo=SETTINGS), rollout_data()
         trainer(limit_val_batches=0, **settings).fit(module, data)
-        return module, {**batch_of(data, "train", [0, 1, 2, 3]), "chunk": 4}
+        module.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
+        batch = move_data_to_device(batch_of(data, "train", [0, 1, 2, 3]), module.device)
+        return module, {**batch, "chunk": 4}
 
     return fitted
 
@@ -119,7 +122,7 @@ def test_a_rollout_does_not_depend_on_its_groups(fitted: Make, batch_of: Make, c
     """Responses token by token, everything else to rounding. No draw of this update is within 1e-5 of another token."""
     module, batch = fitted(EndsEarly)
     data: Any = module.trainer.datamodule
-    batch = batch_of(data, "train", list(range(16)))
+    batch = move_data_to_device(batch_of(data, "train", list(range(16))), module.device)
     alike, other = (module.rollout({**batch, "chunk": c}, 3) for c in (chunk, 2))
     assert alike.lengths.unique().numel() > 3
     for name in Rollout.__annotations__:
@@ -157,7 +160,7 @@ def test_no_group_is_larger_than_a_chunk_of_the_longest_rows(
     monkeypatch.setattr(ScalarModel, "score", lambda self, *args: scored.append(args[0].numel()) or score(self, *args))
     module.__class__ = Spy
     module.sampled, module.called = [], []
-    batch = batch_of(module.trainer.datamodule, "train", list(range(16)))
+    batch = move_data_to_device(batch_of(module.trainer.datamodule, "train", list(range(16))), module.device)
     module.rollout({**batch, "chunk": chunk}, 0)
     limit = chunk * (batch["queries"].shape[1] + SETTINGS.response_length)
     assert max(module.sampled) <= limit

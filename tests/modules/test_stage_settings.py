@@ -36,12 +36,12 @@ class Steps(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         parameters = list(pl_module.parameters())
-        self.weights.append(torch.cat([p.detach().flatten() for p in parameters]))
+        self.weights.append(torch.cat([p.detach().flatten() for p in parameters]).cpu())
 
         def after(optimizer: Any, *args: Any) -> None:
             self.rates.append(optimizer.param_groups[0]["lr"])
             self.gradients.append(torch.cat([p.grad.flatten() for p in parameters]).cpu())
-            self.weights.append(torch.cat([p.detach().flatten() for p in parameters]))
+            self.weights.append(torch.cat([p.detach().flatten() for p in parameters]).cpu())
 
         trainer.optimizers[0].register_step_post_hook(after)
 

@@ -144,6 +144,7 @@ def test_a_response_depends_on_its_own_row_alone(
 def test_rows_that_have_ended_leave_the_batch(small_vocabulary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     chosen = sampler.choose
+    monkeypatch.setattr(sampler, "LOOK_EVERY", 1)
     monkeypatch.setattr(sampler, "choose", lambda logits, u: rows.append(len(logits)) or chosen(logits, u))
     responses = draw(small_vocabulary, MANY, max_new_tokens=40, temperature=1.0, eos_ids=(7,))
     lengths = (responses != PAD).sum(1)
