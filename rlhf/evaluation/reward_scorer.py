@@ -11,6 +11,7 @@ import torch
 
 from rlhf.data.chat import answered_ids, conversation_of
 from rlhf.hardware import best_device
+from rlhf.models.finite import check_finite
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, encode, eos_ids, load_tokenizer, retokenise, same_tokens
 from rlhf.ops.sequences import pad_sequences
@@ -42,6 +43,7 @@ class RewardScorer:
         self.model = ScalarModel.from_pretrained(path, setting).to(self.device).eval()
         self.batch_size = batch_size
         self.control = control
+        self.name = f"{setting} {path}"
 
     def __call__(
         self, queries: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]] | None = None
@@ -59,7 +61,8 @@ class RewardScorer:
         scores: list[float] = []
         for start in range(0, len(sequences), self.batch_size):
             ids, mask = pad_sequences(sequences[start : start + self.batch_size], self.tokenizer.pad_token_id)
-            scores += self.model.score(ids.to(self.device), mask.to(self.device)).tolist()
+            found = self.model.score(ids.to(self.device), mask.to(self.device))
+            scores += check_finite(found, f"rewards by {self.name}").tolist()
         return scores
 
 

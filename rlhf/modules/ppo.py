@@ -17,6 +17,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
+from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.saving import save_pretrained
@@ -301,7 +302,7 @@ class PPOModule(StageModule):
         scores = self.score_responses(episodes).to(self.device, torch.float32)
         if scores.shape != (len(episodes),):
             raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
-        return scores
+        return check_finite(scores, f"rewards by {self.reward_path or 'score_responses'}")
 
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.

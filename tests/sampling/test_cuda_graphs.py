@@ -68,6 +68,13 @@ def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:
     assert torch.equal(endless, both(model, Decoding(0.7, (NEVER,), pad_id), alone)[0])
 
 
+def test_logits_that_are_no_numbers_are_refused(model: Any) -> None:
+    assert replays(model)
+    model.get_output_embeddings().weight.data[7] = 3e38
+    with pytest.raises(UserError, match=r"logits of .* are NaN or infinite"):
+        both(model, Decoding(0.7, (NEVER,), PAD))
+
+
 def test_its_own_steps_are_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: _Steps) -> None:
         raise ArithmeticError
