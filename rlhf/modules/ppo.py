@@ -249,6 +249,7 @@ class PPOModule(StageModule):
         if self.reward_model is not None:
             with self.reward_model.on(self.device) as model, self.autocast():
                 (scores,) = in_groups(episodes, episodes.groups, lambda part: (model.score(*join(*part.inputs)),))
+            check_finite(scores, f"rewards by model.reward_path {self.reward_path}")
         if self.reward_function is not None:
             texts, setting = episodes.texts, "model.reward_function"
             scores = scores + call_reward_function(self.reward_function, texts, self.device, setting)
@@ -302,7 +303,7 @@ class PPOModule(StageModule):
         scores = self.score_responses(episodes).to(self.device, torch.float32)
         if scores.shape != (len(episodes),):
             raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
-        return check_finite(scores, f"rewards by {self.reward_path or 'score_responses'}")
+        return scores
 
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.

@@ -287,6 +287,13 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"data\.batch_size"):
             run(data=rollout_data(batch_size=batch_size))
 
+    def test_a_reward_model_that_gives_no_numbers(
+        self, model_path: str, reward_path: str, trainer: Make, rollout_data: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ScalarModel, "score", lambda self, ids, mask: torch.full((len(ids),), torch.nan))
+        with pytest.raises(UserError, match=r"rewards by model\.reward_path .* are NaN or infinite"):
+            trainer().validate(PPOModule(model_path, reward_path, ppo=SETTINGS), rollout_data())
+
     def test_reward_function_of_wrong_length(self, run: Make, model_path: str) -> None:
         with pytest.raises(UserError, match="rewards for"):
             run(PPOModule(model_path, None, lambda q, r, s: [1.0] * 1000, ppo=SETTINGS))
