@@ -43,9 +43,10 @@ BROKEN = re.compile(r" - (SyntaxError|IndentationError|ImportError|ModuleNotFoun
 INTRODUCTION = """\
 # The mutation check
 
-Each of these {count} mutants breaks one detail of [the ledger](details.md) in a copy of the tree; the last column names
-the test that failed first. `python benchmarks/mutations.py --output docs/mutations.md` runs the check and writes this
-page; the mutants stand in `benchmarks/mutants.yaml`.
+Each of these {count} mutants breaks one detail of [the ledger](details.md), or (R) the promise that nothing is lost, in
+a copy of the tree; the last column names the test that failed first.
+`python benchmarks/mutations.py --output docs/mutations.md` runs the check and writes this page; the mutants stand in
+`benchmarks/mutants.yaml`.
 
 """
 
@@ -56,7 +57,7 @@ class Mutant:
 
     Attributes:
         name: a few words, unique.
-        detail: `D01` to `D39`.
+        detail: `D01` to `D39`, or `R`: that nothing is lost.
         breaks: what is wrong with it, in one sentence.
         file: the file that is changed.
         old: text that stands in it exactly once.
