@@ -281,3 +281,13 @@ def test_a_pad_token_pads_and_changes_no_number(model_path: str, trainer: Make, 
         padding = batch["input_ids"][batch["attention_mask"] == 0]
         assert set(padding.tolist()) == {module.tokenizer.convert_tokens_to_ids(pad or "[PAD]")}
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("stage", ["reward", "PPO"])
+def test_every_parameter_begins_where_16_bytes_of_bfloat16_do(fit: Make, stage: str) -> None:
+    """DeepSpeed puts those of a group behind one another; the bias of a scalar model is a single number."""
+    _, module, _ = fit(stage)
+    for group in module.trainer.optimizers[0].param_groups:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        assert len(sizes) > 20
+        assert all(sum(sizes[:place]) % 8 == 0 for place in range(len(sizes)))
