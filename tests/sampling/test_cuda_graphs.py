@@ -68,6 +68,18 @@ def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:
     assert torch.equal(endless, both(model, Decoding(0.7, (NEVER,), pad_id), alone)[0])
 
 
+def test_memory_that_nobody_has_written_does_not_matter(model: Any) -> None:
+    """A mask does not hide NaN in the room of a cache; PyTorch fills new memory with it where all is deterministic."""
+    decoding = Decoding(0.7, (NEVER,), PAD)
+    expected, _ = both(model, decoding)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        assert torch.equal(both(model, decoding)[0], expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_logits_that_are_no_numbers_are_refused(model: Any) -> None:
     assert replays(model)
     model.get_output_embeddings().weight.data[7] = 3e38
