@@ -111,6 +111,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(run: Make, tmp_path: Path) 
     assert after.metrics[-1]["objective/kl"] == spy.metrics[-1]["objective/kl"]
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_a_ratio_on_either_side_of_one_is_a_deviation(
+    run: Make, model_path: str, reward_path: str, shift: float
+) -> None:
+    class Shifted(PPOModule):
+        def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
+            batch.logprobs = batch.logprobs - shift
+            return super().training_step(batch, batch_idx)
+
+    _, spy = run(Shifted(model_path, reward_path, ppo=SETTINGS), max_epochs=1)
+    assert spy.metrics[0]["val/ratio_max_deviation"] == pytest.approx(abs(np.exp(shift) - 1), abs=1e-4)
+
+
 def test_missing_eos_is_penalised(run: Make) -> None:
     _, spy = run(max_epochs=1)
     rollout = spy.rollouts[0]
