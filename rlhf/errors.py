@@ -1,6 +1,10 @@
 """The error that a user is meant to read."""
 
+import errno
+import os
 from collections.abc import Iterator
+
+ROOM = "Free some space"  # what all messages about a full disk say
 
 
 class UserError(Exception):
@@ -8,6 +12,10 @@ class UserError(Exception):
 
     The command line prints the message alone, without a traceback.
     """
+
+
+class OtherProcessError(UserError):
+    """Another process says what is wrong; this one only knows that it is."""
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -20,3 +28,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def find_user_error(error: BaseException) -> UserError | None:
     """Finds the `UserError` that a library has wrapped in an error of its own."""
     return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Returns what an error says of a full disk, in the words of whatever library; None if it is of another kind."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = [cause for cause in causes(error) if any(os.strerror(number) in str(cause) for number in full)]
+    return " ".join(str(said[0]).split()) if said else None

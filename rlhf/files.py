@@ -4,17 +4,21 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
 import sys
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from textwrap import shorten
 from time import strftime
+from typing import Any
 
 from rlhf.errors import UserError
 
@@ -26,7 +30,9 @@ SUMMARY = "summary.json"  # of a report: findings, summary and claims, as record
 FINDINGS = "findings.json"  # name -> what a run says of itself that a user should know
 EXPORT = "export"
 MANIFEST = "rlhf.json"  # of an export: written last
+WEIGHTS, CHECKSUMS = "*.safetensors", "checksums"  # files of an export whose sums are in its manifest, under a key
 NOTES = ".json"  # the settings of <table> are in <table>.json
+STATE = "pipeline.json"  # of a pipeline: what was run
 PARTS = ".parts"  # the finished rows of an unfinished <table> are in the folder <table>.parts
 LOCK, OWNER = ".lock", ".owner.json"  # in a folder that one command at a time writes into: which one
 
@@ -37,56 +43,53 @@ def is_main_process() -> bool:
     return rank == os.environ.get("NODE_RANK", "0") == "0"
 
 
-def create_folder(path: str, setting: str = "run_dir") -> Path:
-    """Creates a folder to write into, or finds it.
-
-    Args:
-        path: the folder.
-        setting: how the user names it, for messages.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    folder = Path(path)
-    check_writable(folder, setting)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{setting}: the folder {folder} cannot be created: {error.strerror}.") from error
-    return folder
-
-
 @contextmanager
-def claimed(run_dir: str, resuming: bool) -> Iterator[None]:
+def claimed(folder: Path, resuming: bool) -> Iterator[None]:
     """Makes this process the owner of the folder of a training run, a new one or one to resume, within the block.
 
     What an earlier try left that ended before its first checkpoint is moved aside, so that its curves do not mix with
     those of this run.
 
     Raises:
-        UserError: another process owns the folder, or it holds a run and this one is new.
+        UserError: another process owns the folder, it holds a run and this one is new, or an export but no checkpoint.
     """
-    folder = Path(run_dir)
     ours = (folder / OWNER).exists()  # a command of this program wrote there before
     with owned(folder):
-        if not holds_run(folder):
+        exports = [path.name for path in _exports(folder)]
+        unfinished = resuming and not {EXPORT, previous_path(Path(EXPORT)).name} & {*exports}
+        if not holds_run(folder) or (unfinished and (folder / CONFIG).exists() and not has_checkpoint(folder)):
             if (folder / CONFIG).exists():
                 if not ours:
                     raise UserError(f"run_dir: {folder} has a {CONFIG} that is of no run; choose another folder.")
-                left = set_aside(folder, (CONFIG, CURVES, FINDINGS, TENSORBOARD, CHECKPOINTS))
+                left = set_aside(folder, (CONFIG, CURVES, FINDINGS, TENSORBOARD, CHECKPOINTS, *exports))
                 print(f"{folder} has no checkpoint yet; what an earlier try left there is now in {left}.")
         elif not resuming:
             raise UserError(
                 f"run_dir: {folder} already holds a run; choose another folder with --run_dir, or resume that run with "
                 "--ckpt_path last."
             )
+        elif not has_checkpoint(folder):
+            raise UserError(
+                f"run_dir: {folder} has no checkpoint to resume from, and {folder / exports[0]} would be replaced; "
+                "choose another folder with --run_dir, or move it away."
+            )
         yield
 
 
 def holds_run(folder: Path) -> bool:
     """Tells whether a run folder has a checkpoint or an export: something that took time to make."""
-    exports = (is_complete(path) for path in (*folder.glob(f"{EXPORT}*"), previous_path(folder / EXPORT)))
-    return any(exports) or any(not p.name.startswith((PARTIAL, TRASH)) for p in folder.rglob("*.ckpt"))
+    return bool(_exports(folder)) or has_checkpoint(folder)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Tells whether there is a checkpoint anywhere in a run folder."""
+    return any(not path.name.startswith((PARTIAL, TRASH)) for path in folder.rglob("*.ckpt"))
+
+
+def _exports(folder: Path) -> list[Path]:
+    """Returns what lies where a run writes exports, whoever has put it there."""
+    names = rf"({re.escape(PREVIOUS)})?{EXPORT}(_best|-\d+)?"
+    return [path for path in folder.glob(f"*{EXPORT}*") if re.fullmatch(names, path.name)]
 
 
 def existing(path: Path) -> Path:
@@ -112,53 +115,117 @@ def is_complete(export: Path) -> bool:
 # --------------------------------------------------------------------------------------------------- one owner
 
 
+_LOCKS: dict[Path, tuple[int, int]] = {}  # those of this process, with their device and inode
+_BEFORE_WORK = {LOCK, OWNER, CONFIG, STATE}  # what a command writes before it does anything
+
+
 @contextmanager
-def owned(folder: Path, setting: str = "run_dir", patience: float = 0) -> Iterator[None]:
-    """Keeps other processes from owning a folder within the block, by a lock that ends with this process at the latest.
+def owned(place: Path, setting: str = "run_dir", patience: float = 0, beside: bool = False) -> Iterator[None]:
+    """Keeps other processes from owning a place within the block, by a lock that ends with this process at the latest.
+
+    What killed processes have left half-written there is deleted. If the block fails before it has made anything,
+    nothing is left of it, not even a folder.
 
     Args:
-        folder: a folder that exists; one process can own it several times.
+        place: a folder, which is created if it is not there; one process can own it several times.
         setting: how the user names it, for messages.
         patience: seconds to wait for another owner.
+        beside: the place is a file, or a folder for others to read: the lock lies beside it, until the block ends.
 
     Raises:
-        UserError: another process owns it.
+        UserError: another process owns it, or it cannot be written.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
-    lock = FileLock(folder.resolve() / LOCK, thread_local=False, is_singleton=True)
+    folder, prefix = (place.parent, f".{place.name}") if beside else (place, "")
+    check_writable(folder, setting)
+    created = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{setting}: the folder {folder} cannot be created: {error.strerror}.") from error
+    before = set(os.listdir(folder))
+    file, owner = folder.resolve() / f"{prefix}{LOCK}", folder / f"{prefix}{OWNER}"
+    lock = FileLock(file, thread_local=False, is_singleton=True)
+    _acquire(lock, place, owner, setting, patience)
+    outermost = file not in _LOCKS
+    failed = True
+    try:
+        with suppress_os_errors():  # a full disk is no news here
+            _LOCKS[file] = _identity(file)
+            write_text(owner, json.dumps(_this_process()) + "\n")
+        if outermost:
+            _remove_partials(place, beside)
+        yield
+        failed = False
+    finally:
+        with suppress_os_errors():
+            ours = {name for name in {*os.listdir(folder)} - before if not beside or name.startswith(place.name)}
+            unused = failed and ours <= {*_BEFORE_WORK, f"{place.name}{NOTES}"}
+            for name in {*(ours if unused else ()), *((file.name, owner.name) if beside else ())}:
+                (folder / name).unlink()
+        if outermost:
+            _LOCKS.pop(file, None)
+        lock.release()
+        with suppress_os_errors():
+            for path in created:
+                path.rmdir()  # which fails unless it is empty
+
+
+def _acquire(lock: Any, place: Path, owner: Path, setting: str, patience: float) -> None:
+    from filelock import Timeout
+
     try:
         try:
             lock.acquire(timeout=0)
         except Timeout:
             if not patience:
                 raise
-            print(f"{folder} is in use by {_owner(folder)}; waiting up to {patience:.0f} s for its end", flush=True)
+            print(f"{place} is in use by {_described(owner)}; waiting up to {patience:.0f} s for its end", flush=True)
             lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(
-            f"{setting}: {folder} is in use by {_owner(folder)}; wait for its end, stop it, or choose another folder "
+            f"{setting}: {place} is in use by {_described(owner)}; wait for its end, stop it, or choose another one "
             f"with --{setting}."
         ) from None
     except OSError as error:  # a file system without locks
-        warnings.warn(f"{folder} cannot be locked ({error}); make sure that nothing else writes into it.", stacklevel=2)
-    try:
-        with suppress_os_errors():  # a full disk is no news here
-            command = shorten(f"train.py {shlex.join(sys.argv[1:])}", 200)
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": strftime("%F %T"), "command": command}
-            write_text(folder / OWNER, json.dumps(owner) + "\n")
-        yield
-    finally:
-        lock.release()
+        warnings.warn(f"{place} cannot be locked ({error}); make sure that nothing else writes into it.", stacklevel=4)
 
 
-def _owner(folder: Path) -> str:
-    """Describes the process that owns a folder, by the file that it has written there."""
+def taken_over(folder: Path) -> bool:
+    """Tells whether a folder that this process owns was deleted, and is now that of another process."""
+    file = folder.resolve() / LOCK
+    return file in _LOCKS and file.exists() and _identity(file) != _LOCKS[file]
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
+
+
+def _this_process() -> dict[str, Any]:
+    command = shorten(f"train.py {shlex.join(sys.argv[1:])}", 200)
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": strftime("%F %T"), "command": command}
+
+
+def _described(owner: Path) -> str:
+    """Describes the process that owns a place, by the file that it has written there."""
     try:
-        owner = json.loads((folder / OWNER).read_text())
-        return "process {pid} on {host}, since {since} ({command})".format(**owner)
+        return "process {pid} on {host}, since {since} ({command})".format(**json.loads(owner.read_text()))
     except (OSError, ValueError, KeyError):  # it is just about to write it
         return "another process"
+
+
+def _remove_partials(place: Path, beside: bool) -> None:
+    """Deletes what processes that no longer own a place have left half-written there."""
+    if beside:
+        found = [*place.parent.glob(f"{PARTIAL}????????-{place.name}*")]
+    else:
+        inner = (place, place / CHECKPOINTS)
+        found = [path for mark in (PARTIAL, TRASH) for folder in inner for path in folder.glob(f"{mark}*")]
+    with suppress_os_errors():
+        for path in found:
+            remove(path)
 
 
 def set_aside(place: Path, only: Sequence[str] | None = None) -> Path:
@@ -199,8 +266,8 @@ PARTIAL, PREVIOUS, TRASH = ".partial-", ".previous-", ".trash-"
 
 
 def partial_path(path: Path) -> Path:
-    """Returns where a file or folder lies while it is being written."""
-    return path.with_name(f"{PARTIAL}{path.name}")
+    """Returns where a file or folder lies while this process writes it."""
+    return path.with_name(f"{PARTIAL}{fingerprint([socket.gethostname(), str(os.getpid())])[:8]}-{path.name}")
 
 
 def previous_path(path: Path) -> Path:
@@ -301,6 +368,21 @@ def fingerprint(texts: Iterable[str]) -> str:
         data = text.encode()
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()[:16]
+
+
+def checksums(folder: Path, pattern: str) -> dict[str, str]:
+    """Computes the CRC-32 of files in a folder, by their path in it; the sums of large files side by side."""
+    found = sorted(folder.rglob(pattern))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((str(file.relative_to(folder)) for file in found), pool.map(_checksum, found), strict=True))
+
+
+def _checksum(file: Path) -> str:
+    total = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_SAMPLE):
+            total = zlib.crc32(chunk, total)
+    return f"{total:08x}"
 
 
 def sampled_fingerprint(files: Iterable[Path]) -> str:

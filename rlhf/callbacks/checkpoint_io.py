@@ -1,7 +1,9 @@
 """Checkpoints on disk, files or (under ZeRO) folders: written whole or not at all, and checked before they are read."""
 
-import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,26 +11,43 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from typing_extensions import override
 
 from rlhf import files
 from rlhf.errors import UserError, causes
+from rlhf.models.loading import explained
 from rlhf.protocols import Stage
+from rlhf.strategies import HARMLESS, safe_reading
 
 LAST = "last.ckpt"
-HARMLESS = {  # what DeepSpeed puts into its files besides tensors
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
 
 
 def find_last(folder: Path) -> Path | None:
     """Returns the newest complete checkpoint of a run."""
     last = folder / LAST
     return next((path for path in (last, files.previous_path(last)) if path.exists()), None)
+
+
+def check_savable(trainer: Trainer, module: Stage) -> None:
+    """Refuses to write weights that are not finite, or into a folder that is another run's by now. For all ranks.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    folder = Path(trainer.default_root_dir)
+    problem = ""
+    if not all(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).tolist()):
+        last = find_last(folder / files.CHECKPOINTS)
+        kept = f"the one before, {last}, stays: go on from it (--ckpt_path last)" if last else "start again"
+        problem = (
+            f"The weights are not finite after step {trainer.global_step}, so no checkpoint or export of them is "
+            f"written; {kept} with a lower model.optimization.learning_rate, or with trainer.gradient_clip_val."
+        )
+    elif trainer.is_global_zero and files.taken_over(folder):
+        problem = f"run_dir: {folder} was deleted, and is another run's by now; this one ends without writing to it."
+    if failed_anywhere(module, bool(problem)):
+        raise UserError(problem or "Another process has stopped, see what it says.")
 
 
 def failed_anywhere(module: Stage, failed: bool) -> bool:
@@ -42,10 +61,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         try:
-            with files.replacing(Path(path)) as partial, partial.open("wb") as file:
-                torch.save(checkpoint, file)
+            with files.replacing(Path(path)) as partial:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                verify(partial)
         except (OSError, RuntimeError) as error:
             raise _os_error(error) from error
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        check_complete(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def _os_error(error: BaseException) -> OSError:
@@ -100,17 +126,80 @@ def _states_file(path: Path) -> Path:
 
 
 def check_complete(path: Path) -> None:
-    """Refuses a path that holds no checkpoint, or only a part of one.
+    """Refuses a path that holds no checkpoint, only a part of one, or one in which a bit is not as it was written.
 
     Raises:
-        UserError: a file is missing or cut off: its table of contents is at its end.
+        UserError: a file is missing, cut off or damaged.
     """
-    for file in (_states_file(path), *path.glob("checkpoint/*.pt")):
-        if not (file.is_file() and zipfile.is_zipfile(file)):
-            raise UserError(
-                f"ckpt_path: {path} is no complete checkpoint, see {file}. Give another one, or train from the "
-                "beginning in another folder (--run_dir)."
-            )
+    try:
+        verify(path, contents=files.is_main_process())
+    except OSError as error:
+        raise UserError(
+            f"ckpt_path: {path} is no complete checkpoint: {error}. Give another one, or train from the beginning in "
+            "another folder (--run_dir)."
+        ) from error
+
+
+def verify(path: Path, contents: bool = True) -> None:
+    """Reads a checkpoint and compares it with the checksums (CRC-32) that torch has written beside every tensor.
+
+    Args:
+        path: a file, or a folder of ZeRO.
+        contents: False: only sees whether each file has its table of contents, which is at its end.
+
+    Raises:
+        OSError: a file is missing, cut off or damaged; the message names it.
+    """
+    parts = {_states_file(path), *path.glob("checkpoint/*.pt")}
+    with ThreadPoolExecutor() as pool:  # checksums are computed side by side
+        for part, problem in zip(parts, pool.map(lambda part: _damage(part, contents), parts), strict=True):
+            if problem:
+                raise OSError(f"{part} {problem}")
+
+
+def _damage(file: Path, contents: bool) -> str:
+    if not (file.is_file() and zipfile.is_zipfile(file)):
+        return "is missing" if not file.exists() else "is cut off, or is no checkpoint"
+    found = file.stat()
+    return _damage_inside(file, found.st_mtime_ns, found.st_size) if contents else ""
+
+
+@cache
+def _damage_inside(file: Path, written: int, size: int) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # whatever a table of contents with a changed bit leads to
+        bad = str(error)
+    return f"is damaged: its contents are not those that were written ({bad})" if bad else ""
+
+
+def check_contents(path: Path) -> None:
+    """Refuses a checkpoint that is not one of a training run, or that holds more than numbers and texts.
+
+    No weights are read.
+
+    Raises:
+        UserError: the same on all processes, unlike the errors of those that read the parts later.
+    """
+    check_complete(path)
+    for file in path.glob("checkpoint/*.pt"):
+        if unknown := {*torch.serialization.get_unsafe_globals_in_checkpoint(file)} - {*HARMLESS}:
+            raise UserError(f"ckpt_path: {path} is not of this program: {file.name} would run {min(unknown)}.")
+    state = read(path)
+    weights = state.get("state_dict" if path.is_file() else "module")
+    if not isinstance(weights, dict) or "pytorch-lightning_version" not in state:
+        raise UserError(f"ckpt_path: {path} is no checkpoint of a training run.")
+
+
+def check_parts(path: Path, strategy: Strategy) -> None:
+    """Refuses a checkpoint of one file where ZeRO wants a folder of parts, and the other way round."""
+    zero = isinstance(strategy, DeepSpeedStrategy)
+    if path.is_dir() != zero:
+        raise UserError(
+            f"ckpt_path: {path} was written with{'out' * zero} ZeRO, and trainer.strategy is now one "
+            f"with{'out' * (not zero)}; docs/resuming.md says how to resume from its weights."
+        )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -120,10 +209,11 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     check_complete(path)
-    try:
-        state = torch.load(_states_file(path), map_location="cpu", mmap=True, weights_only=path.is_file())
-    except Exception as error:
-        raise UserError(f"ckpt_path: {path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    if path.is_dir() and find_spec("deepspeed") is None:
+        raise UserError(f"ckpt_path: {path} is of ZeRO and needs DeepSpeed, which is not installed here.")
+    safe = nullcontext() if path.is_file() else safe_reading()
+    with explained(f"ckpt_path: {path} is no checkpoint that can be read"), safe:
+        state = torch.load(_states_file(path), map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(state, dict):
         raise UserError(f"ckpt_path: {path} is no checkpoint of a training run.")
     return state
@@ -135,20 +225,11 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or its files would run code.
     """
+    check_contents(path)
     if path.is_file():
         return read(path)
-    check_complete(path)
-    for file in path.glob("checkpoint/*.pt"):
-        if unknown := {*torch.serialization.get_unsafe_globals_in_checkpoint(file)} - HARMLESS:
-            raise UserError(f"checkpoint: {file} would run {min(unknown)}; it is not of this program.")
-    if find_spec("deepspeed") is None:
-        raise UserError(f"checkpoint: {path} is of ZeRO and needs DeepSpeed, which is not installed here.")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with safe_reading(), explained(f"ckpt_path: {path} is not complete"):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    try:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path))
-    except (ValueError, FileNotFoundError) as error:  # the part of a process is missing
-        raise UserError(f"checkpoint: {path} is not complete: {error}") from error
     return {**read(path), "state_dict": weights}

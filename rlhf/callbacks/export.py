@@ -14,8 +14,8 @@ from typing_extensions import override
 
 import rlhf
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import failed_anywhere, find_last
-from rlhf.errors import UserError
+from rlhf.callbacks.checkpoint_io import check_savable, failed_anywhere, find_last
+from rlhf.errors import ROOM, OtherProcessError, UserError
 from rlhf.protocols import Stage, stage
 from rlhf.strategies import full_precision
 
@@ -102,12 +102,13 @@ class Export(Callback):
             notes: what else its manifest says.
 
         Raises:
-            UserError: rank 0 could not write it.
+            UserError: the weights are not finite, or rank 0 could not write them.
         """
         module, final = stage(pl_module), Path(trainer.default_root_dir) / name
         epochs = trainer.current_epoch if epochs is None else epochs
         error: Exception | None = None
         module.prepare_export()
+        check_savable(trainer, module)
         with full_precision(trainer, pl_module):
             try:
                 if trainer.is_global_zero:
@@ -119,8 +120,10 @@ class Export(Callback):
                 raise error  # no full disk, for which tokenizers has a plain Exception
             last = find_last(Path(trainer.default_root_dir) / files.CHECKPOINTS)
             how = f"the checkpoint {last} is intact, and --ckpt_path last writes the export again" if last else "rerun"
-            why = str(error).splitlines()[0] if error is not None else "see what the first process says"
-            raise UserError(f"The export {final} could not be written: {why}. Make room; {how}.") from error
+            if error is None:
+                raise OtherProcessError(f"The export {final} could not be written, see what the first process says.")
+            why = str(error).splitlines()[0]
+            raise UserError(f"The export {final} could not be written: {why}. {ROOM}; {how}.") from error
         return final
 
 
@@ -130,6 +133,7 @@ def write_export(module: Stage, folder: Path, **notes: Any) -> None:
     with files.replacing(folder) as partial:
         partial.mkdir()
         module.save_export(partial)
+        manifest[files.CHECKSUMS] = files.checksums(partial, files.WEIGHTS)
         (partial / files.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 

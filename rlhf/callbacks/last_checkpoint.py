@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from typing_extensions import override
 
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import LAST, AtomicCheckpointIO, failed_anywhere, find_last, save_together
+from rlhf.callbacks.checkpoint_io import LAST, AtomicCheckpointIO, failed_anywhere, find_last, save_together, verify
 from rlhf.callbacks.resume import KEY, record
 from rlhf.protocols import Stage, stage
 
@@ -35,7 +35,7 @@ class LastCheckpoint(Callback):
     def __init__(self, every_n_epochs: PositiveInt = 1, every_n_steps: PositiveInt = 200) -> None:
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
-        self._path = Path()
+        self._path = self._partial = Path()
         self._signal = 0
         self._saved = self._saved_epochs = 0
         self._within: Literal["epoch", "step"] | None = None
@@ -50,6 +50,7 @@ class LastCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._path = Path(trainer.default_root_dir) / files.CHECKPOINTS / LAST
+        self._partial = trainer.strategy.broadcast(files.partial_path(self._path))
         self._record = record(trainer, pl_module)
 
     @override
@@ -69,7 +70,8 @@ class LastCheckpoint(Callback):
         # Here, all curves of the epoch before are written.
         module = stage(pl_module)
         asked = self._agreed_signal(trainer, module)
-        if asked or trainer.current_epoch % self.every_n_epochs == 0:
+        due = module.kind != "ppo" and trainer.global_step % self.every_n_steps == 0
+        if asked or due or trainer.current_epoch % self.every_n_epochs == 0:
             self._save(trainer, module, "epoch")
         if asked:
             unit = "update" if module.kind == "ppo" else "epoch"
@@ -120,18 +122,19 @@ class LastCheckpoint(Callback):
             return
         self._saved, self._saved_epochs, self._within = trainer.global_step, trainer.current_epoch, within
         in_parts = isinstance(trainer.strategy, DeepSpeedStrategy)
-        target = files.partial_path(self._path) if in_parts else self._path
+        target = self._partial if in_parts else self._path
 
         def prepare() -> None:
             if trainer.is_global_zero:
                 for folder in filter(None, (getattr(logger, "log_dir", None) for logger in trainer.loggers)):
                     for path in Path(folder).glob("*"):  # the curves up to here
                         files.sync(path)
-                files.remove(files.partial_path(self._path))  # what an earlier process left
+                files.remove(self._partial)
                 (target if in_parts else target.parent).mkdir(parents=True, exist_ok=True)
 
         def publish() -> None:
             if in_parts and trainer.is_global_zero:
+                verify(target)
                 files.publish(target, self._path)
 
         errors: list[OSError] = []
@@ -146,7 +149,7 @@ class LastCheckpoint(Callback):
     def _warn(self, trainer: Trainer, errors: list[OSError]) -> None:
         if trainer.is_global_zero:
             with files.suppress_os_errors():
-                files.remove(files.partial_path(self._path))
+                files.remove(self._partial)
             why = f": {errors[0]}" if errors else ""
             last = find_last(self._path.parent)
             before = f"The one before it is intact: {last}." if last else "There is none before it."

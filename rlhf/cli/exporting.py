@@ -50,12 +50,11 @@ def export(
         raise UserError(f"checkpoint: there is no checkpoint {source}.")
     if folder.exists():
         raise UserError(f"output: {folder} exists already; choose another folder.")
-    files.create_folder(str(folder.resolve().parent), "output")
     copied = files.is_complete(source)
     run = source.resolve().parent if copied else source.resolve().parent.parent
     config = _read_config(run / files.CONFIG, source)
     hub = Hub(push_to_hub, public) if push_to_hub else None
-    with files.replacing(folder) as partial:
+    with files.owned(folder, "output", beside=True), files.replacing(folder) as partial:
         if copied:
             shutil.copytree(source, partial)
         else:
@@ -112,11 +111,8 @@ def _convert(source: Path, folder: Path, config: dict[str, Any]) -> None:
     module.configure_model()
     module.eval()
     disable_dropout(module)  # as in training; the exported configuration says so
-    try:
-        module.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
-        raise UserError(f"checkpoint: {source} does not fit {name} and its model.model_path: {first}") from error
+    module.check_state(state["state_dict"], f"checkpoint: {source}")
+    module.load_state_dict(state["state_dict"])
     module.prepare_export()
     write_export(module, folder, **done)
 

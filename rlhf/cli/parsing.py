@@ -1,13 +1,13 @@
 """Parses a command line, and puts what a user can fix into one sentence."""
 
-import errno
 import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError, causes, find_user_error
+from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
+from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -30,6 +30,20 @@ def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], d
             raise UserError(f"{word} needs a value.")
         found.setdefault(section, {})[inner] = value
     return others, found
+
+
+def add_trust(parser: Any) -> None:
+    """Adds the setting `--trust_remote_code`, which the processes that this one starts share."""
+    parser.add_argument(
+        "--trust_remote_code", type=bool, nargs="?", const=True, default=trusts_remote_code(),
+        help="run the Python code that comes with models and tokenizers, which are refused otherwise",
+    )  # fmt: skip
+
+
+def take_trust(settings: Any) -> None:
+    """Follows that setting."""
+    if settings.trust_remote_code:
+        trust_remote_code()
 
 
 def parse(parser: Any, words: list[str]) -> Any:
@@ -64,10 +78,11 @@ def _not_utf8(error: UnicodeDecodeError, words: list[str]) -> str:
 
 def message_of(error: Exception) -> str | None:
     """Returns the message of an error that the user can fix; None for any other error."""
-    if known := find_user_error(error):
+    known, full = find_user_error(error), full_disk(error)
+    if full and ROOM not in str(known):
+        return f"{known or f'{full}.'} {ROOM}; the same command goes on, a training run with --ckpt_path last."
+    if known:
         return str(known)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}. Free some space; --ckpt_path last resumes a training run from its last checkpoint."
     if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
         return explain(error)
     return str(error) if type(error).__name__ == "MisconfigurationException" else None

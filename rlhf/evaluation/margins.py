@@ -42,7 +42,7 @@ def margins(
         batch_size: texts that go through the model at a time.
     """
     tokenizer = check_model(reward)
-    with ranks() as processes:
+    with ranks(output) as processes:
         with processes.first_alone():
             rows = load_comparisons(data, "data", tokenizer, text).to_list()
         contents = (str(row[c]) for row in rows for c in (*_TEXTS, "chosen_ids", "rejected_ids"))

@@ -14,7 +14,7 @@ from rlhf import files
 from rlhf.errors import UserError
 from rlhf.evaluation.judges import Answers, Judge, Pair
 from rlhf.evaluation.statistics import win_rates
-from rlhf.evaluation.tables import claim, read_notes, read_table, write_notes, write_table
+from rlhf.evaluation.tables import claim, owned_table, read_notes, read_table, write_notes, write_table
 
 _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 # Column of texts in a table of responses -> number in a judged table -> column of that number.
@@ -71,16 +71,19 @@ def judge(
     joined = join(a, b, only_shared)
     contents = files.fingerprint([joined.to_csv(index=False)])
     settings = {"tables": contents, "a": a.label, "b": b.label, "judge": judge.settings()}
-    if claim(file, settings):
-        _show(read_notes(file)["summary"])
-        return read_table(file, "output")
-    judge.prepare(Path(answers) if answers else file.with_name(f"{file.name}.answers.jsonl"))
-    table = _judged(joined, a, b, judge)
-    if table["outcome"].isna().all():
-        raise UserError(f"judge: not one of {len(table)} pairs has a valid answer in both orders; nothing is written.")
-    summary = summarise(table) | {"usage": judge.usage()}
-    write_notes(file, {"settings": settings, "summary": summary})
-    write_table(table, file)
+    with owned_table(file):
+        if claim(file, settings):
+            _show(read_notes(file)["summary"])
+            return read_table(file, "output")
+        judge.prepare(Path(answers) if answers else file.with_name(f"{file.name}.answers.jsonl"))
+        table = _judged(joined, a, b, judge)
+        if table["outcome"].isna().all():
+            raise UserError(
+                f"judge: not one of {len(table)} pairs has a valid answer in both orders; nothing is written."
+            )
+        summary = summarise(table) | {"usage": judge.usage()}
+        write_notes(file, {"settings": settings, "summary": summary})
+        write_table(table, file)
     _show(summary)
     print(f"{len(table)} pairs: {file}")
     return table

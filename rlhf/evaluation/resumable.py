@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 import torch.distributed as dist
 
-from rlhf.errors import UserError
-from rlhf.evaluation.tables import claim, parts_of, read_table, write_table
+from rlhf import heartbeat
+from rlhf.errors import OtherProcessError
+from rlhf.evaluation.tables import claim, owned_table, parts_of, read_table, write_table
 
 Row = dict[str, Any]
 _PATIENCE = timedelta(days=7)  # the slowest process may take so much longer than the fastest
@@ -32,7 +33,7 @@ class Ranks:
             if self.size > 1:
                 dist.barrier()
         except RuntimeError as error:
-            raise UserError(
+            raise OtherProcessError(
                 "another process stopped, see its message; the same command resumes from the finished parts."
             ) from error
 
@@ -47,17 +48,19 @@ class Ranks:
 
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """Connects the processes that `torchrun` started, for the duration of the block."""
+def ranks(output: str) -> Iterator[Ranks]:
+    """Connects the processes that `torchrun` started, within the block; the first of them owns the table."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
-        yield Ranks()
+        with owned_table(output):
+            yield Ranks()
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
+    heartbeat.start(dist.get_rank(), size, lambda: "at work")
+    with owned_table(output) if dist.get_rank() == 0 else nullcontext():
         yield Ranks(dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
+    heartbeat.leave()  # before the store is gone, which an error needs to reach the others
+    dist.destroy_process_group()
 
 
 class Parts:

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,20 @@ def write_notes(output: Path, notes: Mapping[str, Any]) -> None:
     files.write_text(notes_of(output), json.dumps(notes, indent=2) + "\n")
 
 
+def owned_table(output: str | Path) -> AbstractContextManager[None]:
+    """Keeps other processes from making the same table."""
+    check_suffix(Path(output), "output")
+    return files.owned(Path(output), "output", beside=True)
+
+
 def claim(output: Path, settings: Mapping[str, Any], write: bool = True) -> bool:
-    """Tells whether a table is finished; if not, reserves its place for a new table or for one to resume.
+    """Tells whether an owned table is finished; if not, reserves its place for a new table or for one to resume.
 
     Of several processes, only the first should `write` the settings and print that a finished table is kept.
 
     Raises:
         UserError: the place cannot be written, or holds a table, or parts of one, made with other settings.
     """
-    check_suffix(output, "output")
-    files.create_folder(str(output.parent), "output")
     now, known = json.loads(json.dumps(settings)), read_notes(output).get("settings")
     finished = output.exists()
     begun = finished or parts_of(output).exists()

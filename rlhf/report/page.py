@@ -24,7 +24,7 @@ class Page:
 
     def __init__(self, folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
         self.folder, self.tables = folder, defaultdict(pd.DataFrame, tables)
-        files.create_folder(str(folder / FILES), "output")
+        (folder / FILES).mkdir(parents=True, exist_ok=True)
         self._blocks: list[str] = []
         self._written: list[str] = []
 

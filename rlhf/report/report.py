@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from pydantic import NonNegativeInt
@@ -41,25 +42,26 @@ def report(
 
     check_runs(runs, baselines)
     evidence = gather(runs)
-    out = files.create_folder(output, "output")
-    tables = analyse(evidence, lengths)
-    page = Page(out, tables)
-    page.add("# Report")
-    sections.add_findings(page)
-    sections.add_summary(page, evidence.rows)
-    sections.add_win_rates(page, baselines)
-    sections.add_lengths(page, lengths)
-    sections.add_reward(page)
-    sections.add_seeds(page)
-    sections.add_course(page)
-    sections.add_rouge(page)
-    sections.add_curves(page)
-    if samples:
-        page.add("## Samples", sample_responses(evidence.rows, samples))
-    page.write()
-    parts = [name for name in ("findings", "summary", "claims") if name in tables]
-    records = {name: json.loads(tables[name].to_json(orient="records")) for name in parts}
-    files.write_text(out / files.SUMMARY, json.dumps({"findings": []} | records, indent=2) + "\n")
+    out = Path(output)
+    with files.owned(out / "report.md", "output", beside=True):
+        tables = analyse(evidence, lengths)
+        page = Page(out, tables)
+        page.add("# Report")
+        sections.add_findings(page)
+        sections.add_summary(page, evidence.rows)
+        sections.add_win_rates(page, baselines)
+        sections.add_lengths(page, lengths)
+        sections.add_reward(page)
+        sections.add_seeds(page)
+        sections.add_course(page)
+        sections.add_rouge(page)
+        sections.add_curves(page)
+        if samples:
+            page.add("## Samples", sample_responses(evidence.rows, samples))
+        page.write()
+        parts = [name for name in ("findings", "summary", "claims") if name in tables]
+        records = {name: json.loads(tables[name].to_json(orient="records")) for name in parts}
+        files.write_text(out / files.SUMMARY, json.dumps({"findings": []} | records, indent=2) + "\n")
     summary = tables["summary"].drop(columns=["parameters", "score_std"], errors="ignore")
     constant = [name for name in ("size", "seed") if summary[name].nunique() == 1]
     for text in tables["findings"]["finding"] if "findings" in tables else ():

@@ -21,7 +21,6 @@ from rlhf.errors import UserError
 from rlhf.seeding import DEFAULT_SEED
 from rlhf.studies.processes import stage_processes
 
-STATE = "pipeline.json"
 REDO = "--redo"  # in the state: what a command with --redo has begun
 PRODUCT = {"fit": f"{files.EXPORT}/{files.MANIFEST}", "synthesize": "synthesize.json", "report": "report.md"}
 TABLES = ("generate", "judge", "margins")  # the product of such a stage is one file
@@ -83,15 +82,15 @@ class Runner:
     def __post_init__(self) -> None:
         self._owned = ExitStack()
         if self.writes:
-            self._owned.enter_context(files.owned(files.create_folder(str(self.run))))
+            self._owned.enter_context(files.owned(self.run))
         self._lock = threading.Lock()
         self._recorded = read_state(self.run)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._owned.close()
+    def __exit__(self, *error: Any) -> None:
+        self._owned.__exit__(*error)
 
     def prepare(self, stages: Sequence[Stage]) -> None:
         """Moves aside what `redo` names and all that is made from it, and refuses what has other settings.
@@ -235,9 +234,10 @@ class Runner:
         )
 
     def _alone(self, stage: Stage) -> AbstractContextManager[None]:
-        """Owns the folder of a stage, once what a killed pipeline has left running there has saved and stopped."""
-        place = self.place(stage)
-        return files.owned(place, patience=PATIENCE) if stage.command == "fit" and place.exists() else nullcontext()
+        """Owns what a stage writes, once what a killed pipeline has left running there has saved and stopped."""
+        place, table = self.place(stage), stage.command in TABLES
+        there = table or (stage.command == "fit" and place.exists())
+        return files.owned(place, patience=PATIENCE, beside=table) if there else nullcontext()
 
     def finished(self, stage: Stage) -> bool:
         """Tells whether a stage was run to its end, with whatever settings."""
@@ -316,7 +316,7 @@ class Runner:
 
     def _write(self, recorded: dict[str, dict[str, Any]]) -> None:
         self._recorded = recorded
-        files.write_text(self.run / STATE, json.dumps(recorded, indent=2) + "\n")
+        files.write_text(self.run / files.STATE, json.dumps(recorded, indent=2) + "\n")
 
 
 def as_word(value: Any) -> str:
@@ -326,7 +326,7 @@ def as_word(value: Any) -> str:
 
 def read_state(run: Path) -> dict[str, dict[str, Any]]:
     """Returns what was recorded of the stages that ran in a run folder, by name."""
-    file = run / STATE
+    file = run / files.STATE
     return json.loads(file.read_text()) if file.exists() else {}
 
 

@@ -12,7 +12,6 @@ from pydantic.dataclasses import dataclass
 
 from rlhf import files
 from rlhf.data.texts import TextFormat, one_leading_space
-from rlhf.errors import UserError
 from rlhf.models.loading import quiet
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.synthetic.domains import NEWS
@@ -85,7 +84,8 @@ def synthesize(
         tokenizer: folder of a tokenizer; only a model for it is written, no data.
     """
     folder, texts = Path(output), TextFormat()
-    try:
+    files.check_writable(folder, "output")
+    with files.owned(folder, "output", beside=True):
         if tokenizer is not None:
             create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
         else:
@@ -96,8 +96,6 @@ def synthesize(
                 create_model(folder / "model", train_tokenizer(read, model.vocabulary), model, seed)
         settings = {"seed": seed, "label_noise": label_noise, "sizes": asdict(sizes), "model": asdict(model)}
         files.write_text(folder / MANIFEST, json.dumps(settings | {"tokenizer": tokenizer}, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"output: {folder} cannot be written: {error}") from error
 
 
 def _write_data(folder: Path, seed: int, noise: float, sizes: Sizes) -> None:

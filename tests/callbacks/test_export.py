@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from rlhf.callbacks.export import Export
+from rlhf.callbacks.export import Export, write_export
 from rlhf.errors import UserError
-from rlhf.files import is_complete, previous_path
+from rlhf.files import LOCK, is_complete, owned, previous_path
+from rlhf.models.loading import load_causal_lm
 from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,9 +31,12 @@ class Module:
     def __init__(self, text: str = "new", error: BaseException | None = None, failed_elsewhere: bool = False) -> None:
         self.error = error
         self.text = text
-        self.failed_elsewhere = failed_elsewhere
+        self.failed_elsewhere, self.reductions = failed_elsewhere, 0
 
     def prepare_export(self) -> None: ...
+
+    def parameters(self) -> Any:
+        return iter([torch.zeros(2)])
 
     def save_export(self, folder: Path) -> None:
         (folder / "weights").write_text(self.text)
@@ -39,7 +44,8 @@ class Module:
             raise self.error
 
     def reduce_max(self, x: Any) -> Any:
-        return x + self.failed_elsewhere
+        self.reductions += 1  # the first one is of whether the weights can be saved at all
+        return x + (self.failed_elsewhere and self.reductions > 1)
 
 
 @pytest.fixture
@@ -64,7 +70,9 @@ def test_a_full_disk_leaves_the_old_export_and_is_said_in_one_sentence(
     trainer: Any, tmp_path: Path, error: Exception
 ) -> None:
     Export.export(trainer, Module("old"), "export")
-    message = rf"The export {tmp_path}/export could not be written: .*No space left\. Make room; the checkpoint .* is "
+    message = (
+        rf"The export {tmp_path}/export could not be written: .*No space left\. Free some space; the checkpoint .* is "
+    )
     with pytest.raises(UserError, match=message + "intact, and --ckpt_path last writes the export again"):
         Export.export(trainer, Module(error=error), "export")
     assert text_of(tmp_path / "export") == "old"
@@ -73,8 +81,28 @@ def test_a_full_disk_leaves_the_old_export_and_is_said_in_one_sentence(
 
 def test_a_full_disk_of_another_process_ends_this_one_too(trainer: Any, tmp_path: Path) -> None:
     trainer.is_global_zero = False
-    with pytest.raises(UserError, match="could not be written: see what the first process says"):
+    with pytest.raises(UserError, match="could not be written, see what the first process says"):
         Export.export(trainer, Module(failed_elsewhere=True), "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_weights_that_are_not_finite_on_any_process_are_not_exported(trainer: Any, tmp_path: Path, here: bool) -> None:
+    module = Module()
+    weights = torch.tensor([0.0, float("inf")]) if here else torch.zeros(2)
+    module.parameters = lambda: iter([weights])  # type: ignore[method-assign]
+    module.reduce_max = lambda x: x + (not here)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="weights are not finite after step 12" if here else "Another process has"):
+        Export.export(trainer, module, "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_run_whose_folder_is_anothers_by_now_writes_nothing_there(trainer: Any, tmp_path: Path) -> None:
+    with owned(tmp_path):
+        (tmp_path / LOCK).rename(tmp_path / "old")
+        (tmp_path / LOCK).touch()
+        with pytest.raises(UserError, match=f"run_dir: {tmp_path} was deleted, and is another run's by now"):
+            Export.export(trainer, Module(), "export")
     assert not (tmp_path / "export").exists()
 
 
@@ -104,15 +132,16 @@ def test_a_kill_leaves_the_old_export_or_the_new_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "export"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_export_later(
-    driver: Callable[..., list[int]], model_path: str, write_jsonl: Callable[..., str], tmp_path: Path
+    driver: Callable[..., list[int]], strategy: str, model_path: str, write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     data, run, log = write_jsonl("d.jsonl", demonstrations(8, 1, "train")), tmp_path / "run", tmp_path / "log"
     words = [
         "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={run}", f"--model.model_path={model_path}",
         f"--data.train.path={data}", f"--data.validation.path={data}", "--data.validation.split=train",
         "--data.batch_size=8", "--data.micro_batch_size=4", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
-        "--trainer.limit_val_batches=0", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--trainer.limit_val_batches=0", "--trainer.devices=2", f"--trainer.strategy={strategy}",
     ]  # fmt: skip
     at = "--trainer.callbacks"
     full = [
@@ -121,12 +150,35 @@ def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_expor
     ]  # fmt: skip
     assert driver([*words, *full], 2, log) == [2, 2], log.read_text()[-3000:]
     said = log.read_text()
+    assert said.count("\nerror: ") == 1
+    assert "Traceback" not in said
     assert "error: The export" in said
     assert "File too large" in said
     assert f"the checkpoint {run}/checkpoints/last.ckpt is intact" in said
     assert not (run / "export").exists()
     assert driver([*words, "--ckpt_path=last"], 2, log) == [0, 0], log.read_text()[-3000:]
     assert is_complete(run / "export")
+
+
+def test_one_bit_in_the_weights_of_an_export_is_found_when_they_are_loaded(model_path: str, tmp_path: Path) -> None:
+    class PPO(Module):
+        def save_export(self, folder: Path) -> None:
+            for place in (folder, folder / "critic"):
+                shutil.copytree(model_path, place, dirs_exist_ok=True)
+
+    export = tmp_path / "export"
+    write_export(PPO(), export)  # type: ignore[arg-type]
+    for folder in (export, export / "critic"):
+        file = folder / "model.safetensors"
+        whole = file.read_bytes()
+        load_causal_lm(str(folder), "model")
+        file.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+        with pytest.raises(UserError, match=f"^model: {file} is damaged: .* delete checksums from {export}/rlhf.json"):
+            load_causal_lm(str(folder), "model")
+    manifest = json.loads((export / "rlhf.json").read_text())
+    del manifest["checksums"]
+    (export / "rlhf.json").write_text(json.dumps(manifest))
+    load_causal_lm(str(export), "model")
 
 
 def test_manifest(trainer: Any, tmp_path: Path) -> None:

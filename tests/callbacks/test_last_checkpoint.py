@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from rlhf.callbacks.checkpoint_io import read
+from rlhf.callbacks.export import Export
 from rlhf.callbacks.last_checkpoint import LastCheckpoint
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.main import main
@@ -82,7 +84,8 @@ def fit(
 
     def fit(
         stage: str, *callbacks: Callback, curves: Curves | None = None, resume: bool = False,
-        optimization: Optimization = FAST, reference: str | None = None, data: dict[str, Any] | None = None,
+        optimization: Optimization = FAST, every: dict[str, int] | None = None,
+        reference: str | None = None, data: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Tensor:  # fmt: skip
         if stage == "ppo":
@@ -92,7 +95,11 @@ def fit(
         datamodule = {"sft": sft_data, "reward": preference_data, "ppo": rollout_data}[stage](**(data or {}))
         made = trainer(
             logger=Memory({} if curves is None else curves),
-            callbacks=[LastCheckpoint(every_n_steps=1), *([Resume(last)] if resume else []), *callbacks],
+            callbacks=[
+                LastCheckpoint(**(every or {"every_n_steps": 1})),
+                *([Resume(last)] if resume else []),
+                *callbacks,
+            ],
             default_root_dir=last.parent.parent,
             **{"max_epochs": 3 if stage == "ppo" else 2, "log_every_n_steps": 1, "limit_val_batches": 0} | settings,
         )
@@ -191,6 +198,51 @@ def test_what_is_typed_wins_over_the_checkpoint(fit: Make) -> None:
     assert rates(typed) == pytest.approx([2e-3, 1e-3, 0.5, 1e-6])
 
 
+def test_steps_are_counted_over_the_ends_of_epochs(fit: Make, last: Path) -> None:
+    with pytest.raises(Kill):  # in the first step of the second epoch; an epoch has 4
+        fit("sft", At("on_train_batch_start", 10), every={"every_n_epochs": 9, "every_n_steps": 4})
+    assert read(last)["global_step"] == 4
+
+
+# ---------------------------------------------------------------------------------------- weights that are not finite
+
+
+class Ruin(Callback):
+    """An optimizer step, the n-th, that leaves one weight that is no number."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                next(module.parameters()).view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(fit: Make, last: Path, stage: str) -> None:
+    """The check of losses and gradients sees them in the next step only, and of the last one there is none."""
+    size, step = ({"max_epochs": 2}, 4) if stage == "ppo" else ({"max_epochs": 1, "limit_train_batches": 4}, 2)
+    message = (
+        f"not finite after step {step}, .* the one before, {last}, stays: .* lower model.optimization.learning_rate"
+    )
+    with pytest.raises(UserError, match=message):
+        fit(stage, Ruin(step), Export(every_n_epochs=2), **size)
+    assert read(last)["global_step"] == step // 2
+    assert all(weight.isfinite().all() for weight in read(last)["state_dict"].values())
+    assert not [*last.parent.parent.glob("export*")]
+
+
+def test_a_learning_rate_that_ruins_the_weights_in_one_step_leaves_nothing(fit: Make, last: Path) -> None:
+    ruin = replace(FAST, learning_rate=1e39)
+    with pytest.raises(UserError, match="after step 1, so no checkpoint or export of them is written; start again"):
+        fit("sft", Export(), optimization=ruin, max_epochs=1, limit_train_batches=2)
+    best = ModelCheckpoint(last.parent, save_weights_only=True, every_n_train_steps=1)
+    with pytest.raises(UserError, match="after step 1, so no checkpoint"):
+        fit("sft", best, optimization=ruin, enable_checkpointing=True)
+    assert not [*last.parent.parent.rglob("*.ckpt"), *last.parent.parent.glob("export*")]
+
+
 # ------------------------------------------------------------------------------------------------------------ SIGTERM
 
 
@@ -253,7 +305,10 @@ def test_a_disk_that_is_full_for_the_curves_too_ends_the_run_with_a_sentence(
     with pytest.raises(SystemExit) as stop:
         main(["fit"])
     assert stop.value.code == 2
-    assert "No space left on device. Free some space; --ckpt_path last resumes" in capsys.readouterr().err
+    assert (
+        "No space left on device. Free some space; the same command goes on, a training run with --ckpt_path last"
+        in capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -281,7 +336,16 @@ def test_last_is_the_beginning_of_a_run_without_a_checkpoint(
         main(["validate", *words])
     assert f"ckpt_path: there is no checkpoint in {tmp_path}/run/checkpoints." in capsys.readouterr().err
     main(["fit", *words])
-    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 1
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert read(last)["global_step"] == 1
+    damaged = bytearray(last.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    last.write_bytes(damaged)
+    for verb in ("fit", "validate", "test", "predict"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, *words])
+        assert stop.value.code == 2
+        assert f"{last} is damaged: its contents are not those that were written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,8 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.batch_size=5"], "data.batch_size 5 does not divide"),
         (["--trainer.accumulate_grad_batches=3"], "trainer.accumulate_grad_batches"),
         (["--run_dir=/proc/nowhere"], "run_dir"),
+        (["--data=RolloutDataModule"], "data: RolloutDataModule is for ppo, and SFTModule is for sft"),
+        (["--model=RewardModule"], "data: SFTDataModule is for sft, and RewardModule is for reward"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation.tables import claim, notes_of, parts_of, read_table, write_notes, write_table
+from rlhf.evaluation.tables import claim, notes_of, owned_table, parts_of, read_table, write_notes, write_table
 
 AWKWARD = [
     "",
@@ -77,7 +77,10 @@ def test_a_place_belongs_to_one_set_of_settings(tmp_path: Path) -> None:
 
 
 def test_a_place_that_can_not_be_written() -> None:
-    with pytest.raises(UserError, match=r"output: .* must end in"):
-        claim(Path("t.txt"), {})
-    with pytest.raises(UserError, match="output: the folder /proc/nowhere cannot be created"):
-        claim(Path("/proc/nowhere/t.csv"), {})
+    with pytest.raises(UserError, match=r"output: .* must end in"), owned_table("t.txt"):
+        pass
+    with (
+        pytest.raises(UserError, match="output: the folder /proc/nowhere cannot be created"),
+        owned_table("/proc/nowhere/t.csv"),
+    ):
+        pass

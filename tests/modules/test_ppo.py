@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,24 @@ def test_adaptive_kl_coefficient_moves_and_is_kept(
     again = PPOModule(model_path, reward_path, ppo=settings, optimization=FAST)
     run(again, max_epochs=2, ckpt_path=checkpoint.best_model_path)
     assert again.kl_control.coefficient == pytest.approx(0.05 * 0.98**2)
+
+
+def test_the_adaptive_coefficient_follows_the_kl_and_the_number_of_the_episodes_of_all_processes(
+    model_path: str, reward_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, kl_coefficient=0.05, kl_target=2.0 / 1.1, kl_horizon=80)
+    module: Any = PPOModule(model_path, reward_path, ppo=settings)
+    optimizer = SimpleNamespace(zero_grad=lambda: None)
+    own = SimpleNamespace(kl=torch.full((4, 2), 0.5))  # this process: 4 of 8 episodes, of a KL of 1; the other one: 3
+    data = SimpleNamespace(last_rollout=own, batch_size=8)
+    module._trainer = SimpleNamespace(world_size=2, optimizers=[optimizer], datamodule=data)
+    module.ratio_deviation = torch.zeros(())
+    module.epoch_means = SimpleNamespace(pop=lambda reduce_sum: {})
+    for name in ("log", "log_dict"):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+    module.reduce_sum = lambda x: x + 3.0
+    module.on_train_epoch_end()
+    assert module.kl_control.coefficient == pytest.approx(0.05 * (1 + 0.1 * 8 / 80))
 
 
 def test_learning_rate_falls_linearly_once_per_update(run: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,26 @@ def test_a_run_that_the_pipeline_did_not_start_is_kept(seen: list[str], tmp_path
         run(tmp_path)
     run(tmp_path, "sft")
     assert (tmp_path / "run" / "sft.1" / "export").is_dir()
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_finished_stage_whose_export_was_deleted_is_run_again(
+    checkpoint: bool, seen: list[str], tmp_path: Path
+) -> None:
+    run(tmp_path)
+    seen.clear()
+    shutil.rmtree(tmp_path / "run" / "sft" / "export")
+    if checkpoint:
+        (tmp_path / "run" / "sft" / "checkpoints").mkdir()
+        (tmp_path / "run" / "sft" / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match="results of reward, ppo with other settings or from other exports"):
+        run(tmp_path)
+    assert seen == []
+    run(tmp_path, "reward", "ppo")
+    assert seen == ["sft, resumed" if checkpoint else "sft", "reward", "responses", "ppo"]
+
+
+def test_a_pipeline_that_is_refused_leaves_nothing(seen: list[str], product: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="redo: there is no stage 'nothing'"):
+        run(tmp_path, "nothing")
+    assert not (tmp_path / "run").exists()

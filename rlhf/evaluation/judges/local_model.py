@@ -15,7 +15,7 @@ from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Ve
 from rlhf.hardware import best_device
 from rlhf.models.finite import check_finite
 from rlhf.models.loading import check_context, check_language_model, load_causal_lm, model_fingerprint
-from rlhf.models.tokenizers import PAD_TOKEN, encode, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, load_tokenizer
 from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 
 TEMPLATE = """Below are a post and two summaries of it. The better summary tells the points of the post that matter \
@@ -85,7 +85,8 @@ class LocalJudge(AskingJudge):
         tokenizer = load_tokenizer(self._model, PAD_TOKEN, "judge.model")
         pairs = [[encode(tokenizer, self.prompt(question) + label) for label in self.labels] for question in questions]
         model: Any = load_causal_lm(self._model, "judge.model", getattr(torch, self.dtype))
-        longest = max(len(ids) for pair in pairs for ids in pair)
+        longest, largest = (max(measure(ids) for pair in pairs for ids in pair) for measure in (len, max))
+        check_row(largest, model.config.get_text_config().vocab_size, tokenizer, self._model, "a question")
         check_context(model.config, longest, "judge: the longest question", "shorten judge.template")
         model = model.to(str(best_device())).eval()
         for start in range(0, len(pairs), self._batch_size):
