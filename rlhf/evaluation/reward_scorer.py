@@ -11,6 +11,7 @@ import torch
 
 from rlhf.data.chat import answered_ids, conversation_of
 from rlhf.hardware import best_device
+from rlhf.models.finite import check_finite
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, eos_ids, load_tokenizer, retokenise, same_tokens
 from rlhf.ops.sequences import pad_sequences
@@ -43,6 +44,7 @@ class RewardScorer:
         self.batch_size = batch_size
         self._path = path
         self.control = control
+        self.name = f"{setting} {path}"
 
     def __call__(
         self, queries: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]] | None = None
@@ -62,7 +64,8 @@ class RewardScorer:
         check_row(largest, rows, self.tokenizer, self._path, "a text")
         for start in range(0, len(sequences), self.batch_size):
             ids, mask = pad_sequences(sequences[start : start + self.batch_size], self.tokenizer.pad_token_id)
-            scores += self.model.score(ids.to(self.device), mask.to(self.device)).tolist()
+            found = self.model.score(ids.to(self.device), mask.to(self.device))
+            scores += check_finite(found, f"rewards by {self.name}").tolist()
         return scores
 
 

@@ -21,6 +21,7 @@ from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.learning import Learning
 from rlhf.errors import UserError
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
+from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
 from rlhf.models.saving import rehearse_export
@@ -141,7 +142,7 @@ class StageModule(LightningModule):
                 scores.append(model.score(batch["input_ids"].to(self.device), batch["attention_mask"]))
                 if limit is not None and sum(map(len, scores)) >= limit:
                     break
-        return torch.cat(scores).to(accumulator_dtype(self.device))
+        return check_finite(torch.cat(scores), "rewards of demonstrations").to(accumulator_dtype(self.device))
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -112,6 +112,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(run: Make, tmp_path: Path) 
     assert after.metrics[-1]["objective/kl"] == spy.metrics[-1]["objective/kl"]
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_a_ratio_on_either_side_of_one_is_a_deviation(
+    run: Make, model_path: str, reward_path: str, shift: float
+) -> None:
+    class Shifted(PPOModule):
+        def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
+            batch.logprobs = batch.logprobs - shift
+            return super().training_step(batch, batch_idx)
+
+    _, spy = run(Shifted(model_path, reward_path, ppo=SETTINGS), max_epochs=1)
+    assert spy.metrics[0]["val/ratio_max_deviation"] == pytest.approx(abs(np.exp(shift) - 1), abs=1e-4)
+
+
 def test_missing_eos_is_penalised(run: Make) -> None:
     _, spy = run(max_epochs=1)
     rollout = spy.rollouts[0]
@@ -305,6 +318,13 @@ class TestBadInput:
     def test_batch_that_does_not_fit(self, run: Make, rollout_data: Make, batch_size: int) -> None:
         with pytest.raises(UserError, match=r"data\.batch_size"):
             run(data=rollout_data(batch_size=batch_size))
+
+    def test_a_reward_model_that_gives_no_numbers(
+        self, model_path: str, reward_path: str, trainer: Make, rollout_data: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ScalarModel, "score", lambda self, ids, mask: torch.full((len(ids),), torch.nan))
+        with pytest.raises(UserError, match=r"rewards by model\.reward_path .* are NaN or infinite"):
+            trainer().validate(PPOModule(model_path, reward_path, ppo=SETTINGS), rollout_data())
 
     def test_reward_function_of_wrong_length(self, run: Make, model_path: str) -> None:
         with pytest.raises(UserError, match="rewards for"):

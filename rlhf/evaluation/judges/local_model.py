@@ -13,6 +13,7 @@ from typing_extensions import override
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Verdict
 from rlhf.hardware import best_device
+from rlhf.models.finite import check_finite
 from rlhf.models.loading import check_context, check_language_model, load_causal_lm, model_fingerprint
 from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, load_tokenizer
 from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
@@ -90,7 +91,8 @@ class LocalJudge(AskingJudge):
         model = model.to(str(best_device())).eval()
         for start in range(0, len(pairs), self._batch_size):
             part = slice(start, start + self._batch_size)
-            logprobs = label_logprobs(model, pairs[part]).tolist()
+            found = check_finite(label_logprobs(model, pairs[part]), f"log-probabilities by judge.model {self._model}")
+            logprobs = found.tolist()
             for question, (first, second) in zip(questions[part], logprobs, strict=True):
                 verdict: Verdict = "first" if first > second else "second" if second > first else "tie"
                 self._answers.append(question.key, Entry(verdict, f"{first:.4f} {second:.4f}"))
