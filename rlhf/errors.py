@@ -24,6 +24,10 @@ class UserError(Exception):
     """
 
 
+class OtherProcessError(UserError):
+    """Another process says what is wrong; this one only knows that it is."""
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an exception and those that it was raised from, the latest first."""
     while error is not None:

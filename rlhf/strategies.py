@@ -1,8 +1,11 @@
 """DeepSpeed ZeRO stage 2 with the same numbers as a single process."""
 
 import os
+import pkgutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -11,12 +14,42 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
 from typing_extensions import override
 
+from rlhf import heartbeat
 from rlhf.errors import UserError
+from rlhf.models.loading import explained
 
 NAME = "zero2"
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch looks at this variable of the environment at every read
+HARMLESS = (  # what DeepSpeed puts into its files besides tensors
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+@contextmanager
+def safe_reading() -> Iterator[None]:
+    """Makes torch read only what cannot run code, in the block, also where DeepSpeed asks it not to be so strict.
+
+    Needs DeepSpeed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    allowed = [pkgutil.resolve_name(name) for name in HARMLESS]
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        del os.environ[FORCE]
+        if before is not None:
+            os.environ[FORCE] = before
 
 
 class Zero2Strategy(DeepSpeedStrategy):
@@ -94,6 +127,11 @@ class Zero2Strategy(DeepSpeedStrategy):
         self.parallel_devices = devices
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        with safe_reading(), explained(f"ckpt_path: {checkpoint_path} cannot be loaded"):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
     def on_train_start(self) -> None:
         # The gradients of an unfinished optimizer step would go into the next epoch.
         assert self.lightning_module is not None
@@ -109,6 +147,34 @@ class Zero2Strategy(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the accumulation; DeepSpeed would do so again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def watch(trainer: Trainer, minutes: float) -> None:
+    """Starts the heartbeat of the processes of a run as soon as they are connected.
+
+    Args:
+        trainer: of this process.
+        minutes: how long a process may be silent, or all be stuck.
+    """
+    strategy: Any = trainer.strategy
+    if not isinstance(strategy.launcher, _SubprocessScriptLauncher):  # one process, or forks in a notebook
+        return
+    connect = strategy.setup_environment
+
+    def what() -> str:
+        doing = trainer.state.stage or trainer.state.fn
+        return f"{doing and doing.value} in epoch {trainer.current_epoch + 1} after step {trainer.global_step}"
+
+    def connect_and_watch() -> None:
+        connect()
+        heartbeat.start(trainer.global_rank, trainer.world_size, what, minutes, strategy.launcher.procs)
+        for thread in threading.enumerate():  # Lightning's own, which kills all without a word when one has failed
+            if thread.name == "child-process-observer":
+                thread._child_processes = []  # type: ignore[attr-defined]
+
+    strategy.setup_environment = connect_and_watch
+    if getattr(strategy, "_timeout", None):  # of collectives; the heartbeat knows who is missing
+        strategy._timeout = max(strategy._timeout, timedelta(minutes=3 * minutes))
 
 
 def check_strategy(trainer: Trainer) -> None:

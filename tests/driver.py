@@ -19,6 +19,7 @@ from typing import Any
 LONGEST = 300.0
 PATIENCE = 20.0
 BEFORE_IMPORTS = {"DS_ACCELERATOR": "cpu", "HF_UPDATE_DOWNLOAD_COUNTS": "False", "TOKENIZERS_PARALLELISM": "false"}
+BEFORE_IMPORTS["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 IMPORTS = [
     "deepspeed", "rlhf.cli.main", "rlhf.cli.stage",
     # what a command imports only when it runs: data, the model, curves, and in DDP and DeepSpeed
@@ -32,6 +33,7 @@ def main() -> None:
     os.environ |= BEFORE_IMPORTS
     for name in IMPORTS:
         importlib.import_module(name)
+    sys.modules["rlhf.cli.main"].VERBS["together"] = ("heartbeat_ranks", "")
     gc.collect()
     gc.freeze()  # else the collector of every fork writes to, and so copies, all these pages
     for line in sys.stdin:

@@ -13,8 +13,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 
+from rlhf.errors import UserError
+
 Event = Literal[
-    "kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk", "full_disk_at_last", "small_disk"
+    "kill", "terminate", "terminate_pipeline", "kill_while_writing", "full_disk", "full_disk_at_last", "small_disk",
+    "stop", "fail",
 ]  # fmt: skip
 
 
@@ -41,6 +44,16 @@ class Happens(Callback):
     def kill() -> None:
         """kill -9."""
         os.kill(os.getpid(), signal.SIGKILL)
+
+    @staticmethod
+    def stop() -> None:
+        """kill -STOP: as a process whose driver hangs."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    @staticmethod
+    def fail() -> None:
+        """What the user can mend."""
+        raise UserError("the reward function is wrong.")
 
     @staticmethod
     def terminate() -> None:

@@ -119,13 +119,15 @@ def test_the_command_line_refuses_in_one_sentence(model_path: str, demonstration
     assert "MEMBER" not in done.stderr  # no second process was started
 
 
-@pytest.mark.parametrize(("batches", "dry", "refused"), [(8, False, False), (6, False, True), (6, True, False)])
+@pytest.mark.parametrize(
+    ("batches", "dry", "refused"), [(8, False, False), (6, False, True), (5, False, True), (6, True, False)]
+)
 def test_an_epoch_that_ends_within_an_optimizer_step_is_refused(batches: int, dry: bool, refused: bool) -> None:
     strategy = attached(Zero2Strategy(), num_training_batches=batches, accumulate_grad_batches=4, fast_dev_run=dry)
     if not refused:
         strategy.on_train_start()
         return
-    with pytest.raises(UserError, match="leaves 6 micro-batches per epoch"):
+    with pytest.raises(UserError, match=f"leaves {batches} micro-batches per epoch"):
         strategy.on_train_start()
 
 
@@ -134,3 +136,24 @@ def test_without_zero2_an_export_takes_the_weights_as_they_are() -> None:
     before = dict(module.named_parameters())
     with strategies.full_precision(trainer("auto", precision="bf16-mixed"), module):
         assert all(before[name] is p for name, p in module.named_parameters())
+
+
+def test_an_export_takes_a_weight_that_was_changed_after_the_last_step_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import deepspeed.utils
+
+    module: Any = nn.Linear(3, 1)
+    stepped = {name: p.detach() + 1e-4 for name, p in module.named_parameters()}  # what the optimizer has in float32
+    module.bfloat16()
+    for name, p in module.named_parameters():
+        p.data = stepped[name].bfloat16()
+    module.bias.data.fill_(0.25)  # as the shift of a reward model
+    own = dict(module.named_parameters())
+    found = {id(p): stepped[name] for name, p in own.items()}
+    monkeypatch.setattr(deepspeed.utils, "safe_get_full_fp32_param", lambda p: found[id(p)])
+    fake: Any = SimpleNamespace(strategy=Zero2Strategy(), precision="bf16-mixed", is_global_zero=True)
+    with strategies.full_precision(fake, module):
+        assert torch.equal(module.weight, stepped["weight"])
+        assert module.bias.item() == 0.25
+    assert all(own[name] is p for name, p in module.named_parameters())

@@ -1,8 +1,8 @@
 """Checkpoints on disk, files or (under ZeRO) folders: written whole or not at all, and checked before they are read."""
 
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,20 +11,16 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from typing_extensions import override
 
 from rlhf import files
 from rlhf.errors import UserError, causes
+from rlhf.models.loading import explained
 from rlhf.protocols import Stage
+from rlhf.strategies import HARMLESS, safe_reading
 
 LAST = "last.ckpt"
-HARMLESS = {  # what DeepSpeed puts into its files besides tensors
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
 
 
 def find_last(folder: Path) -> Path | None:
@@ -178,6 +174,34 @@ def _damage_inside(file: Path, written: int, size: int) -> str:
     return f"is damaged: its contents are not those that were written ({bad})" if bad else ""
 
 
+def check_contents(path: Path) -> None:
+    """Refuses a checkpoint that is not one of a training run, or that holds more than numbers and texts.
+
+    No weights are read.
+
+    Raises:
+        UserError: the same on all processes, unlike the errors of those that read the parts later.
+    """
+    check_complete(path)
+    for file in path.glob("checkpoint/*.pt"):
+        if unknown := {*torch.serialization.get_unsafe_globals_in_checkpoint(file)} - {*HARMLESS}:
+            raise UserError(f"ckpt_path: {path} is not of this program: {file.name} would run {min(unknown)}.")
+    state = read(path)
+    weights = state.get("state_dict" if path.is_file() else "module")
+    if not isinstance(weights, dict) or "pytorch-lightning_version" not in state:
+        raise UserError(f"ckpt_path: {path} is no checkpoint of a training run.")
+
+
+def check_parts(path: Path, strategy: Strategy) -> None:
+    """Refuses a checkpoint of one file where ZeRO wants a folder of parts, and the other way round."""
+    zero = isinstance(strategy, DeepSpeedStrategy)
+    if path.is_dir() != zero:
+        raise UserError(
+            f"ckpt_path: {path} was written with{'out' * zero} ZeRO, and trainer.strategy is now one "
+            f"with{'out' * (not zero)}; docs/resuming.md says how to resume from its weights."
+        )
+
+
 def read(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without ZeRO's optimizer states; tensors are loaded when they are used.
 
@@ -185,10 +209,11 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     check_complete(path)
-    try:
-        state = torch.load(_states_file(path), map_location="cpu", mmap=True, weights_only=path.is_file())
-    except Exception as error:
-        raise UserError(f"ckpt_path: {path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    if path.is_dir() and find_spec("deepspeed") is None:
+        raise UserError(f"ckpt_path: {path} is of ZeRO and needs DeepSpeed, which is not installed here.")
+    safe = nullcontext() if path.is_file() else safe_reading()
+    with explained(f"ckpt_path: {path} is no checkpoint that can be read"), safe:
+        state = torch.load(_states_file(path), map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(state, dict):
         raise UserError(f"ckpt_path: {path} is no checkpoint of a training run.")
     return state
@@ -200,20 +225,11 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or its files would run code.
     """
+    check_contents(path)
     if path.is_file():
         return read(path)
-    check_complete(path)
-    for file in path.glob("checkpoint/*.pt"):
-        if unknown := {*torch.serialization.get_unsafe_globals_in_checkpoint(file)} - HARMLESS:
-            raise UserError(f"checkpoint: {file} would run {min(unknown)}; it is not of this program.")
-    if find_spec("deepspeed") is None:
-        raise UserError(f"checkpoint: {path} is of ZeRO and needs DeepSpeed, which is not installed here.")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with safe_reading(), explained(f"ckpt_path: {path} is not complete"):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    try:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path))
-    except (ValueError, FileNotFoundError) as error:  # the part of a process is missing
-        raise UserError(f"checkpoint: {path} is not complete: {error}") from error
     return {**read(path), "state_dict": weights}

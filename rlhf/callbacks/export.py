@@ -15,7 +15,7 @@ from typing_extensions import override
 import rlhf
 from rlhf import files
 from rlhf.callbacks.checkpoint_io import check_savable, failed_anywhere, find_last
-from rlhf.errors import ROOM, UserError
+from rlhf.errors import ROOM, OtherProcessError, UserError
 from rlhf.protocols import Stage, stage
 from rlhf.strategies import full_precision
 
@@ -120,7 +120,9 @@ class Export(Callback):
                 raise error  # no full disk, for which tokenizers has a plain Exception
             last = find_last(Path(trainer.default_root_dir) / files.CHECKPOINTS)
             how = f"the checkpoint {last} is intact, and --ckpt_path last writes the export again" if last else "rerun"
-            why = str(error).splitlines()[0] if error is not None else "see what the first process says"
+            if error is None:
+                raise OtherProcessError(f"The export {final} could not be written, see what the first process says.")
+            why = str(error).splitlines()[0]
             raise UserError(f"The export {final} could not be written: {why}. {ROOM}; {how}.") from error
         return final
 

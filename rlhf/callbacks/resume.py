@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import read
+from rlhf.callbacks.checkpoint_io import check_parts, read
 from rlhf.errors import UserError
 from rlhf.models.loading import model_fingerprint
 from rlhf.models.tokenizers import eos_ids
@@ -86,11 +86,7 @@ class Resume(Callback):
 
     def _compare_processes(self, trainer: Trainer, before: int) -> None:
         now, zero = trainer.world_size, isinstance(trainer.strategy, DeepSpeedStrategy)
-        if self.path.is_dir() != zero:
-            raise UserError(
-                f"ckpt_path: {self.path} was written with{'out' * zero} ZeRO, and trainer.strategy is now one "
-                f"with{'out' * (not zero)}; docs/resuming.md says how to resume from its weights."
-            )
+        check_parts(self.path, trainer.strategy)
         if zero and now != before:
             raise UserError(
                 f"ckpt_path: {self.path} is of {before} processes, and each has a part of it; now there are {now} "

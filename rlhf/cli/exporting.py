@@ -111,11 +111,8 @@ def _convert(source: Path, folder: Path, config: dict[str, Any]) -> None:
     module.configure_model()
     module.eval()
     disable_dropout(module)  # as in training; the exported configuration says so
-    try:
-        module.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1].strip()
-        raise UserError(f"checkpoint: {source} does not fit {name} and its model.model_path: {first}") from error
+    module.check_state(state["state_dict"], f"checkpoint: {source}")
+    module.load_state_dict(state["state_dict"])
     module.prepare_export()
     write_export(module, folder, **done)
 

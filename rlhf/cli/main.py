@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
-from rlhf.cli.parsing import message_of, parse, split_words
+from rlhf import heartbeat
+from rlhf.cli.parsing import add_trust, message_of, parse, split_words, take_trust
 from rlhf.errors import UserError
 
 STAGE_VERBS = {
@@ -74,11 +75,11 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         message = message_of(error)
-        if message is None:
+        if message is None and not heartbeat.started():
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(1 if words[0] == "check" else 2)
+        sys.exit(heartbeat.fail(error, message, 1 if message is None or words[0] == "check" else 2))
+    finally:
+        heartbeat.leave()
 
 
 def overview() -> str:
@@ -108,8 +109,11 @@ def parsed(function: Callable[..., Any], words: list[str]) -> tuple[Any, Any]:
     parser = ArgumentParser(prog=f"train.py {function.__name__}", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
+    add_trust(parser)
     config = parse(parser, _with_list(words, "--redo"))
-    config.pop("config", None)
+    take_trust(config)
+    for name in ("config", "trust_remote_code"):
+        config.pop(name, None)
     return parser, config
 
 
@@ -137,6 +141,7 @@ def _quiet() -> None:
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that ends, all others would print a trace
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "False")  # asks the hub even for local files
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

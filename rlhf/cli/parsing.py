@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
+from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
 
 _LARGEST_VALUE = 2**20  # characters
 
@@ -36,6 +37,20 @@ def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], d
             raise UserError(f"{word} needs a value.")
         found.setdefault(section, {})[inner] = value
     return others, found
+
+
+def add_trust(parser: Any) -> None:
+    """Adds the setting `--trust_remote_code`, which the processes that this one starts share."""
+    parser.add_argument(
+        "--trust_remote_code", type=bool, nargs="?", const=True, default=trusts_remote_code(),
+        help="run the Python code that comes with models and tokenizers, which are refused otherwise",
+    )  # fmt: skip
+
+
+def take_trust(settings: Any) -> None:
+    """Follows that setting."""
+    if settings.trust_remote_code:
+        trust_remote_code()
 
 
 def parse(parser: Any, words: list[str], command: Any = None) -> Any:

@@ -181,7 +181,10 @@ class Rehearsal:
         with self.collecting(name):
             module = None if self.lacks(given.model) else cli.make(settings, "model")
         with self.collecting(name):
-            data = cli.make(settings, "data")
+            made = cli.make(settings, "data")
+            if module is not None:
+                module.check_data(made)
+            data = made
         if data is not None:
             model = settings.model.init_args
             tokenizer = None if module else self.some_tokenizer(model.get("model_path"), model.get("eos_tokens"))

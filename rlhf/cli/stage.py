@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,9 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 import rlhf
-from rlhf import files
+from rlhf import files, heartbeat
 from rlhf.callbacks import unless_given
-from rlhf.callbacks.checkpoint_io import check_complete, find_last
+from rlhf.callbacks.checkpoint_io import check_contents, check_parts, find_last
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.last_checkpoint import LastCheckpoint
@@ -28,13 +29,13 @@ from rlhf.callbacks.prediction_file import PREDICTIONS, PredictionFile
 from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.callbacks.resume import Resume
 from rlhf.cli.check import StageTrainer
-from rlhf.cli.parsing import parse
+from rlhf.cli.parsing import add_trust, parse, take_trust
 from rlhf.cli.values import check_stage
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError, causes, find_user_error
 from rlhf.modules import StageModule
 from rlhf.seeding import DEFAULT_SEED
-from rlhf.strategies import check_strategy
+from rlhf.strategies import check_strategy, watch
 from rlhf.studies.processes import end_with_parent
 
 FOUND_BY_NAME = [
@@ -50,7 +51,7 @@ ONE_UPDATE: dict[str, Any] = {
     "val_check_interval": 1.0,
     "check_val_every_n_epoch": 10**9,
 }
-FOUND_BY_LIGHTNING = (None, "best", "hpc")  # a checkpoint that is no path
+FOUND_BY_LIGHTNING = (None, "hpc")  # a checkpoint that is no path
 
 
 class SaveConfig(SaveConfigCallback):
@@ -103,6 +104,10 @@ class StageCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of this run; never overwritten")
+        add_trust(parser)
+        silence = "minutes that one of several processes may be silent, or all be stuck, before all are ended"
+        week = restricted_number_type("Minutes", float, [(">", 0), ("<=", 7 * 24 * 60)])
+        parser.add_argument("--silence", type=week, default=heartbeat.MINUTES, help=silence)
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "trainer.logger.init_args.save_dir")  # of each, if there are several
 
@@ -111,6 +116,7 @@ class StageCLI(LightningCLI):
         words = list(args or sys.argv[1:])
         self.config = parse(parser, words, self._parser(words[0]))
         check_stage(self.config[self.config.subcommand])
+        take_trust(self.config[self.config.subcommand])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -144,6 +150,7 @@ class StageCLI(LightningCLI):
                 raise
             reason = " ".join(str([*causes(error)][-1]).split())  # of a library that is missing, or refuses
             raise UserError(f"trainer.logger: {reason}") from error
+        self.model.check_data(self.datamodule)  # before it is read
         if self.subcommand == "fit":
             self.model.check_schedule(self.trainer)
 
@@ -158,16 +165,19 @@ class StageCLI(LightningCLI):
                 rank_zero_info(f"There is no checkpoint in {folder} yet: the run starts from the beginning.")
             settings.ckpt_path = last and str(last)
         checkpoint = settings.get("ckpt_path")
+        if checkpoint in ("", "best"):  # Lightning knows the best one only of a run of the same process
+            raise UserError(f"ckpt_path: {checkpoint!r} is no checkpoint; give the path of a checkpoint, or last.")
         if checkpoint not in FOUND_BY_LIGHTNING:
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
-            check_complete(Path(checkpoint))
+            check_contents(Path(checkpoint))
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config["callbacks"] or []
         given = list(given) if isinstance(given, list) else [given]
         fitting = self.subcommand == "fit"
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
         if self.subcommand == "check":  # nothing is written
             config |= ONE_UPDATE | {"logger": DummyLogger()}
             given = [c for c in given if not isinstance(c, WRITERS)]
@@ -177,7 +187,6 @@ class StageCLI(LightningCLI):
             elif config["logger"] in (None, True):
                 root = config["default_root_dir"]
                 config["logger"] = TensorBoardLogger(root, name="", version=files.TENSORBOARD, default_hp_metric=False)
-            checkpoint = self.config[self.subcommand].get("ckpt_path")
             if fitting and checkpoint not in FOUND_BY_LIGHTNING:
                 given.append(Resume(checkpoint))
             if config["enable_checkpointing"] is not False:
@@ -193,4 +202,7 @@ class StageCLI(LightningCLI):
         except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:  # a setting does not fit
             raise UserError(f"trainer: {error}") from error
         check_strategy(trainer)  # before any data is tokenised
+        if checkpoint not in FOUND_BY_LIGHTNING:
+            check_parts(Path(checkpoint), trainer.strategy)
+        watch(trainer, self.config[self.subcommand].silence)
         return trainer

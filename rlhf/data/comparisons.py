@@ -29,6 +29,7 @@ class PreferenceDataModule(StageDataModule):
         text: formats and maximum lengths; the paper's reward model reads up to 169 response tokens.
     """
 
+    kind = "reward"
     sequences = 2
 
     def __init__(

@@ -20,6 +20,8 @@ class SFTDataModule(StageDataModule):
     The default batch size is the paper's.
     """
 
+    kind = "sft"
+
     @property
     def _loss(self) -> dict[str, Any]:
         loss_on, turns = getattr(self.module, "loss_on", "all"), getattr(self.module, "assistant_turns", "last")

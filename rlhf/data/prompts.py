@@ -32,6 +32,7 @@ class RolloutDataModule(StageDataModule):
             training.
     """
 
+    kind = "ppo"
     need_response = False
 
     def __init__(

@@ -32,6 +32,7 @@ from rlhf.data.token_budget import auto_tokens
 from rlhf.data.tokenising import largest_id, lengths, load_demonstrations
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context
+from rlhf.models.tokenizers import check_row
 from rlhf.protocols import Stage, stage
 from rlhf.sampling.grouping import parts_needed
 
@@ -56,6 +57,7 @@ class StageDataModule(LightningDataModule):
             estimate that `check` shows.
     """
 
+    kind: str | None = None  # of the modules that it serves; None: any
     minibatches = 1  # optimizer steps that a global batch is cut into
     sequences = 1  # per example
     rollout_batch_size = 0
@@ -154,12 +156,7 @@ class StageDataModule(LightningDataModule):
         """Refuses tokens for which the embedding of the model has no row."""
         found = self.module.embedding_rows
         for split, rows, name in self._ids():
-            if (largest := largest_id(rows, name)) >= found:
-                raise UserError(
-                    f"data.{split} holds the token {self.module.tokenizer.convert_ids_to_tokens(largest)!r} with id "
-                    f"{largest}, but the embedding of {self.module.model_path} has {found} rows; its tokenizer does "
-                    "not fit it, unless the SFT stage adds rows (model.resize_embeddings)."
-                )
+            check_row(largest_id(rows, name), found, self.module.tokenizer, self.module.model_path, f"data.{split}")
 
     def set_accumulation(self) -> None:
         """Sets the Trainer's `accumulate_grad_batches`, the one place where batch sizes are divided."""

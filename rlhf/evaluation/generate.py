@@ -28,7 +28,7 @@ from rlhf.models.loading import (
     load_config,
     model_fingerprint,
 )
-from rlhf.models.tokenizers import PAD_TOKEN, decode_responses, eos_ids, load_tokenizer, same_tokens
+from rlhf.models.tokenizers import PAD_TOKEN, check_row, decode_responses, eos_ids, load_tokenizer, same_tokens
 from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
@@ -104,7 +104,10 @@ def check_records(records: list[Row], model: str, tokenizer: Any, response_lengt
     longest = max(len(row["query_ids"]) for row in records) + response_length
     what = f"response_length: the longest query with a response of {response_length} tokens"
     advice = "lower response_length or text.max_query_length"
-    check_context(load_config(model, "model"), longest, what, advice)
+    config = load_config(model, "model")
+    check_context(config, longest, what, advice)
+    largest = max(max(row["query_ids"], default=0) for row in records)
+    check_row(largest, config.get_text_config().vocab_size, tokenizer, model, "data")
     if reward is not None and not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
         refuse_conversations((row["record"] for row in records), "reward")
 

@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 import torch.distributed as dist
 
-from rlhf.errors import UserError
+from rlhf import heartbeat
+from rlhf.errors import OtherProcessError
 from rlhf.evaluation.tables import claim, owned_table, parts_of, read_table, write_table
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ class Ranks:
             if self.size > 1:
                 dist.barrier()
         except RuntimeError as error:
-            raise UserError(
+            raise OtherProcessError(
                 "another process stopped, see its message; the same command resumes from the finished parts."
             ) from error
 
@@ -55,11 +56,11 @@ def ranks(output: str) -> Iterator[Ranks]:
             yield Ranks()
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
-        with owned_table(output) if dist.get_rank() == 0 else nullcontext():
-            yield Ranks(dist.get_rank(), size)
-    finally:
-        dist.destroy_process_group()
+    heartbeat.start(dist.get_rank(), size, lambda: "at work")
+    with owned_table(output) if dist.get_rank() == 0 else nullcontext():
+        yield Ranks(dist.get_rank(), size)
+    heartbeat.leave()  # before the store is gone, which an error needs to reach the others
+    dist.destroy_process_group()
 
 
 class Parts:

@@ -63,26 +63,40 @@ def call_reward_function(
         raise UserError(f"{said} is {error}; the records have {', '.join(_columns(records))}.") from error
     try:
         result = function(*positional, **named)
-        values = _items(result)
+        items = _items(result)  # what it yields may fail, too
     except UserError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST]
         raise UserError(f"{said} failed{_place(function, error)}: {type(error).__name__}: {reason}") from error
+    return torch.tensor(
+        as_numbers(result if items is None else items, responses, said), dtype=torch.float32, device=device
+    )
+
+
+def as_numbers(result: Any, responses: list[str], said: str) -> list[float]:
+    """Returns what code of the user's own returned, one finite number for each response, or refuses it.
+
+    Args:
+        said: names the code, for messages.
+    """
+    values = _items(result)
     if values is None:
-        wanted = f"one number for each of {len(texts)} responses"
+        wanted = f"one number for each of {len(responses)} responses"
         raise UserError(f"{said} returned {_described(result)} instead of {wanted}.")
-    if len(values) != len(texts):
-        raise UserError(f"{said} returned {len(values)} rewards for {len(texts)} responses.")
-    rewards = [_number(value) for value in values]
-    for row, (reward, response) in enumerate(zip(rewards, responses, strict=True)):
-        if reward is None or not np.isfinite(reward):
+    if len(values) != len(responses):
+        raise UserError(f"{said} returned {len(values)} rewards for {len(responses)} responses.")
+    numbers = []
+    for row, (value, response) in enumerate(zip(values, responses, strict=True)):
+        number = _number(value)
+        if number is None or not np.isfinite(np.float32(number)):
             shown = response if len(response) <= _SHOWN else f"{response[:_SHOWN]}..."
             raise UserError(
-                f"{said} returned {_described(values[row])} instead of a number for row {row + 1} of {len(texts)} "
+                f"{said} returned {_described(value)} instead of a number for row {row + 1} of {len(responses)} "
                 f"(counting from 1), whose response is {shown!r}."
             )
-    return torch.tensor(rewards, dtype=torch.float32, device=device)
+        numbers.append(number)
+    return numbers
 
 
 def _arguments(
@@ -144,8 +158,8 @@ def _number(value: Any) -> float | None:
     if isinstance(value, list | tuple) and len(value) == 1:
         return _number(value[0])
     try:
-        return None if isinstance(value, str | bytes) or np.iscomplexobj(value) else float(np.float32(value))
-    except (TypeError, ValueError):
+        return None if isinstance(value, str | bytes) or np.iscomplexobj(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -11,8 +11,9 @@ import torch
 
 from rlhf.data.chat import answered_ids, conversation_of
 from rlhf.hardware import best_device
+from rlhf.models.finite import check_finite
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import PAD_TOKEN, encode, eos_ids, load_tokenizer, retokenise, same_tokens
+from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, eos_ids, load_tokenizer, retokenise, same_tokens
 from rlhf.ops.sequences import pad_sequences
 from rlhf.synthetic.gold_score import gold_scores
 
@@ -41,7 +42,9 @@ class RewardScorer:
         self.device = best_device()
         self.model = ScalarModel.from_pretrained(path, setting).to(self.device).eval()
         self.batch_size = batch_size
+        self._path = path
         self.control = control
+        self.name = f"{setting} {path}"
 
     def __call__(
         self, queries: Sequence[str], responses: Sequence[str], records: Sequence[Mapping[str, Any]] | None = None
@@ -57,9 +60,12 @@ class RewardScorer:
     @torch.no_grad()
     def _score(self, sequences: list[list[int]]) -> list[float]:
         scores: list[float] = []
+        largest, rows = max(map(max, sequences), default=0), self.model.model.config.get_text_config().vocab_size
+        check_row(largest, rows, self.tokenizer, self._path, "a text")
         for start in range(0, len(sequences), self.batch_size):
             ids, mask = pad_sequences(sequences[start : start + self.batch_size], self.tokenizer.pad_token_id)
-            scores += self.model.score(ids.to(self.device), mask.to(self.device)).tolist()
+            found = self.model.score(ids.to(self.device), mask.to(self.device))
+            scores += check_finite(found, f"rewards by {self.name}").tolist()
         return scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models.loading import first_line, load_config
 from rlhf.models.probes import backbone_of
+from rlhf.models.remote_code import trusts_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -54,7 +56,8 @@ def register_classifier(config: PreTrainedConfig, setting: str = "model.model_pa
     if type(config) in _made:
         return _made[type(config)]
     try:
-        fits = _has_head(AutoModelForSequenceClassification.from_config, config)
+        from_config = AutoModelForSequenceClassification.from_config
+        fits = _has_head(partial(from_config, trust_remote_code=trusts_remote_code()), config)
     except ValueError:  # there is none
         fits = False
     if not fits:
@@ -79,12 +82,14 @@ def _has_head(make: Callable[[Any], Any], config: PreTrainedConfig) -> bool:
 
 def _new_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Makes a class of what all types of transformers have: its generic classifier, and the type's base class."""
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
     from transformers.modeling_layers import GenericForSequenceClassification
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code())
     backbone = backbone_of(model)
+    if type(config) not in AutoModel._model_mapping:  # code of its own; the generic classifier would ask for it
+        AutoModel._model_mapping._extra_content[type(config)] = type(backbone)
     name = next(name for name, child in model.named_children() if child is backbone)
     parent = next(c for c in type(model).__mro__ if isinstance(backbone, c) and issubclass(c, PreTrainedModel))
     title = parent.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +19,13 @@ from safetensors import SafetensorError
 from rlhf import files
 from rlhf.errors import UserError
 from rlhf.models.probes import is_causal
+from rlhf.models.remote_code import trusts_remote_code
+from rlhf.models.weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+SHIFT = "reward_shift"  # in the configuration of a reward model: what is subtracted from the scores of transformers
 
 
 def check_model_path(path: str, setting: str, *others: str) -> None:
@@ -24,15 +33,18 @@ def check_model_path(path: str, setting: str, *others: str) -> None:
 
     `setting` is the user's name for this path, here and below. One of the files `others` will do, too.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", *others)):
-            raise UserError(f"{setting}: the folder {path} has no config.json, so it is not a Hugging Face model.")
+    folder = os.path.expanduser(path)
+    if path and os.path.isdir(folder):  # unlike pathlib's, it raises nothing
+        if not any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", *others)):
+            raise UserError(
+                f"{setting}: the folder {path} has no config.json that can be read, so it is not a Hugging Face model."
+            )
         return
-    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
-    if looks_local or folder.parent.is_dir() or folder.exists():
+    looks_local = os.path.isabs(folder) or path.startswith((".", "~")) or path.count("/") != 1
+    if looks_local or os.path.isdir(os.path.dirname(folder)) or os.path.exists(folder):
         raise UserError(
-            f"{setting}: there is no model folder {path}; give the folder of an export, or a hub name (owner/name)."
+            f"{setting}: there is no model folder {path or '(it is empty)'}; give the folder of an export, or a hub "
+            "name (owner/name)."
         )
 
 
@@ -41,10 +53,34 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     check_model_path(path, setting)
+    with explained(f"{setting}: {path} is not a model that can be loaded"):
+        return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trusts_remote_code())
+
+
+@contextmanager
+def explained(sentence: str) -> Iterator[None]:
+    """Turns whatever a library raises, in the block, at files that others wrote into one sentence.
+
+    Python code among them is refused, unless the user trusts it: transformers would ask on the terminal.
+    """
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} is not a model that can be loaded: {first_line(error)}") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = first_line(error) or type(error).__name__
+        if "trust_remote_code=True" in str(error):
+            why = "it needs Python code that comes with it; read that code, and add --trust_remote_code to run it."
+        elif isinstance(error, UnpicklingError):
+            unsafe = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it would run {unsafe[1]}, so it is not read." if unsafe else "it is broken, or holds no weights."
+        elif isinstance(error, SafetensorError):
+            why = f"a file of its weights is broken, or cut off: {why}"
+        elif isinstance(error, JSONDecodeError):
+            why = f"a JSON file of it is broken: {why}"
+        elif not isinstance(error, OSError | ValueError | RuntimeError):  # the message is not meant for users
+            why = f"a file of it is not of the expected form ({type(error).__name__}: {why})"
+        raise UserError(f"{sentence}: {why.rstrip('.')}.") from error
 
 
 def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[GenerationConfig, bool]:
@@ -56,8 +92,11 @@ def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[Generat
 
     with quiet():
         try:
-            found = GenerationConfig.from_pretrained(path)
-        except (OSError, ValueError):
+            found = GenerationConfig.from_pretrained(os.path.expanduser(path))
+        except Exception as error:
+            file = Path(path).expanduser() / "generation_config.json"
+            if file.is_file():  # it may name EOS tokens
+                raise UserError(f"{file} cannot be read: {first_line(error)}; mend it, or delete it.") from error
             found = GenerationConfig.from_model_config(config)
     return found, not found._from_model_config or isinstance(found.eos_token_id, list)
 
@@ -74,7 +113,8 @@ def check_language_model(path: str, setting: str) -> PreTrainedConfig:
     config = load_config(path, setting)
     if is_classifier(config):
         raise UserError(f"{setting}: {path} holds a reward model, not a causal language model.")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and trusts_remote_code()
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise UserError(f"{setting}: {path} is of type {config.model_type}, which is no causal language model.")
     return config
 
@@ -88,6 +128,9 @@ def check_reward_model(path: str, setting: str) -> PreTrainedConfig:
             f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the reward "
             "stage."
         )
+    shift = getattr(config, SHIFT, 0.0)
+    if not isinstance(shift, int | float) or not math.isfinite(shift):
+        raise UserError(f"{setting}: {SHIFT} in the config.json of {path} is {shift!r}, not a number.")
     return config
 
 
@@ -104,7 +147,7 @@ def model_fingerprint(path: str, setting: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
-    kinds, names = (".safetensors", ".bin"), ("config.json", files.MANIFEST)
+    kinds, names = (".safetensors", ".bin", ".py"), ("config.json", files.MANIFEST)
     return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in kinds or f.name in names))
 
 
@@ -126,17 +169,17 @@ def from_pretrained(
     auto_class = getattr(transformers, kind)
     if getattr(config, "rescale_every", 0):
         config.rescale_every = 0  # RWKV halves weights in place in evaluation, as float16 needs it
-    try:
-        with quiet(), torch.device("cpu"):  # Lightning's context would make transformers ask for accelerate
-            model, report = auto_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{setting}: the model {path} cannot be loaded: {first_line(error)}") from error
-    missing = sorted(set(report["missing_keys"]) - {new})
-    if missing:
-        raise UserError(
-            f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
-            f"{missing[0]}."
+    cannot = f"{setting}: the model {path} cannot be loaded"
+    with explained(cannot), quiet(), torch.device("cpu"):  # in Lightning's, transformers would ask for accelerate
+        model, report = auto_class.from_pretrained(
+            os.path.expanduser(path),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trusts_remote_code(),
         )
+    with explained(cannot):
+        check_weights(model, report, path, setting, new)
     try:
         causal = is_causal(model)
     except Exception as error:  # whatever a model may do that does not take token ids alone
@@ -198,5 +241,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message."""
-    return str(error).strip().split("\n")[0]
+    """Returns the first line of an error's message, and the next one if that says what it is."""
+    first, *others = str(error).strip().split("\n")
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first

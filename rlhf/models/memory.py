@@ -14,6 +14,7 @@ from torch import nn
 from rlhf.models.classifiers import classifier_config
 from rlhf.models.frozen import Placement
 from rlhf.models.probes import backbone_of
+from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.logprobs import LOGITS
 
@@ -115,12 +116,15 @@ def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, ...
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    trusted = trusts_remote_code()
     with torch.device("meta"):
-        language_model = scalar_model = AutoModelForCausalLM.from_config(config)
+        language_model = scalar_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     if stage != "sft":
         labelled = classifier_config(config)
         with torch.device("meta"):
-            scalar_model = ScalarModel(AutoModelForSequenceClassification.from_config(labelled))
+            scalar_model = ScalarModel(
+                AutoModelForSequenceClassification.from_config(labelled, trust_remote_code=trusted)
+            )
     return Network(language_model), Network(scalar_model), Network(backbone_of(language_model))
 
 

@@ -180,7 +180,7 @@ def _keeps_rows_apart(model: PreTrainedModel) -> bool:
     autocast = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # its kernel takes half precision only
     with torch.autocast(device.type, enabled=autocast):
         try:
-            behind, behind_another = states(0, 1, 1), states(1, 0, 1)
+            behind, behind_another = states(0, 1, 1), states(1, 0, 0)  # no token is the same: a leak may be of any
         except (TypeError, ValueError, RuntimeError):  # it takes no extra arguments, other masks, or other rows' tokens
             return False
         ids = torch.tensor([[0, 1, 0]], device=device)

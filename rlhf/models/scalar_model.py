@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models.backbone import hidden_states
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
-from rlhf.models.loading import check_reward_model, from_pretrained, load_config
+from rlhf.models.loading import SHIFT, check_reward_model, from_pretrained, load_config
 from rlhf.models.probes import takes_left_padding
 from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
@@ -21,7 +21,6 @@ from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, righ
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SHIFT = "reward_shift"
 HEAD = "score.weight"
 
 

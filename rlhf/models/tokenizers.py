@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import takewhile
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.models.loading import check_model_path, first_line, load_config, load_generation_config, quiet
+from rlhf.models.loading import check_model_path, explained, load_config, load_generation_config, quiet
+from rlhf.models.remote_code import trusts_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -37,14 +40,18 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     check_model_path(path, setting, "tokenizer.json")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        why = first_line(error)
-        if any(name in why.lower() for name in ("sentencepiece", "tiktoken")) and find_spec("sentencepiece") is None:
-            why = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
-        raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: {why}") from error
+    if _has_config(path):
+        load_config(path, setting)  # says itself what is wrong with it
+    sentence = f"{setting}: {path} has no tokenizer that can be loaded"
+    with explained(sentence), quiet():
+        try:
+            found = os.path.expanduser(path)
+            tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trusts_remote_code())
+        except Exception as error:
+            if re.search("sentencepiece|tiktoken", str(error).lower()) and find_spec("sentencepiece") is None:
+                needed = "it has no tokenizer.json; to read its SentencePiece file, `pip install sentencepiece`."
+                raise UserError(f"{sentence}: {needed}") from error
+            raise
     if not tokenizer.encode("a", add_special_tokens=False):
         raise UserError(f"{setting}: {path} has no tokenizer that can be loaded: it holds no vocabulary.")
     _set_eos(tokenizer, path, setting, eos_tokens)
@@ -97,8 +104,7 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
 
     A single id of `config.json` may be the default of its class, so it counts only if it is no ordinary token.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not _has_config(path):
         return []
     config = load_config(path, setting)
     generation, own = load_generation_config(path, config)
@@ -106,6 +112,11 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
     if isinstance(ids, int):
         return [ids] if own or ids in tokenizer.added_tokens_decoder else []
     return list(ids or ())
+
+
+def _has_config(path: str) -> bool:
+    folder = Path(path).expanduser()
+    return not folder.is_dir() or (folder / "config.json").is_file()
 
 
 def eos_disagreement(tokenizer: PreTrainedTokenizerBase, path: str, setting: str) -> str:
@@ -226,6 +237,16 @@ def retokenise(
     texts = decode(source, [ids[:-1] if end else ids for ids, end in zip(sequences, ended, strict=True)])
     last = [eos_ids(target)[0]]
     return [encode(target, text) + last * end for text, end in zip(texts, ended, strict=True)]
+
+
+def check_row(id_: int, rows: int, tokenizer: PreTrainedTokenizerBase, path: str, where: str) -> None:
+    """Refuses the largest token id of some texts if the embedding of a model, with so many rows, has none for it."""
+    if id_ >= rows:
+        raise UserError(
+            f"{where} holds the token {tokenizer.convert_ids_to_tokens(id_)!r} with id {id_}, but the embedding of "
+            f"{path} has {rows} rows; its tokenizer does not fit it, unless the SFT stage adds rows "
+            "(model.resize_embeddings)."
+        )
 
 
 def check_pad_in_embedding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, path: str) -> None:

@@ -17,6 +17,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
+from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.saving import save_pretrained
@@ -248,6 +249,7 @@ class PPOModule(StageModule):
         if self.reward_model is not None:
             with self.reward_model.on(self.device) as model, self.autocast():
                 (scores,) = in_groups(episodes, episodes.groups, lambda part: (model.score(*join(*part.inputs)),))
+            check_finite(scores, f"rewards by model.reward_path {self.reward_path}")
         if self.reward_function is not None:
             texts, setting = episodes.texts, "model.reward_function"
             scores = scores + call_reward_function(self.reward_function, texts, self.device, setting)

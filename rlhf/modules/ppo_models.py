@@ -15,7 +15,7 @@ from rlhf.models.classifiers import register_classifier
 from rlhf.models.frozen import Placement
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, load_tokenizer, same_tokens
+from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row, eos_ids, load_tokenizer, same_tokens
 from rlhf.models.translated import TranslatedModel
 from rlhf.protocols import stage_data
 from rlhf.strategies import Zero2Strategy
@@ -38,9 +38,15 @@ def check_models(
     check_pad_in_embedding(tokenizer, config, model_path)
     check_language_model(reference_path, REFERENCE)
     if reward_path is not None:
-        register_classifier(check_reward_model(reward_path, REWARD), REWARD)
+        reward_config = check_reward_model(reward_path, REWARD)
+        register_classifier(reward_config, REWARD)
         found = load_tokenizer(reward_path, PAD_TOKEN, REWARD)
-        if same_tokens(found, tokenizer):
+        same, rows = same_tokens(found, tokenizer), config.get_text_config().vocab_size
+        added = found.added_tokens_decoder.keys() - {*eos_ids(found)}  # of which texts hold none
+        ids = {id_ for id_ in found.get_vocab().values() if (id_ < rows if same else id_ not in added)}
+        ids -= {found.pad_token_id}
+        check_row(max(ids), reward_config.get_text_config().vocab_size, found, reward_path, f"{REWARD}: its vocabulary")
+        if same:
             return None
     register_classifier(config, POLICY)  # refuses types of which there is no critic
     if reward_path is None:

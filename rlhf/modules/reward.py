@@ -13,6 +13,7 @@ from rlhf.callbacks.accuracy_table import AccuracyTable
 from rlhf.data.loaders import host_masks
 from rlhf.errors import NonNegative
 from rlhf.models.classifiers import register_classifier
+from rlhf.models.finite import check_finite
 from rlhf.models.loading import checkpoint_activations, is_classifier
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import check_pad_in_embedding
@@ -104,12 +105,13 @@ class RewardModule(StageModule):
         options: dict[str, Any] = {"batch_size": len(chosen), "sync_dist": True, "add_dataloader_idx": False}
         self.log(f"{name}/loss", pairwise_losses(chosen, rejected).mean(), **options)
         self.log(f"{name}/accuracy", (chosen > rejected).float().mean(), prog_bar=True, **options)
-        margins = (chosen - rejected).tolist()
+        margins = check_finite(chosen - rejected, "margins of the reward model").tolist()
         return {"pairs": [{**pair, "margin": m} for pair, m in zip(batch["pairs"], margins, strict=True)]}
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        rows = zip(batch["pairs"], *(rewards.tolist() for rewards in self.scores(batch)), strict=True)
+        rewards = (check_finite(rewards, "rewards of pairs").tolist() for rewards in self.scores(batch))
+        rows = zip(batch["pairs"], *rewards, strict=True)
         return [{**pair, "reward_chosen": chosen, "reward_rejected": rejected} for pair, chosen, rejected in rows]
 
     @override

@@ -21,12 +21,14 @@ from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.learning import Learning
 from rlhf.errors import UserError
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
+from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
 from rlhf.models.saving import rehearse_export
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.models.translated import TranslatedModel
+from rlhf.models.weights import first_not_finite
 from rlhf.modules.epoch_means import EpochMeans
 from rlhf.modules.settings import Optimization
 from rlhf.seeding import shared_seed
@@ -80,9 +82,18 @@ class StageModule(LightningModule):
         check_strategy(self.trainer)
         if stage == "fit":
             self.check_schedule(self.trainer)
+        self.check_data(getattr(self.trainer, "datamodule", None))
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
             bound_primitive_cache()
+
+    def check_data(self, data: Any) -> None:
+        """Refuses a DataModule that is made for another stage."""
+        if getattr(data, "kind", None) not in (None, self.kind):
+            raise UserError(
+                f"data: {type(data).__name__} is for {data.kind}, and {type(self).__name__} is for {self.kind}; set "
+                "--data to the DataModule of the same stage."
+            )
 
     @abstractmethod
     def evaluate(self, batch: Any, batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
@@ -133,7 +144,7 @@ class StageModule(LightningModule):
                 scores.append(model.score(batch["input_ids"].to(self.device), batch["attention_mask"]))
                 if limit is not None and sum(map(len, scores)) >= limit:
                     break
-        return torch.cat(scores).to(accumulator_dtype(self.device))
+        return check_finite(torch.cat(scores), "rewards of demonstrations").to(accumulator_dtype(self.device))
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -250,6 +261,25 @@ class StageModule(LightningModule):
         # Every rank logs the same mean; sync_dist keeps Lightning from warning.
         self.log_dict(self.epoch_means.pop(self.reduce_sum), sync_dist=True)
 
+    def check_state(self, state: dict[str, Tensor] | None, name: str) -> None:
+        """Refuses the weights of a checkpoint if they are of another model, or not finite.
+
+        Args:
+            state: None where they are loaded already, as DeepSpeed does.
+            name: of the checkpoint.
+        """
+        own = self.state_dict()
+        state = own if state is None else state
+        shapes, others = ({key: tuple(getattr(x, "shape", ())) for key, x in y.items()} for y in (own, state))
+        if shapes != others and self.strict_loading:
+            first = min(key for key in own.keys() | state.keys() if shapes.get(key) != others.get(key))
+            raise UserError(
+                f"{name} does not fit {type(self).__name__} and its model.model_path: {first} is "
+                f"{others.get(first, 'missing')} in the checkpoint, and {shapes.get(first, 'missing')} in the model."
+            )
+        if broken := first_not_finite(state.items()):
+            raise UserError(f"{name} holds weights that are not finite: there is NaN or infinity in {broken}.")
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_savable(self.trainer, self)
@@ -257,5 +287,6 @@ class StageModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_state(checkpoint.get("state_dict"), f"ckpt_path: {self.trainer.ckpt_path}")
         if self.trainer.training:
             self.epoch_means.load(checkpoint.get(EPOCH_MEANS, [{}]), self.global_rank, self.trainer.world_size)

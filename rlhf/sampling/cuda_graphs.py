@@ -14,7 +14,7 @@ from typing_extensions import override
 from rlhf.errors import UserError
 from rlhf.sampling.caches import fixed_cache
 from rlhf.sampling.paths import fault_of
-from rlhf.sampling.sampler import LOOK_EVERY, Decoding, choose, evaluation_mode, sample, without_end
+from rlhf.sampling.sampler import LOOK_EVERY, Decoding, choose, evaluation_mode, look, sample, without_end
 from rlhf.sampling.token_readers import KeyValueReader, Reader
 
 if TYPE_CHECKING:
@@ -41,11 +41,12 @@ def sample_in_graph(
         steps = _Steps(StaticReader(model, queries, query_mask, uniforms.shape[1]), uniforms, decoding)
         advance: Callable[[], None] = steps.decode
         for step in range(1, uniforms.shape[1]):
-            if step % LOOK_EVERY == 1 and not steps.alive.any():
+            if step % LOOK_EVERY == 1 and not look(steps.alive, steps.largest, model).any():
                 break
             advance()
             if step == 1 and queries.is_cuda:
                 advance = _captured(steps, type(model).__name__)
+        look(steps.alive, steps.largest, model)
     return without_end(steps.responses, decoding)
 
 
@@ -117,6 +118,7 @@ class _Steps:
         self.eos_ids = self.responses.new_tensor(decoding.eos_ids)
         self.tokens = torch.zeros_like(self.responses[:, 0])
         self.alive = torch.ones_like(self.tokens, dtype=torch.bool)
+        self.largest = torch.zeros_like(self.tokens, dtype=torch.float)
         self.column = self.tokens.new_zeros(1)
         self._draw(reader.read_queries())
 
@@ -125,6 +127,7 @@ class _Steps:
         self._draw(self.reader.read(self.tokens))
 
     def _draw(self, logits: Tensor) -> None:
+        self.largest.copy_(logits.amax(1))
         numbers = self.uniforms.index_select(1, self.column).squeeze(1)
         drawn = choose(logits.float() / self.decoding.temperature, numbers)
         kept = torch.where(self.alive, drawn, self.decoding.pad_id)

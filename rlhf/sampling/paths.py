@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.arguments import accepted
+from rlhf.models.finite import check_logits
 from rlhf.models.loading import quiet
 from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
@@ -71,7 +72,7 @@ def fault_of(model: PreTrainedModel, reader: type[Reader]) -> str | None:
         try:
             with quiet(), torch.autocast(device, enabled=enabled):
                 error = _error(model, reader, torch.float32 if exact else torch.bfloat16)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as failure:  # of any kind: the code is the model's
             return f"a forward fails with {type(failure).__name__}: {(str(failure) or '?').splitlines()[0]}"
@@ -88,6 +89,7 @@ def _error(model: PreTrainedModel, reader_class: type[Reader], precision: torch.
     weight: Any = model.get_input_embeddings().weight
     rows = _rows(len(weight), weight.device)
     plain = torch.cat([model(**accepted(model, input_ids=row[None], use_cache=False)).logits for row in rows]).float()
+    check_logits(plain.amax(-1), model)
     lengths = [7, 3] if reader_class.takes_padding else [5, 5]
     ids = [F.pad(row[:length], (max(lengths) - length, 0), value=-1) for row, length in zip(rows, lengths, strict=True)]
     queries = torch.stack(ids)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.hardware import accumulator_dtype, sent
+from rlhf.models.finite import check_logits
 from rlhf.ops.sequences import response_lengths, right_padded
 from rlhf.sampling.paths import reader_for
 from rlhf.sampling.token_readers import Reader
@@ -96,9 +97,10 @@ def _draw(reader: Reader, uniforms: Tensor, decoding: Decoding, given: Tensor | 
         responses[rows, step] = torch.where(alive, tokens, pad_id)
         alive = alive & ~ended
         if step == steps - 1:
+            look(alive, logits.amax(1), reader.model)
             break
         if (step + 1) % look_every == 0:
-            left = alive.cpu().nonzero().squeeze(1)
+            left = look(alive, logits.amax(1), reader.model).nonzero().squeeze(1)
             if not len(left):
                 break
             if len(left) <= (1 - LEAVING) * len(rows):
@@ -107,6 +109,20 @@ def _draw(reader: Reader, uniforms: Tensor, decoding: Decoding, given: Tensor | 
                 rows, tokens, alive = rows[left], tokens[left], alive[left]
         logits = reader.read(tokens)
     return responses[:, : step + 1]
+
+
+def look(alive: Tensor, largest: Tensor, model: nn.Module) -> Tensor:
+    """Returns on the CPU which rows go on, in the one copy that waits for a GPU.
+
+    Args:
+        alive, largest: which rows have not ended, and their largest logits, `(B,)`.
+
+    Raises:
+        UserError: if the logits of a row are no distribution: one is NaN or infinite, or all are minus infinity.
+    """
+    goes_on, largest = torch.stack([alive, largest]).cpu()
+    check_logits(largest, model)
+    return goes_on
 
 
 def _sample_without_padding(

@@ -30,6 +30,7 @@ class Reader(ABC):
         steps: how many tokens are read after the queries at most.
     """
 
+    model: PreTrainedModel
     takes_padding: ClassVar[bool] = True
     loses_rows: ClassVar[bool] = True
     cost: ClassVar[str] = ""  # what is slower than with the fastest reader

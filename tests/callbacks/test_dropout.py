@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf.callbacks.dropout import DisableDropout, disable_dropout, draws_random_numbers, keep_in_evaluation_mode
 from rlhf.errors import UserError
+from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.scalar_model import ScalarModel
 
 SHAPE = {
@@ -155,3 +156,14 @@ def test_the_callback_refuses_what_it_cannot_switch_off() -> None:
     model.gpt_neox.layers[0].mlp.act = Hidden()
     with pytest.raises(UserError, match="GPTNeoXForCausalLM still draws random numbers"):
         DisableDropout().on_fit_start(None, Module(model))
+
+
+def test_a_critic_that_still_drops_is_refused_beside_a_policy_that_does_not() -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    policy = language_model("gpt_neox", ["hidden_dropout"])
+    policy.config.num_labels = 1
+    critic = AutoModelForSequenceClassification.from_config(policy.config)
+    critic.gpt_neox.layers[1].mlp.act = Hidden()
+    with pytest.raises(UserError, match="GPTNeoXForSequenceClassification still draws random numbers"):
+        DisableDropout().on_fit_start(None, Module(ActorCritic(policy, ScalarModel(critic))))

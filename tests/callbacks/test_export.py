@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_the_old_export_and_is_said_in_one_sentence(
 
 def test_a_full_disk_of_another_process_ends_this_one_too(trainer: Any, tmp_path: Path) -> None:
     trainer.is_global_zero = False
-    with pytest.raises(UserError, match="could not be written: see what the first process says"):
+    with pytest.raises(UserError, match="could not be written, see what the first process says"):
         Export.export(trainer, Module(failed_elsewhere=True), "export")
     assert not (tmp_path / "export").exists()
 
@@ -132,15 +132,16 @@ def test_a_kill_leaves_the_old_export_or_the_new_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "export"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_export_later(
-    driver: Callable[..., list[int]], model_path: str, write_jsonl: Callable[..., str], tmp_path: Path
+    driver: Callable[..., list[int]], strategy: str, model_path: str, write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     data, run, log = write_jsonl("d.jsonl", demonstrations(8, 1, "train")), tmp_path / "run", tmp_path / "log"
     words = [
         "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={run}", f"--model.model_path={model_path}",
         f"--data.train.path={data}", f"--data.validation.path={data}", "--data.validation.split=train",
         "--data.batch_size=8", "--data.micro_batch_size=4", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
-        "--trainer.limit_val_batches=0", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--trainer.limit_val_batches=0", "--trainer.devices=2", f"--trainer.strategy={strategy}",
     ]  # fmt: skip
     at = "--trainer.callbacks"
     full = [
@@ -149,6 +150,8 @@ def test_a_full_disk_of_one_process_stops_both_and_the_same_run_writes_the_expor
     ]  # fmt: skip
     assert driver([*words, *full], 2, log) == [2, 2], log.read_text()[-3000:]
     said = log.read_text()
+    assert said.count("\nerror: ") == 1
+    assert "Traceback" not in said
     assert "error: The export" in said
     assert "File too large" in said
     assert f"the checkpoint {run}/checkpoints/last.ckpt is intact" in said

@@ -237,6 +237,6 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, name: str) -> None:
     (tmp_path / "latest").write_text("checkpoint")
     torch.save({}, folder / "mp_rank_00_model_states.pt")
     torch.save({"a": Code(tmp_path / "ran")}, folder / name)
-    with pytest.raises(UserError, match=r"would run .*open; it is not of this program"):
+    with pytest.raises(UserError, match=r"is not of this program: .* would run .*open\."):
         read_weights(tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -68,6 +68,7 @@ def attach(tokenizer: Any) -> Callable[..., Any]:
             "response_room": 4,
             "model_config": GPTNeoXConfig(),
             "embedding_rows": 512,
+            "model_path": "here",
             "placements": (),
         }
         datamodule.trainer = SimpleNamespace(

@@ -81,6 +81,35 @@ def test_a_row_per_query(reward_path: str, words: list[str], responses: Callable
     pd.testing.assert_frame_equal(responses(batch_size=3, temperature=1.0, reward=reward_path), table)
 
 
+@torch.no_grad()
+def test_scores_are_of_the_sampled_tokens_as_they_are_and_of_the_whole_references(
+    reward_path: str, responses: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an EOS that was not sampled, and however short `max_response_length` cuts a reference."""
+    sampled: list[list[int]] = []
+    sample = module.sample
+
+    def listens(model: Any, ids: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
+        found = sample(model, ids, mask, *rest)
+        sampled.extend([*x[m.bool()].tolist(), *y.tolist()] for x, m, y in zip(ids, mask, found, strict=True))
+        return found
+
+    monkeypatch.setattr(module, "sample", listens)
+    tokenizer = AutoTokenizer.from_pretrained(reward_path)
+    ends = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(range(200, 300))]
+    text = TextFormat(max_response_length=5)
+    table = responses(reward=reward_path, temperature=1.0, eos_tokens=ends, text=text)
+    assert 0 < table["has_eos"].mean() < 1
+    plain = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    for row, ids in zip(table.itertuples(), sampled, strict=True):
+        query = len(tokenizer(row.query)["input_ids"])
+        whole = [*tokenizer(row.query + row.reference)["input_ids"], tokenizer.eos_token_id]
+        assert row.reference_tokens == 5 < len(whole) - query
+        for read, score in ((ids[: query + row.tokens], row.score), (whole, row.reference_score)):
+            reward = plain(torch.tensor([read])).logits.item() - plain.config.reward_shift
+            assert score == pytest.approx(reward, abs=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1e-5, 1.0])
 def test_responses_do_not_depend_on_the_batch(responses: Callable[..., Any], temperature: float) -> None:
     tables = [responses(temperature=temperature, batch_size=n) for n in (2, 11)]

@@ -9,6 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
+from rlhf.data.sources import Source
+from rlhf.errors import UserError
+from rlhf.evaluation.judges import Pair, RewardJudge
+from rlhf.evaluation.margins import margins
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
@@ -46,6 +50,21 @@ def test_gold_scores_only_where_all_records_have_facts() -> None:
     assert columns["nothing"] == [0, 0, 0]
     table.loc[2, "record"] = '{"id": 3}'
     assert gold_columns(table, gold="text") == {}
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_rewards_that_are_no_numbers_are_refused_wherever_they_would_go(
+    reward_path: str, wrong: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, comparison_file: str
+) -> None:
+    """As a tie of a judge, and as a margin."""
+    monkeypatch.setattr(ScalarModel, "read", lambda self, hidden: torch.full(hidden.shape[:-1], wrong))
+    pair = Pair("q", " a", " b", {})
+    judge = RewardJudge(reward_path)
+    judge.prepare(tmp_path / "none")
+    with pytest.raises(UserError, match=r"1 of 1 rewards by judge\.model .* are NaN or infinite"):
+        judge.prefer([pair])
+    with pytest.raises(UserError, match=r"rewards by reward .* are NaN or infinite"):
+        margins(f"{tmp_path}/m.csv", reward_path, Source(comparison_file))
 
 
 def test_a_conversation_is_read_in_the_words_of_the_chat_template(reward_path: str, tmp_path: Path) -> None:

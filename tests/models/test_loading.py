@@ -15,7 +15,7 @@ from rlhf.models.tokenizers import load_tokenizer
 SETTING = "model.some_path"
 
 
-@pytest.mark.parametrize("path", ["nothing-here", "./runs/nothing", "~/nothing", "/nothing/here", "a/b/c"])
+@pytest.mark.parametrize("path", ["nothing-here", "./runs/nothing", "~/nothing", "/nothing/here", "a/b/c", "n" * 300])
 def test_a_missing_folder_is_named(path: str) -> None:
     with pytest.raises(UserError, match=rf"model\.some_path.*no model folder {path}"):
         check_model_path(path, SETTING)
@@ -40,6 +40,13 @@ def test_a_broken_configuration_is_named(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=r"model\.some_path"):
         load_config(str(tmp_path), SETTING)
+
+
+def test_home_and_no_path(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", model_path)
+    (load_causal_lm("~"), load_tokenizer("~"))
+    with pytest.raises(UserError, match=r"model\.some_path: there is no model folder \(it is empty\)"):
+        check_model_path("", SETTING)
 
 
 def test_missing_weights_are_named(model_path: str, tmp_path: Path) -> None:

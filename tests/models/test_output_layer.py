@@ -92,6 +92,15 @@ def test_a_layer_with_more_to_it_is_asked_for_logits(kind: str, initializer_rang
     assert output_weight(build(kind, initializer_range=initializer_range)) is None
 
 
+def test_a_model_that_changes_its_states_before_the_layer_is_asked_for_logits() -> None:
+    """As types do that scale or project them there."""
+    model = build("llama")
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0] / 4,))
+    assert output_weight(model) is None
+    for one, other in zip(logprobs_at(model, *batch()), expected(model, 1.0), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=2e-5, rtol=1e-5)
+
+
 def test_the_model_is_probed_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[Any] = []
     probe = output_layer._is_plain

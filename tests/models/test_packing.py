@@ -76,6 +76,19 @@ def test_weights_shared_out_by_zero3_are_padded(from_config: Build) -> None:
 
 
 @pytest.mark.cpu_only("models in float32 are padded on a GPU")
+@pytest.mark.parametrize("behind", [1, 2, 3])
+def test_a_model_in_which_a_little_comes_over_from_the_row_before_is_padded(behind: int, from_config: Build) -> None:
+    """Its first layer adds a thousandth of an earlier token, as far `behind` in the sequence, to each."""
+    model = from_config(TAKE["llama, two queries per key"])
+
+    def leak(_: Any, __: Any, embedded: Tensor) -> Tensor:
+        return embedded + 1e-3 * torch.nn.functional.pad(embedded, (0, 0, behind, 0))[:, :-behind]
+
+    model.get_input_embeddings().register_forward_hook(leak)
+    assert not packs(model)
+
+
+@pytest.mark.cpu_only("models in float32 are padded on a GPU")
 def test_the_model_is_probed_once(monkeypatch: pytest.MonkeyPatch, from_config: Build) -> None:
     probed: list[Any] = []
     probe = packing._keeps_rows_apart

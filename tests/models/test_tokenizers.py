@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, ByT5Tokenizer, GPTNeoXConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, ByT5Tokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
 from rlhf.models.loading import load_config
@@ -262,6 +264,15 @@ def test_a_sentencepiece_file_names_the_package_that_reads_it(tmp_path: Path) ->
         UserError, match=r"model\.some_path.*no tokenizer that can be loaded.*pip install sentencepiece"
     ):
         load_tokenizer(str(tmp_path), None, SETTING)
+
+
+def test_tokenizers_of_one_size_need_not_mean_the_same() -> None:
+    def words(*tokens: str) -> PreTrainedTokenizerFast:
+        vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="?")))
+
+    assert same_tokens(words("?", "yes", "no"), words("?", "yes", "no"))
+    assert not same_tokens(words("?", "yes", "no"), words("?", "no", "yes"))
 
 
 def test_texts_change_their_tokenizer_and_keep_their_eos(llama_path: str, model_path: str) -> None:

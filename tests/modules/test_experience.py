@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,20 @@ def test_every_update_and_every_rank_samples_by_a_seed_of_its_own(fitted: Make) 
     assert torch.equal(first, responses(3, 0))
     for other in (responses(4, 0), responses(3, 1)):
         assert (first == other).float().mean() < 0.2
+
+
+def test_every_batch_and_every_rank_is_evaluated_by_a_seed_of_its_own(fitted: Make) -> None:
+    module, batch = fitted(OnRank)
+    module.ppo = replace(SETTINGS, evaluation_temperature=1.0)
+    module.log_dict = lambda *args, **kwargs: None
+
+    def responses(index: int, rank: int) -> list[str]:
+        module.rank = rank
+        return [sample["response"] for sample in module.evaluate(batch, index, "validation")["samples"]]
+
+    first = responses(0, 0)
+    assert first == responses(0, 0)
+    assert len({*first, *responses(1, 0), *responses(0, 1), *responses(1, 1)}) == 4 * len(first)
 
 
 class Short(PPOModule):

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(run: Make, tmp_path: Path) 
     assert after.metrics[-1]["objective/kl"] == spy.metrics[-1]["objective/kl"]
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_a_ratio_on_either_side_of_one_is_a_deviation(
+    run: Make, model_path: str, reward_path: str, shift: float
+) -> None:
+    class Shifted(PPOModule):
+        def training_step(self, batch: Rollout, batch_idx: int) -> Tensor:
+            batch.logprobs = batch.logprobs - shift
+            return super().training_step(batch, batch_idx)
+
+    _, spy = run(Shifted(model_path, reward_path, ppo=SETTINGS), max_epochs=1)
+    assert spy.metrics[0]["val/ratio_max_deviation"] == pytest.approx(abs(np.exp(shift) - 1), abs=1e-4)
+
+
 def test_missing_eos_is_penalised(run: Make) -> None:
     _, spy = run(max_epochs=1)
     rollout = spy.rollouts[0]
@@ -195,6 +209,24 @@ def test_adaptive_kl_coefficient_moves_and_is_kept(
     again = PPOModule(model_path, reward_path, ppo=settings, optimization=FAST)
     run(again, max_epochs=2, ckpt_path=checkpoint.best_model_path)
     assert again.kl_control.coefficient == pytest.approx(0.05 * 0.98**2)
+
+
+def test_the_adaptive_coefficient_follows_the_kl_and_the_number_of_the_episodes_of_all_processes(
+    model_path: str, reward_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, kl_coefficient=0.05, kl_target=2.0 / 1.1, kl_horizon=80)
+    module: Any = PPOModule(model_path, reward_path, ppo=settings)
+    optimizer = SimpleNamespace(zero_grad=lambda: None)
+    own = SimpleNamespace(kl=torch.full((4, 2), 0.5))  # this process: 4 of 8 episodes, of a KL of 1; the other one: 3
+    data = SimpleNamespace(last_rollout=own, batch_size=8)
+    module._trainer = SimpleNamespace(world_size=2, optimizers=[optimizer], datamodule=data)
+    module.ratio_deviation = torch.zeros(())
+    module.epoch_means = SimpleNamespace(pop=lambda reduce_sum: {})
+    for name in ("log", "log_dict"):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+    module.reduce_sum = lambda x: x + 3.0
+    module.on_train_epoch_end()
+    assert module.kl_control.coefficient == pytest.approx(0.05 * (1 + 0.1 * 8 / 80))
 
 
 def test_learning_rate_falls_linearly_once_per_update(run: Make) -> None:
@@ -286,6 +318,13 @@ class TestBadInput:
     def test_batch_that_does_not_fit(self, run: Make, rollout_data: Make, batch_size: int) -> None:
         with pytest.raises(UserError, match=r"data\.batch_size"):
             run(data=rollout_data(batch_size=batch_size))
+
+    def test_a_reward_model_that_gives_no_numbers(
+        self, model_path: str, reward_path: str, trainer: Make, rollout_data: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ScalarModel, "score", lambda self, ids, mask: torch.full((len(ids),), torch.nan))
+        with pytest.raises(UserError, match=r"rewards by model\.reward_path .* are NaN or infinite"):
+            trainer().validate(PPOModule(model_path, reward_path, ppo=SETTINGS), rollout_data())
 
     def test_reward_function_of_wrong_length(self, run: Make, model_path: str) -> None:
         with pytest.raises(UserError, match="rewards for"):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.callbacks.export import Export
+from rlhf.errors import UserError
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, RewardModule
 
@@ -55,6 +56,15 @@ def test_centering_holds_rewards_at_one_level(model_path: str, trainer: Make, pr
         rows = [row for part in trainer().predict(module, data) for batch in part for row in batch]
         levels.append(sum((row["reward_chosen"] + row["reward_rejected"]) ** 2 for row in rows))
     assert levels[1] < 0.2 * levels[0]
+
+
+@pytest.mark.parametrize("verb", ["validate", "predict"])
+def test_rewards_that_are_no_numbers_are_refused(
+    verb: str, reward_path: str, trainer: Make, preference_data: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScalarModel, "score", lambda self, ids, mask: torch.full((len(ids),), torch.nan))
+    with pytest.raises(UserError, match=r"are NaN or infinite: its weights are broken"):
+        getattr(trainer(), verb)(RewardModule(reward_path), preference_data())
 
 
 def test_news_is_a_split_of_its_own(model_path: str, trainer: Make, preference_data: Make) -> None:

@@ -174,3 +174,29 @@ def test_predict_gives_a_response_per_query(model_path: str, trainer: Make, sft_
     rows = [row for batch in t.predict(SFTModule(model_path, response_length=4), sft_data()) or [] for row in batch]
     assert len(rows) == 32
     assert set(rows[0]) == {"query", "response", "reference", "has_eos"}
+
+
+class OnRank(SFTModule):
+    """Thinks that it is some process of several."""
+
+    rank = 0
+
+    @property
+    def global_rank(self) -> int:
+        return self.rank
+
+
+def test_every_batch_and_every_rank_samples_by_a_seed_of_its_own(
+    model_path: str, trainer: Make, sft_data: Make
+) -> None:
+    data, module = sft_data(), OnRank(model_path, response_length=8, temperature=1.0)
+    trained(model_path, trainer, data, module)
+    batch = next(iter(data.val_dataloader()[0]))
+
+    def responses(index: int, rank: int) -> list[str]:
+        module.rank = rank
+        return [row["response"] for row in module.predict_step(batch, index)]
+
+    first = responses(0, 0)
+    assert first == responses(0, 0)
+    assert len({*first, *responses(1, 0), *responses(0, 1), *responses(1, 1)}) == 4 * len(first)

@@ -53,6 +53,18 @@ def test_policy_loss_is_the_pessimistic_one(seed: int) -> None:
     assert 0 < clipped.float().mean() < 1
 
 
+@pytest.mark.parametrize("change", [3.5, 10.0, 40.0, 79.0])
+def test_a_bad_token_that_became_much_more_probable_counts_in_full(change: float) -> None:
+    """No bound on the ratio hides it: loss and slope are -advantage x ratio."""
+    old = torch.tensor([[-2.0]])
+    logprobs = (old + change).requires_grad_()
+    losses, clipped = policy_losses(logprobs, old, torch.tensor([[-0.5]]), clip=0.2)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(0.5 * math.exp(change), rel=1e-4)
+    assert logprobs.grad.item() == pytest.approx(0.5 * math.exp(change), rel=1e-4)
+    assert not clipped.item()
+
+
 @SEEDS
 def test_gradient_of_the_policy_loss_is_a_finite_difference(seed: int) -> None:
     old, change, advantages = normal(seed, 3)

@@ -77,6 +77,16 @@ def test_whiten_is_the_reference_formula(seed: int, shift_mean: bool) -> None:
 
 
 @both_modes
+@pytest.mark.parametrize("scale", [1e-3, 3e-5, 1e-6])
+def test_a_tiny_spread_is_scaled_by_the_reference_formula_too(scale: float, shift_mean: bool) -> None:
+    """There the 1e-8, which stands under the root, is all that keeps noise from being blown up to 1."""
+    values = scale * (random_values() - 2)
+    real = values.double().numpy()[MASK.numpy()]
+    expected = (real - real.mean()) / np.sqrt(real.var(ddof=0) + 1e-8) + (0 if shift_mean else real.mean())
+    np.testing.assert_allclose(whiten(values, MASK, shift_mean)[MASK].numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+@both_modes
 def test_whitened_mean(shift_mean: bool) -> None:
     """D30 keeps the mean of the rewards, D32 removes that of the advantages; either way the variance becomes 1."""
     real = whiten(VALUES, MASK, shift_mean)[MASK]

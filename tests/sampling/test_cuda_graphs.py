@@ -17,6 +17,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.packing import packs
 from rlhf.ops.sequences import pad_sequences
+from rlhf.sampling import token_readers
 from rlhf.sampling.cuda_graphs import _captured, _Steps, replays, sample_in_graph
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 
@@ -66,6 +67,26 @@ def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:
     pad_id = int(endless[0, 5])
     assert endless[0, -1] != pad_id
     assert torch.equal(endless, both(model, Decoding(0.7, (NEVER,), pad_id), alone)[0])
+
+
+def test_memory_that_nobody_has_written_does_not_matter(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask does not hide NaN in the room of a cache; PyTorch fills new memory with it where all is deterministic."""
+    monkeypatch.setattr(token_readers, "packs", lambda _: False)  # caches of packed queries begin with zeros
+    decoding = Decoding(0.7, (NEVER,), PAD)
+    expected, _ = both(model, decoding)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan()
+        assert torch.equal(both(model, decoding)[0], expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_logits_that_are_no_numbers_are_refused(model: Any) -> None:
+    assert replays(model)
+    model.get_output_embeddings().weight.data[7] = 3e38
+    with pytest.raises(UserError, match=r"logits of .* are NaN or infinite"):
+        both(model, Decoding(0.7, (NEVER,), PAD))
 
 
 def test_its_own_steps_are_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 
-from rlhf.sampling.grouping import by_length, parts_needed, split
+from rlhf.sampling.grouping import as_many_everywhere, by_length, parts_needed, split
 
 
 def draw(seed: int, rows: int, low: int, high: int) -> list[int]:
@@ -126,3 +127,12 @@ def test_padding_is_a_tenth(tokens: int) -> None:
     lengths = draw(3, 500, 100, 560)
     padded = sum(cost(lengths, group) for group in by_length(lengths, tokens))
     assert padded < 1.15 * sum(lengths)
+
+
+def test_every_process_has_as_many_groups_and_none_is_empty() -> None:
+    """The first would form three groups of its own, the second has two rows only."""
+    lengths = [[9, 5, 2], [8, 7]]
+    most = torch.tensor([[len(by_length(own, 10)), -len(own)] for own in lengths]).amax(0)
+    groups = [as_many_everywhere(own, 10, lambda _: most, torch.device("cpu")) for own in lengths]
+    assert [len(own) for own in groups] == [2, 2]
+    assert all(group for own in groups for group in own)

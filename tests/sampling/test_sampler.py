@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences, truncate_after_eos
 from rlhf.sampling import sampler
+from rlhf.sampling.paths import reader_for
 from rlhf.sampling.sampler import BLOCK, Decoding, _first_above, choose, sample, uniforms
 
 PAD, NEVER = 10_000, -1
@@ -249,6 +252,27 @@ def test_a_certain_token_is_always_drawn(place: int) -> None:
     logits[0, place] = 1e30
     for number in (0.0, 0.3, 1 - 2.0**-53):
         assert choose(logits, torch.tensor([number], dtype=torch.float64)).item() == place
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("steps", [3, 8, 12])
+@pytest.mark.parametrize("probed", [False, True])
+def test_logits_that_are_no_distribution_are_refused(
+    small_vocabulary: Any, wrong: float, steps: int, probed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a look comes at every eighth step only, and whether or not the model was right when it was probed."""
+    monkeypatch.setattr(sampler, "LOOKS", {})
+    model = copy.deepcopy(small_vocabulary)
+    if probed:
+        reader_for(model)
+    columns = slice(None) if wrong == -torch.inf else 5
+
+    def break_logits(_: Any, __: Any, logits: Tensor) -> None:
+        logits[..., columns] = wrong
+
+    model.get_output_embeddings().register_forward_hook(break_logits)
+    with pytest.raises(UserError, match=r"logits of .* are NaN or infinite: its weights are broken"):
+        draw(model, [[5, 6], [7]], max_new_tokens=steps)
 
 
 @torch.no_grad()

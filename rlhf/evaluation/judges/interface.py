@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from typing_extensions import override
 
+from rlhf.evaluation.reward_functions import as_numbers
+
 Winner = Literal["a", "b", "tie", "invalid"]
 
 
@@ -79,7 +81,9 @@ class ScoringJudge(Judge):
     @override
     def prefer(self, pairs: Sequence[Pair]) -> list[Answers]:
         queries, records = [pair.query for pair in pairs], [pair.record for pair in pairs]
-        ours = self.scores(queries, [pair.a for pair in pairs], records)
-        theirs = self.scores(queries, [pair.b for pair in pairs], records)
+        ours, theirs = (
+            as_numbers(self.scores(queries, texts, records), texts, f"judge: {self.name}")
+            for texts in ([pair.a for pair in pairs], [pair.b for pair in pairs])
+        )
         winners: list[Winner] = ["a" if x > y else "b" if x < y else "tie" for x, y in zip(ours, theirs, strict=True)]
         return [Answers(winner, winner) for winner in winners]

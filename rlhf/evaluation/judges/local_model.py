@@ -13,8 +13,9 @@ from typing_extensions import override
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Verdict
 from rlhf.hardware import best_device
+from rlhf.models.finite import check_finite
 from rlhf.models.loading import check_context, check_language_model, load_causal_lm, model_fingerprint
-from rlhf.models.tokenizers import PAD_TOKEN, encode, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, load_tokenizer
 from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 
 TEMPLATE = """Below are a post and two summaries of it. The better summary tells the points of the post that matter \
@@ -84,12 +85,14 @@ class LocalJudge(AskingJudge):
         tokenizer = load_tokenizer(self._model, PAD_TOKEN, "judge.model")
         pairs = [[encode(tokenizer, self.prompt(question) + label) for label in self.labels] for question in questions]
         model: Any = load_causal_lm(self._model, "judge.model", getattr(torch, self.dtype))
-        longest = max(len(ids) for pair in pairs for ids in pair)
+        longest, largest = (max(measure(ids) for pair in pairs for ids in pair) for measure in (len, max))
+        check_row(largest, model.config.get_text_config().vocab_size, tokenizer, self._model, "a question")
         check_context(model.config, longest, "judge: the longest question", "shorten judge.template")
         model = model.to(str(best_device())).eval()
         for start in range(0, len(pairs), self._batch_size):
             part = slice(start, start + self._batch_size)
-            logprobs = label_logprobs(model, pairs[part]).tolist()
+            found = check_finite(label_logprobs(model, pairs[part]), f"log-probabilities by judge.model {self._model}")
+            logprobs = found.tolist()
             for question, (first, second) in zip(questions[part], logprobs, strict=True):
                 verdict: Verdict = "first" if first > second else "second" if second > first else "tie"
                 self._answers.append(question.key, Entry(verdict, f"{first:.4f} {second:.4f}"))

@@ -20,13 +20,25 @@ from rlhf.evaluation.tables import write_table
 KEY = "sk-very-secret-0123456789"
 
 
+Reply = str | int | bytes | None | Callable[[Any], None]
+
+
+def completion(text: str, finish_reason: str = "stop", usage: Any = None) -> bytes:
+    """The body of an answer."""
+    usage = usage or {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    message = {"role": "assistant", "content": text}
+    reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage}
+    return json.dumps(reply | {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}).encode()
+
+
 @dataclass
 class Endpoint:
     """A server whose replies are scripted: `script(prompt, times)` says what is done with a prompt that comes for the
-    `times`-th time, where text is an answer, a number an HTTP status, bytes a raw body, and None silence.
+    `times`-th time, where text is an answer, a number an HTTP status, bytes a raw body, None silence, and a function
+    writes to the connection itself.
     """
 
-    script: Callable[[str, int], str | int | bytes | None]
+    script: Callable[[str, int], Reply]
     seen: Counter[str] = field(default_factory=Counter)  # prompts that came
     answered: Counter[str] = field(default_factory=Counter)  # prompts with an answer that was sent
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -56,7 +68,11 @@ class Endpoint:
             with self._lock:
                 self._busy -= 1
 
-    def _send(self, handler: BaseHTTPRequestHandler, prompt: str, what: str | int | bytes | None) -> None:
+    def _send(self, handler: BaseHTTPRequestHandler, prompt: str, what: Reply) -> None:
+        if callable(what):
+            handler.close_connection = True
+            what(handler.connection)
+            return
         if what is None:
             time.sleep(1.5)
             return
@@ -68,10 +84,7 @@ class Endpoint:
             send(handler, error, what, {"Retry-After": "0.3"} if what == 429 else {})
             return
         if isinstance(what, str):
-            message = {"role": "assistant", "content": what}
-            usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "usage": usage}
-            what = json.dumps(reply | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+            what = completion(what)
             with self._lock:
                 self.answered[prompt] += 1
         send(handler, what, 200, {})
@@ -90,7 +103,7 @@ def endpoint() -> Iterator[Callable[..., Endpoint]]:
     """Starts an endpoint with a script."""
     servers: list[ThreadingHTTPServer] = []
 
-    def start(script: Callable[[str, int], str | int | bytes | None], **settings: Any) -> Endpoint:
+    def start(script: Callable[[str, int], Reply], **settings: Any) -> Endpoint:
         ours = Endpoint(script, **settings)
 
         class Handler(BaseHTTPRequestHandler):

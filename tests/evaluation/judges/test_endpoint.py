@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,26 @@ from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.evaluation.judges import endpoint
 from rlhf.evaluation.judges.endpoint import AGAIN, OpenAIJudge, read_verdict
+from tests.evaluation.judges.conftest import completion
 
 KEY = "sk-very-secret-0123456789"
+
+
+def writes(*parts: bytes, pause: float = 0.0) -> Callable[[socket.socket], None]:
+    """Writes bytes to a connection, with pauses between them, and closes it."""
+
+    def write(connection: socket.socket) -> None:
+        with suppress(OSError):  # the client may have gone
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
+            connection.shutdown(socket.SHUT_RDWR)
+
+    return write
+
+
+def head(*lines: str) -> bytes:
+    return "\r\n".join(["HTTP/1.1 200 OK", *lines, "", ""]).encode()
 
 
 def truth(prompt: str, times: int = 1) -> str:
@@ -88,13 +109,17 @@ def test_every_trouble_at_once_and_the_truth_comes_out(
 ) -> None:
     numbers: dict[str, int] = {}
 
-    def script(prompt: str, times: int) -> str | int | bytes | None:
+    troubles = [
+        429, 503, None, b"{not json", b'{"choices": []}', "Both are fine.", "", b"[" * 10**5, b"\xff\x00",
+        writes(head("Content-Length: 99"), b"{"), writes(b"no http\r\n\r\n"), writes(),
+        writes(head("Content-Encoding: gzip", "Content-Length: 4"), b"zipp"),
+        writes(b"HTTP/1.1 308 Permanent Redirect\r\nLocation: ftp://\r\n\r\n"),
+    ]  # fmt: skip
+
+    def script(prompt: str, times: int) -> Any:
         number = numbers.setdefault(prompt.removesuffix(f"\n\n{AGAIN}"), len(numbers))
-        if times == 1 and AGAIN not in prompt:
-            troubles = {0: 429, 1: 503, 2: None, 3: b"{not json", 4: b'{"choices": []}', 5: "Both are fine.", 6: ""}
-            if number in troubles:
-                return troubles[number]
-        return truth(prompt)
+        first = times == 1 and AGAIN not in prompt and number < len(troubles)
+        return troubles[number] if first else truth(prompt)
 
     server = endpoint(script)
     words = [*tables(12), *asked(server), "--judge.timeout=0.7", "--judge.concurrency=4"]
@@ -115,6 +140,71 @@ def test_every_trouble_at_once_and_the_truth_comes_out(
     assert said["invalid"] == 0
     assert said["position_bias"] == 0
     assert said["order_agreement"] == 1
+
+
+@pytest.mark.parametrize("where", ["in the body", "in the head"])
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(
+    where: str, endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path
+) -> None:
+    body = completion("Preferred: tie")
+    start = head(f"Content-Length: {len(body)}")
+    whole, slow = (start, body) if where == "in the body" else (b"", start + body)
+    dribble = writes(whole, *(bytes([byte]) for byte in slow), pause=0.1)
+    server = endpoint(lambda prompt, times: truth(prompt) if times == 2 else dribble)
+    main([*tables(2), *asked(server), "--judge.timeout=0.5"])
+    assert is_true(pd.read_parquet(tmp_path / "judged.parquet"))
+    assert set(server.seen.values()) == {2}
+
+
+def test_answers_that_are_cut_off_stop_early_and_name_the_limit(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    server = endpoint(lambda prompt, times: completion("", "length"))
+    words = [*tables(40), *asked(server), "--judge.concurrency=2"]
+    said = refusal(words, capsys)
+    assert "judge.max_tokens: each of the first 5 answers was cut off (finish_reason: length)" in said
+    assert "raise the limit (max_tokens is 512)" in said
+    assert sum(server.seen.values()) <= 5 + 2
+    one = [*tables(1), *asked(server), "--judge.attempts=1", f"--output={tmp_path}/one.parquet"]
+    assert "judge.max_tokens: each of the first 2 answers" in refusal(one, capsys)
+
+
+def test_an_answer_that_is_cut_off_after_its_verdict_counts_and_another_is_asked_again(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path
+) -> None:
+    def script(prompt: str, times: int) -> bytes:
+        cut = "Post number 7" in prompt and AGAIN not in prompt
+        return completion("" if cut else truth(prompt), "length")
+
+    server = endpoint(script)
+    main([*tables(8), *asked(server)])
+    assert is_true(pd.read_parquet(tmp_path / "judged.parquet"))
+    assert sum(server.seen.values()) == 16 + 2
+
+
+def test_an_answer_counts_whatever_is_said_of_its_tokens(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path
+) -> None:
+    usages = itertools.cycle([float("inf"), {"prompt_tokens": "many"}, ["?"], {"prompt_tokens": 1e999}])
+    server = endpoint(lambda prompt, times: completion(truth(prompt), usage=next(usages)))
+    main([*tables(4), *asked(server)])
+    assert is_true(pd.read_parquet(tmp_path / "judged.parquet"))
+    assert set(server.seen.values()) == {1}
+
+
+def test_interrupted_at_a_silent_endpoint_it_ends_after_one_timeout(
+    endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not try again, and what it leaves behind does not hold up the end of the process."""
+    server = endpoint(lambda prompt, times: interrupt() if len(server.seen) == 2 else None)
+    interrupt = lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # noqa: E731
+    before = set(threading.enumerate())
+    with pytest.raises(SystemExit) as stop:
+        main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=1"])
+    assert stop.value.code == 130
+    assert sum(server.seen.values()) <= 4
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+    assert "waiting for up to 2 answers that are on their way" in capsys.readouterr().err
 
 
 def test_a_judge_of_what_stands_first(endpoint: Callable[..., Any], tables: Any, asked: Any, tmp_path: Path) -> None:
@@ -272,6 +362,24 @@ def test_no_key(tables: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     said = refusal(words, capsys)
     assert "the environment variable OPENAI_API_KEY holds no key" in said
     assert "api_key_variable to null" in said
+
+
+@pytest.mark.parametrize("key", ["cl\u00e9-1", "sk-1\nx"])
+def test_a_key_that_no_request_can_hold(
+    key: str, tables: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    said = refusal([*tables(3), "--judge=OpenAIJudge", "--judge.model=m"], capsys)
+    assert "OPENAI_API_KEY has characters that no key has" in said
+    assert key not in said
+
+
+def test_the_cause_of_a_connection_that_fails_is_said(
+    tables: Any, asked: Any, endpoint: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = asked(endpoint(truth))
+    said = refusal([*tables(3), *words[:-1], "--judge.base_url=localhost:8000/v1"], capsys)
+    assert "missing an 'http://' or 'https://' protocol" in said
 
 
 def test_a_local_server_needs_no_key(

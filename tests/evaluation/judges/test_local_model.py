@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import UserError
-from rlhf.evaluation.judges import Answers, LocalJudge, Pair
+from rlhf.evaluation.judges import Answers, LocalJudge, Pair, local_model
 
 SHORT = "{query} A:{first} B:{second} Better:"
 PAIRS = [
@@ -72,6 +72,17 @@ def test_a_model_that_can_not_read_so_much(sharp_path: str, reward_path: str, tm
         LocalJudge(reward_path).prepare(tmp_path / "answers.jsonl")
     with pytest.raises(UserError, match=r"answers: the file /proc/nowhere/answers\.jsonl cannot be written"):
         LocalJudge(sharp_path).prepare(Path("/proc/nowhere/answers.jsonl"))
+
+
+def test_probabilities_that_are_no_numbers_are_no_tie(
+    sharp_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = LocalJudge(sharp_path, SHORT)
+    judge.prepare(tmp_path / "answers.jsonl")
+    monkeypatch.setattr(local_model, "label_logprobs", lambda model, pairs: torch.full((len(pairs), 2), torch.nan))
+    with pytest.raises(UserError, match=r"log-probabilities by judge\.model .* are NaN or infinite"):
+        judge.prefer(PAIRS)
+    assert not (tmp_path / "answers.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

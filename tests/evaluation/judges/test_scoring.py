@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation.judges import Answers, GoldJudge, Pair, RewardJudge
+from rlhf.evaluation.judges import Answers, GoldJudge, Pair, RewardJudge, ScoringJudge
 from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.synthetic.domains import REDDIT
 from rlhf.synthetic.gold_score import gold_score
@@ -41,6 +42,24 @@ def test_the_higher_gold_score_wins() -> None:
 def test_gold_needs_facts() -> None:
     with pytest.raises(UserError, match="9 of 9 records have no hidden facts"):
         GoldJudge().prefer(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ([1.0, float("nan")], "Own returned nan instead of a number for row 2 of 2 .*, whose response is ' one 1'"),
+        ([None, 1.0], "Own returned None instead of a number for row 1 of 2"),
+        ([1.0], "Own returned 1 rewards for 2 responses"),
+        (7, "Own returned 7 instead of one number for each of 2 responses"),
+    ],
+)
+def test_a_judge_of_ones_own_must_give_numbers(returned: Any, said: str) -> None:
+    class Own(ScoringJudge):
+        def scores(self, queries: Any, responses: Any, records: Any) -> Any:
+            return returned
+
+    with pytest.raises(UserError, match=f"judge: {said}"):
+        Own().prefer(PAIRS[:2])
 
 
 def test_settings_are_the_contents_of_the_model(reward_path: str, model_path: str) -> None:
