@@ -46,7 +46,10 @@ def _arguments(kind: type) -> dict[str, bool]:
     found: dict[str, bool] = {}
     for base in kind.__mro__:
         made = vars(base).get("__init__")
-        hints = get_type_hints(made) if inspect.isfunction(made) else {}
+        try:
+            hints = get_type_hints(made) if inspect.isfunction(made) else {}
+        except NameError:  # of types that only a type checker imports, such as those of Lightning's loggers
+            continue
         for key, hint in hints.items():
             found.setdefault(key, hint is Any or type(None) in (hint, *get_args(hint)))
     return found

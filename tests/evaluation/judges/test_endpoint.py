@@ -200,7 +200,7 @@ def test_interrupted_at_a_silent_endpoint_it_ends_after_one_timeout(
     interrupt = lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # noqa: E731
     before = set(threading.enumerate())
     with pytest.raises(SystemExit) as stop:
-        main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=1"])
+        main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=4"])
     assert stop.value.code == 130
     assert sum(server.seen.values()) <= 4
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
