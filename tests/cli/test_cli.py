@@ -176,6 +176,10 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--trainer.accumulate_grad_batches=3"], "trainer.accumulate_grad_batches"),
         (["--run_dir=/proc/nowhere"], "run_dir"),
         (["--trainer.val_check_interval=99", "--data.validation.path={train}"], "trainer: `val_check_interval` (99)"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"],
+            "trainer: Early stopping conditioned on metric `nope` which is not available.",
+        ),
         (["--data=RolloutDataModule"], "data: RolloutDataModule is for ppo, and SFTModule is for sft"),
         (["--model=RewardModule"], "data: SFTDataModule is for sft, and RewardModule is for reward"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
