@@ -111,8 +111,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "data: rlhf.SFTDataModule: unrecognized arguments: --train.pth=x. Did you mean train.path?",
         ),
         (
-            ["--model.optimization.betas=1"],
-            "model: toy_module.Mine: unrecognized arguments: --optimization.betas=1.",
+            ["--model.toy.kiwi=1"],  # near to toy.kind by its prefix only
+            "model: toy_module.Mine: unrecognized arguments: --toy.kiwi=1.",
         ),
         (
             ["--trainer.max_epoch=3"],
