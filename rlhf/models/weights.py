@@ -41,9 +41,9 @@ def check_weights(
         )
     used = [name for name in left if _belongs(name, modules) or _belongs(f"{base}.{name}", modules)]
     if used:  # a bias of zeros is none
-        weights = ((name, read) for name, _, read in _stored(path) if name in used or f"{base}.{name}" in used)
-        zeros = {name for name, read in weights if not (read().is_meta or read().any())}
-        used = [name for name in used if not {name, name.removeprefix(f"{base}.")} & zeros]
+        stored = ((_places(name, model), read) for name, _, read in _stored(path))
+        zeros = [names for names, read in stored if names & {*used} and not (read().is_meta or read().any())]
+        used = [name for name in used if not any(name in names for names in zeros)]
     if used:
         raise UserError(
             f"{setting}: the weights of {path} do not fit its config.json, which has no place for {len(used)} of them, "
@@ -56,7 +56,7 @@ def check_weights(
         raise UserError(f"{setting}: the weights of {path} are not finite: there is NaN or infinity in {broken}.")
     if not getattr(model, "is_quantized", False):
         for name, kind, _ in _stored(path):
-            if kind.startswith(INTEGERS) and (name in parameters or f"{base}.{name}" in parameters):
+            if kind.startswith(INTEGERS) and _places(name, model) & parameters.keys():
                 raise UserError(
                     f"{setting}: the weights of {path} are integers, which is no format that can be trained: "
                     f"{name} is {kind}."
@@ -81,6 +81,16 @@ def first_not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
         if known and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
             return name
     return None
+
+
+def _places(name: str, model: PreTrainedModel) -> set[str]:
+    """Returns the names that a weight of a file may have in the model, after what transformers renames."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    found, _ = rename_source_key(name, renamings, [])
+    return {found, f"{model.base_model_prefix}.{found}"}
 
 
 def _stored(path: str) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:

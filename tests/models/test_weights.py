@@ -65,6 +65,19 @@ def test_a_bias_of_zeros_is_none(file: str, changed: Change) -> None:
         load_causal_lm(changed(lambda weights: weights.update({name: torch.zeros(32)}), file))
 
 
+def test_names_of_a_file_are_those_of_the_model(model_path: str, tmp_path: Path) -> None:
+    """GPT-NeoX calls its output layer `lm_head`, and in its files `embed_out`."""
+    folder = shutil.copytree(model_path, tmp_path / "changed")
+    weights = load_file(folder / FILE)
+    (output,) = (name for name in weights if name.startswith("embed_out"))
+    save_file(weights | {"embed_out.bias": torch.zeros(len(weights[output]))}, folder / FILE, {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 weights of .* belong to no part of the model, first lm_head\.bias"):
+        load_causal_lm(str(folder))
+    save_file(weights | {output: weights[output].to(torch.int8)}, folder / FILE, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"are integers, .*: {output} is I8\.$"):
+        load_causal_lm(str(folder))
+
+
 def test_weights_of_another_shape(changed: Change, load: Callable[[str], Any]) -> None:
     problem = r"its config\.json: model\.layers\.0\.mlp\.down_proj\.weight has the shape \(32, 64\), not \(32, 48\)\.$"
     with pytest.raises(UserError, match=rf"^model\.model_path: the weights of .* do not fit {problem}"):
