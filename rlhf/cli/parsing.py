@@ -14,7 +14,7 @@ from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
 
-_LARGEST_VALUE = 2**20  # characters
+_CONFIGS = (".yaml", ".yml")  # other files are data, unless they stand behind --config
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -76,8 +76,6 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
             return None
         config = next((name for file, name in named.items() if Path(file).read_text(errors="replace") == text), None)
         if config is None:
-            if len(text) > _LARGEST_VALUE:  # a file of records, of which YAML would take minutes to read
-                raise YAMLError
             return load(text)
         configs.append(config)
         try:
@@ -88,7 +86,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
 
     set_yaml(read)
     try:
-        with _whole_lists():
+        with _whole_lists(), _data_unread():
             config = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         if broken := next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None):
@@ -109,7 +107,7 @@ def _config_files(words: list[str]) -> list[str]:
     return [
         value
         for previous, (option, _, value) in zip(before, split, strict=False)
-        if ("--config" in (option, previous) or value.endswith((".yaml", ".yml"))) and os.path.isfile(value)
+        if ("--config" in (option, previous) or value.endswith(_CONFIGS)) and os.path.isfile(value)
     ]
 
 
@@ -149,6 +147,24 @@ def _whole_lists() -> Iterator[None]:
         yield
     finally:
         module.adapt_typehints = adapt
+
+
+@contextmanager
+def _data_unread() -> Iterator[None]:
+    """Keeps jsonargparse from reading a file that a setting names as if it were a config: CSV is YAML, a text."""
+    from jsonargparse import _typehints
+
+    module: Any = _typehints
+    parse_value = module.parse_value_or_config
+
+    def parse_path(value: Any, enable_path: bool = True, **settings: Any) -> Any:
+        return parse_value(value, enable_path=enable_path and str(value).endswith(_CONFIGS), **settings)
+
+    module.parse_value_or_config = parse_path
+    try:
+        yield
+    finally:
+        module.parse_value_or_config = parse_value
 
 
 def with_hint(sentence: str, error: Exception, parser: Any) -> str:

@@ -216,7 +216,10 @@ def test_a_list_replaces_a_list(form: str, tmp_path: Path) -> None:
     assert (text.length, text.share) == (3, 1.0)
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a": 2}', b'{"a": "caf\xe9"}', b'[{"a": 1, "a": 2}]', b""])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"a": 1}\n{"a": 2}', b'{"a": "caf\xe9"}', b'[{"a": 1, "a": 2}]', b"", b"a,b\n1,2\n", b"a\tb\nc\td\n", b"length: 2"],
+)
 def test_a_file_of_records_is_no_config(content: bytes, tmp_path: Path) -> None:
     def learn(records: str | Text) -> None:
         """A command with data."""
