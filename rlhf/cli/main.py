@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any
 
@@ -63,12 +64,16 @@ def main(args: Sequence[str] | None = None) -> None:
         elif words[:2] == ["check", "pipeline"]:
             _call("pipeline", [*words[2:], "--check=true"])
         elif words[0] in STAGE_VERBS:
+            if words[1:] and not words[1].startswith("-"):
+                wanted = "check pipeline, or settings as --KEY VALUE" if words[0] == "check" else "--KEY VALUE"
+                raise UserError(f"{words[0]} {words[1]}: there is no such command; write {wanted}.")
             from rlhf.cli.stage import StageCLI
 
             StageCLI.run(words)
         else:
             known = [*STAGE_VERBS, *(name for name, (_, text) in VERBS.items() if text)]
-            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join(known)}.")
+            near = "".join(f" Did you mean {name}?" for name in get_close_matches(words[0], known, 1))
+            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join(known)}.{near}")
     except KeyboardInterrupt:
         how = "resume with --ckpt_path last" if words[0] in STAGE_VERBS else "the same command goes on"
         print(f"stopped; {how}", file=sys.stderr)

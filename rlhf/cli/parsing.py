@@ -2,14 +2,16 @@
 
 import os
 import re
+import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rlhf
 from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
@@ -86,7 +88,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
 
     set_yaml(read)
     try:
-        with _whole_lists(), _data_unread():
+        with _whole_lists(), _configs_only(named):
             config = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         if broken := next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None):
@@ -150,35 +152,51 @@ def _whole_lists() -> Iterator[None]:
 
 
 @contextmanager
-def _data_unread() -> Iterator[None]:
-    """Keeps jsonargparse from reading a file that a setting names as if it were a config: CSV is YAML, a text."""
-    from jsonargparse import _typehints
+def _configs_only(named: Container[str]) -> Iterator[None]:
+    """Keeps jsonargparse from reading any file that a setting names as if it were a config: CSV is YAML, one text."""
+    from jsonargparse import Path as ReadPath
 
-    module: Any = _typehints
-    parse_value = module.parse_value_or_config
+    kind: Any = ReadPath
+    make = kind.__init__
 
-    def parse_path(value: Any, enable_path: bool = True, **settings: Any) -> Any:
-        return parse_value(value, enable_path=enable_path and str(value).endswith(_CONFIGS), **settings)
+    def make_config(self: Any, path: Any, *args: Any, **settings: Any) -> None:
+        file = os.path.abspath(path)
+        if os.path.isfile(file) and not file.endswith(_CONFIGS) and file not in named:
+            raise TypeError(f"{path} is no config")
+        make(self, path, *args, **settings)
 
-    module.parse_value_or_config = parse_path
+    kind.__init__ = make_config
     try:
         yield
     finally:
-        module.parse_value_or_config = parse_value
+        kind.__init__ = make
 
 
 def with_hint(sentence: str, error: Exception, parser: Any) -> str:
-    """Adds the setting that an unknown one in a sentence is near to, if there is one."""
+    """Adds the setting that an unknown one in a sentence is near to, or that is meant by a group of settings."""
     from jsonargparse import ArgumentParser
 
     unknown = re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)", sentence)
-    if unknown is None:
+    if missing := re.search("there is no class ([^;]+);", sentence):
+        judges = getattr(sys.modules.get("rlhf.evaluation.judges"), "__all__", [])
+        near = get_close_matches(missing[1], [*rlhf.__all__, *judges], 1)
+        return f"{sentence} Did you mean {near[0]}?" if near else sentence
+    group = re.search(r"""\A([\w.]+): .*Unable to load config ['"](.*?)['"]""", sentence)
+    if unknown is None and group is None:
         return sentence
     if classes := re.findall(r"given class_path '(.*?)'", "\n".join(map(str, causes(error)))):
         parser = ArgumentParser()
         parser.add_class_arguments(import_class(classes[-1]), fail_untyped=False)
-    near = get_close_matches(unknown[1], parser.get_defaults().keys(), 1)
-    return f"{sentence} Did you mean {near[0]}?" if near else sentence
+    keys = [*parser.get_defaults().keys()]
+    if group is not None:
+        key, value = group.groups()
+        name = key.rpartition(".")[2] if classes else key
+        inner = next((found.removeprefix(name) for found in keys if found.startswith(f"{name}.")), ".KEY")
+        return f"{key} is {value}: it should be a group of settings; write --{key}{inner} {value}."
+    near = get_close_matches(unknown[1], keys, 1) if unknown else ()
+    if near:
+        return f"{sentence} Did you mean {near[0]}?"
+    return f"{sentence} There are {', '.join(keys)}." if classes else sentence
 
 
 def _not_utf8(error: UnicodeDecodeError, named: Iterable[str]) -> str:
@@ -234,5 +252,6 @@ def explain(error: Exception) -> str:
         return f"{key} is {values[0]}: it should be {' or '.join(kinds)}."
     classes = [name for text in said for name in re.findall(r"\AProblem with given class_path '(.*?)'", text)]
     reason = next(text for text in reversed(said) if text in said[0]).removeprefix(f'Parser key "{key}": ')
-    reason = re.sub("Expected a dot import path string: (.*)", r"there is no class \1; give its import path", reason)
+    no_class = "(?:Expected a dot import path string|Unexpected import path format): (.*)"
+    reason = re.sub(no_class, r"there is no class \1; give its import path", reason)
     return ": ".join([*filter(None, [key]), *classes[-1:], " ".join(reason.split()).rstrip(".")]) + "."
