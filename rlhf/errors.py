@@ -20,12 +20,20 @@ ROOM = "Free some space"  # what all messages about a full disk say
 class UserError(Exception):
     """A setting, file or record is wrong; the message says what, where, and what to do.
 
-    The command line prints the message alone, without a traceback.
+    The command line prints the message alone, without a traceback, and ends with `status`.
     """
+
+    status = 2
 
 
 class OtherProcessError(UserError):
     """Another process says what is wrong; this one only knows that it is."""
+
+
+class MissingProcessError(UserError):
+    """Another process of the same run is missing; the settings may be right, and the same command may go on."""
+
+    status = 75  # EX_TEMPFAIL
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

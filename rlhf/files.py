@@ -11,7 +11,7 @@ import socket
 import sys
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -82,8 +82,9 @@ def holds_run(folder: Path) -> bool:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Tells whether there is a checkpoint anywhere in a run folder."""
-    return any(not path.name.startswith((PARTIAL, TRASH)) for path in folder.rglob("*.ckpt"))
+    """Tells whether there is a checkpoint in a run folder, of ours or of Lightning."""
+    found = (path for depth in range(5) for path in folder.glob("*/" * depth + "*.ckpt"))  # Lightning's lie deep
+    return any(not path.name.startswith((PARTIAL, TRASH)) for path in found)
 
 
 def _exports(folder: Path) -> list[Path]:
@@ -138,6 +139,8 @@ def owned(place: Path, setting: str = "run_dir", patience: float = 0, beside: bo
     from filelock import FileLock
 
     folder, prefix = (place.parent, f".{place.name}") if beside else (place, "")
+    if not beside and place.resolve() in (Path.home(), Path(place.anchor or "/")):
+        raise UserError(f"{setting}: {place} holds much else; choose a folder of its own.")
     check_writable(folder, setting)
     created = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     try:
@@ -148,8 +151,7 @@ def owned(place: Path, setting: str = "run_dir", patience: float = 0, beside: bo
     file, owner = folder.resolve() / f"{prefix}{LOCK}", folder / f"{prefix}{OWNER}"
     lock = FileLock(file, thread_local=False, is_singleton=True)
     _acquire(lock, place, owner, setting, patience)
-    outermost = file not in _LOCKS
-    failed = True
+    outermost, failed = file not in _LOCKS, True
     try:
         with suppress_os_errors():  # a full disk is no news here
             _LOCKS[file] = _identity(file)
@@ -239,25 +241,18 @@ def set_aside(place: Path, only: Sequence[str] | None = None) -> Path:
     """
     place = place if place.name else place.resolve()
     stem, suffix = (place.name, "") if place.is_dir() else (place.stem, place.suffix)
-    names = (place.with_name(f"{stem}.{number}{suffix}") for number in count(1))
-    target = next(path for path in names if not any(path.parent.glob(f"{path.name}*")))
+    free = (place.with_name(f"{stem}.{number}{suffix}") for number in count(1))
+    target = next(path for path in free if not any(path.parent.glob(f"{path.name}*")))
     if place.is_dir():
         target.mkdir()
-        moves = {path: target / path.name for path in place.iterdir() if _moves(path.name, only)}
+        names = {path.name for path in place.iterdir()} - {LOCK, OWNER} if only is None else only
+        moves = {place / name: target / name for name in names}
     else:
-        moves = {_named(place, ending): _named(target, ending) for ending in ("", NOTES, PARTS)}
+        moves = {place.with_name(place.name + end): target.with_name(target.name + end) for end in ("", NOTES, PARTS)}
     for old, new in moves.items():
         if old.exists():
             old.rename(new)
     return target
-
-
-def _moves(name: str, only: Sequence[str] | None) -> bool:
-    return name not in (LOCK, OWNER) and (only is None or name in only)
-
-
-def _named(table: Path, ending: str) -> Path:
-    return table.with_name(f"{table.name}{ending}")
 
 
 # ------------------------------------------------------------------------------------------- whole, or not at all
@@ -371,10 +366,15 @@ def fingerprint(texts: Iterable[str]) -> str:
 
 
 def checksums(folder: Path, pattern: str) -> dict[str, str]:
-    """Computes the CRC-32 of files in a folder, by their path in it; the sums of large files side by side."""
+    """Computes the CRC-32 of files in a folder, by their path in it."""
     found = sorted(folder.rglob(pattern))
+    return dict(zip((str(file.relative_to(folder)) for file in found), side_by_side(_checksum, found), strict=True))
+
+
+def side_by_side(read: Callable[[Path], str], paths: Iterable[Path]) -> list[str]:
+    """Applies a function to several files at a time."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip((str(file.relative_to(folder)) for file in found), pool.map(_checksum, found), strict=True))
+        return [*pool.map(read, paths)]
 
 
 def _checksum(file: Path) -> str:

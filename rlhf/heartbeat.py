@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf.errors import OtherProcessError, causes
+from rlhf.errors import MissingProcessError, OtherProcessError, causes
 from rlhf.files import is_main_process
 
-TEMPORARY = 75  # exit status, EX_TEMPFAIL: nothing is wrong with the settings, the same command may go on
+TEMPORARY = MissingProcessError.status
 EVERY = 1.0  # seconds between two beats
 MINUTES = 10.0
 GO_ON = "All processes are ended; --ckpt_path last resumes a training run from its last checkpoint."
@@ -79,7 +79,7 @@ class Heartbeat:
 
     def _exchange(self) -> None:
         """Tells where this process is, and reads what each has told last."""
-        place, moves = self._look()
+        place, moves = self._place()
         self._still = 0 if moves else self._still + 1
         with suppress(Exception):  # what it reads may just be changing
             place = f"{self.what()}, {place}"
@@ -100,14 +100,14 @@ class Heartbeat:
             self.silent[n] = self.silent[n] + 1 if beat.get("number") == before[n] else 0
         if self._have_left():
             self.others_left.set()
-        elif self.store.add("failures", 0):
+        elif self.store.check(["failure"]):
             failure = json.loads(self.store.get("failure"))
             if failure["rank"] != self.rank:
                 self._end(failure)
         else:
-            self._judge()
+            self._check_others()
 
-    def _judge(self) -> None:
+    def _check_others(self) -> None:
         """Ends all if a process is gone, silent or stuck."""
         for number, child in enumerate(self.children, self.rank + 1):
             if not self.left and child.poll() and not self.beats[number].get("left"):
@@ -130,7 +130,7 @@ class Heartbeat:
     def _name(self, rank: int) -> str:
         return "{pid} on {host}, last seen {at}".format(**self.beats[rank])
 
-    def _look(self) -> tuple[str, bool]:
+    def _place(self) -> tuple[str, bool]:
         """Returns where the main thread is, and whether it has moved, or may be where it is for long."""
         frame: Any = sys._current_frames().get(self._main)
         stack, place, waits = [], "", ""
@@ -161,11 +161,11 @@ class Heartbeat:
 
     def fail(self, text: str, status: int, kill: Sequence[int] = ()) -> Failure:
         """Says why all processes end, unless another one has; returns what is known of the first failure."""
-        if self.own_store.add("failures", 1) == 1:
+        mine = json.dumps({"rank": self.rank, "status": status, "kill": [*kill]})
+        first = self.own_store.compare_set("failure", "", mine).decode()
+        if first == mine:
             _say(text)
-            failure = {"rank": self.rank, "status": status, "kill": [*kill]}
-            self.own_store.set("failure", json.dumps(failure))
-        return json.loads(self.own_store.get("failure"))
+        return json.loads(first)
 
     def missing(self) -> str:
         """Names the processes that have told nothing for some seconds."""
@@ -176,7 +176,7 @@ class Heartbeat:
 
     def failed(self) -> bool:
         """Tells whether any process has failed."""
-        return self.own_store.add("failures", 0) > 0
+        return self.own_store.check(["failure"])
 
     def leave(self, patient: bool) -> None:
         """Tells that this process is done; the first one, and one that has started others, waits until those are, too.

@@ -10,19 +10,22 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from typing_extensions import override
 
 from rlhf import heartbeat
-from rlhf.errors import UserError
+from rlhf.errors import MissingProcessError, UserError
 from rlhf.models.loading import explained
 
 NAME = "zero2"
+LONGEST_COLLECTIVE = timedelta(days=1)  # others may read or write meanwhile; the heartbeat knows who is missing
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch looks at this variable of the environment at every read
 HARMLESS = (  # what DeepSpeed puts into its files besides tensors
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -166,15 +169,25 @@ def watch(trainer: Trainer, minutes: float) -> None:
         return f"{doing and doing.value} in epoch {trainer.current_epoch + 1} after step {trainer.global_step}"
 
     def connect_and_watch() -> None:
-        connect()
+        try:
+            connect()
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            for process in strategy.launcher.procs:
+                process.kill()
+            raise MissingProcessError(
+                f"Not all {trainer.world_size} processes have connected within {minutes:g} minutes (--silence): "
+                f"{str(error).splitlines()[0].rstrip('.')}. Look at the others, and start again."
+            ) from error
+        if dist.is_initialized():
+            _set_pg_timeout(LONGEST_COLLECTIVE)
         heartbeat.start(trainer.global_rank, trainer.world_size, what, minutes, strategy.launcher.procs)
         for thread in threading.enumerate():  # Lightning's own, which kills all without a word when one has failed
             if thread.name == "child-process-observer":
                 thread._child_processes = []  # type: ignore[attr-defined]
 
     strategy.setup_environment = connect_and_watch
-    if getattr(strategy, "_timeout", None):  # of collectives; the heartbeat knows who is missing
-        strategy._timeout = max(strategy._timeout, timedelta(minutes=3 * minutes))
+    if getattr(strategy, "_timeout", None):  # of connecting, and of collectives until all are connected
+        strategy._timeout = timedelta(minutes=minutes)
 
 
 def check_strategy(trainer: Trainer) -> None:

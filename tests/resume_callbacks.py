@@ -33,6 +33,10 @@ class Happens(Callback):
 
     def __init__(self, event: Event, hook: str, number: int, rank: int | None = None) -> None:
         self.event, self.left, self.rank = event, number, rank
+        if hook == "__init__":  # before the processes are connected
+            if os.environ.get("LOCAL_RANK", "0") == str(rank):
+                getattr(self, event)()
+            return
         setattr(self, hook, self._count)
 
     def _count(self, trainer: Any, *args: Any) -> None:

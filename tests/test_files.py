@@ -377,3 +377,17 @@ def test_the_folder_of_this_process_can_be_a_run(tmp_path: Path, monkeypatch: py
         with files.claimed(Path(), False):
             Path(files.CONFIG).write_text("of the run")
     assert (tmp_path / "here.1" / files.CONFIG).is_file()
+
+
+@pytest.mark.parametrize("place", [Path("/"), Path.home()])
+def test_a_folder_of_much_else_is_not_owned(place: Path) -> None:
+    with pytest.raises(UserError, match="holds much else"), files.owned(place):
+        pass
+
+
+def test_a_checkpoint_of_lightning_is_seen(tmp_path: Path) -> None:
+    place = tmp_path / "tensorboard" / "version_0" / "checkpoints"
+    place.mkdir(parents=True)
+    assert not files.holds_run(tmp_path)
+    (place / "epoch=1-step=4.ckpt").touch()
+    assert files.holds_run(tmp_path)

@@ -1,9 +1,9 @@
 """Checkpoints on disk, files or (under ZeRO) folders: written whole or not at all, and checked before they are read."""
 
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing_extensions import override
 from rlhf import files
 from rlhf.errors import UserError, causes
 from rlhf.models.loading import explained
+from rlhf.models.weights import first_not_finite
 from rlhf.protocols import Stage
 from rlhf.strategies import HARMLESS, safe_reading
 
@@ -37,12 +38,13 @@ def check_savable(trainer: Trainer, module: Stage) -> None:
     """
     folder = Path(trainer.default_root_dir)
     problem = ""
-    if not all(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).tolist()):
+    if broken := first_not_finite(module.named_parameters()):
         last = find_last(folder / files.CHECKPOINTS)
         kept = f"the one before, {last}, stays: go on from it (--ckpt_path last)" if last else "start again"
         problem = (
             f"The weights are not finite after step {trainer.global_step}, so no checkpoint or export of them is "
-            f"written; {kept} with a lower model.optimization.learning_rate, or with trainer.gradient_clip_val."
+            f"written ({broken}); {kept} with a lower model.optimization.learning_rate, or with "
+            "trainer.gradient_clip_val."
         )
     elif trainer.is_global_zero and files.taken_over(folder):
         problem = f"run_dir: {folder} was deleted, and is another run's by now; this one ends without writing to it."
@@ -61,10 +63,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         try:
-            with files.replacing(Path(path)) as partial:
-                with partial.open("wb") as file:
+            with files.replacing(Path(path)) as unfinished:
+                with unfinished.open("wb") as file:
                     torch.save(checkpoint, file)
-                verify(partial)
+                verify(unfinished)
         except (OSError, RuntimeError) as error:
             raise _os_error(error) from error
 
@@ -93,7 +95,8 @@ class _Writer:
     def save(self, state_dict: Any, path: str) -> None:
         try:
             self.writer.save(state_dict, path)
-            files.sync(Path(path))  # by the machine that wrote it
+            files.sync(Path(path))  # by the machine that wrote it, which also reads it again
+            _raise_damage([Path(path)])
         except (OSError, RuntimeError) as error:
             self.error = _os_error(error)
 
@@ -122,7 +125,7 @@ def save_together(trainer: Trainer, path: Path) -> None:
 
 
 def _states_file(path: Path) -> Path:
-    return path if path.is_file() else path / "checkpoint" / "mp_rank_00_model_states.pt"
+    return path / "checkpoint" / "mp_rank_00_model_states.pt" if path.is_dir() else path
 
 
 def check_complete(path: Path) -> None:
@@ -131,6 +134,10 @@ def check_complete(path: Path) -> None:
     Raises:
         UserError: a file is missing, cut off or damaged.
     """
+    if path.is_dir() and not (path / "checkpoint").is_dir():
+        near = (find_last(folder) for folder in (path, path / files.CHECKPOINTS, path.parent / files.CHECKPOINTS))
+        meant = next(filter(None, near), f"<run_dir>/{files.CHECKPOINTS}/{LAST}")
+        raise UserError(f"ckpt_path: the folder {path} is no checkpoint; give {meant}.")
     try:
         verify(path, contents=files.is_main_process())
     except OSError as error:
@@ -150,11 +157,14 @@ def verify(path: Path, contents: bool = True) -> None:
     Raises:
         OSError: a file is missing, cut off or damaged; the message names it.
     """
-    parts = {_states_file(path), *path.glob("checkpoint/*.pt")}
-    with ThreadPoolExecutor() as pool:  # checksums are computed side by side
-        for part, problem in zip(parts, pool.map(lambda part: _damage(part, contents), parts), strict=True):
-            if problem:
-                raise OSError(f"{part} {problem}")
+    _raise_damage({_states_file(path), *path.glob("checkpoint/*.pt")}, contents)
+
+
+def _raise_damage(parts: Collection[Path], contents: bool = True) -> None:
+    found = files.side_by_side(partial(_damage, contents=contents), parts)
+    for part, problem in zip(parts, found, strict=True):
+        if problem:
+            raise OSError(f"{part} {problem}")
 
 
 def _damage(file: Path, contents: bool) -> str:

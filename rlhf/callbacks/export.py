@@ -15,7 +15,7 @@ from typing_extensions import override
 import rlhf
 from rlhf import files
 from rlhf.callbacks.checkpoint_io import check_savable, failed_anywhere, find_last
-from rlhf.errors import ROOM, OtherProcessError, UserError
+from rlhf.errors import ROOM, OtherProcessError, UserError, full_disk
 from rlhf.protocols import Stage, stage
 from rlhf.strategies import full_precision
 
@@ -116,8 +116,8 @@ class Export(Callback):
             except Exception as caught:
                 error = caught
         if failed_anywhere(module, error is not None):
-            if error is not None and not (isinstance(error, (OSError, SafetensorError)) or type(error) is Exception):
-                raise error  # no full disk, for which tokenizers has a plain Exception
+            if error is not None and not (isinstance(error, OSError | SafetensorError) or full_disk(error)):
+                raise error
             last = find_last(Path(trainer.default_root_dir) / files.CHECKPOINTS)
             how = f"the checkpoint {last} is intact, and --ckpt_path last writes the export again" if last else "rerun"
             if error is None:

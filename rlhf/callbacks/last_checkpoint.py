@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from typing_extensions import override
 
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import LAST, AtomicCheckpointIO, failed_anywhere, find_last, save_together, verify
+from rlhf.callbacks.checkpoint_io import LAST, AtomicCheckpointIO, failed_anywhere, find_last, save_together
 from rlhf.callbacks.resume import KEY, record
 from rlhf.protocols import Stage, stage
 
@@ -134,7 +134,6 @@ class LastCheckpoint(Callback):
 
         def publish() -> None:
             if in_parts and trainer.is_global_zero:
-                verify(target)
                 files.publish(target, self._path)
 
         errors: list[OSError] = []

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf import heartbeat
 from rlhf.cli.parsing import add_trust, message_of, parse, split_words, take_trust
-from rlhf.errors import UserError
+from rlhf.errors import UserError, find_user_error
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
@@ -82,7 +82,8 @@ def main(args: Sequence[str] | None = None) -> None:
         message = message_of(error)
         if message is None and not heartbeat.started():
             raise
-        sys.exit(heartbeat.fail(error, message, 1 if message is None or words[0] == "check" else 2))
+        status = (find_user_error(error) or UserError).status
+        sys.exit(heartbeat.fail(error, message, 1 if message is None or words[0] == "check" else status))
     finally:
         heartbeat.leave()
 

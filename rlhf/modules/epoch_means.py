@@ -60,4 +60,4 @@ class EpochMeans:
                 name: [sum(part) for part in zip(*(s[name] for s in saved), strict=True)] if rank == 0 else [0.0, 0.0]
                 for name in saved[0]
             }
-        self._sums = {name: torch.tensor(sums) for name, sums in own.items()}
+        self._sums = {name: torch.tensor(sums, dtype=torch.float64) for name, sums in own.items()}

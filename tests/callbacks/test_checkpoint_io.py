@@ -12,7 +12,14 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import AtomicCheckpointIO, check_complete, find_last, read, read_weights
+from rlhf.callbacks.checkpoint_io import (
+    AtomicCheckpointIO,
+    _Writer,
+    check_complete,
+    find_last,
+    read,
+    read_weights,
+)  # fmt: skip
 from rlhf.callbacks.last_checkpoint import LastCheckpoint
 from rlhf.cli.main import main
 from rlhf.errors import UserError
@@ -132,8 +139,10 @@ def test_the_checkpoint_before_stays_until_the_next_is_verified(
     def save(trainer: Any, path: Path) -> None:
         """As Lightning and DeepSpeed do, on a disk that changes a bit."""
         if kind == "folder":
-            flip(parts(path, kind)[1], 0.5)
-            return
+            writer = _Writer(SimpleNamespace(save=lambda state, file: flip(parts(path, kind)[1], 0.5)))
+            writer.save({}, str(path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+            assert writer.error is not None
+            raise writer.error  # as `save_together` does
         with monkeypatch.context() as patch:
             patch.setattr(torch, "save", lambda state, file: file.write(damaged))
             AtomicCheckpointIO().save_checkpoint({}, path)
@@ -155,3 +164,11 @@ def test_the_checkpoint_before_stays_until_the_next_is_verified(
     assert f"The one before it is intact: {last}" in str(recwarn[-1].message)
     assert [file.read_bytes() for file in sorted(last.rglob("*.pt")) or [last]] == whole
     assert [path.name for path in last.parent.iterdir()] == [last.name]
+
+
+@pytest.mark.parametrize("given", ["checkpoints", ".", "export"])
+def test_a_folder_beside_the_checkpoint_is_answered_with_its_path(tmp_path: Path, given: str) -> None:
+    parts(tmp_path / "checkpoints" / "last.ckpt", "file")
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UserError, match=f"is no checkpoint; give {tmp_path}/checkpoints/last.ckpt"):
+        check_complete(tmp_path / given)

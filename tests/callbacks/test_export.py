@@ -35,8 +35,8 @@ class Module:
 
     def prepare_export(self) -> None: ...
 
-    def parameters(self) -> Any:
-        return iter([torch.zeros(2)])
+    def named_parameters(self) -> Any:
+        return iter([("weight", torch.zeros(2))])
 
     def save_export(self, folder: Path) -> None:
         (folder / "weights").write_text(self.text)
@@ -58,21 +58,22 @@ def trainer(tmp_path: Path) -> Any:
     )
 
 
+FULL = "No space left on device"
+
+
 def text_of(folder: Path) -> str:
     assert is_complete(folder)
     return (folder / "weights").read_text()
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left"), Exception("No space left")]
+    "error", [OSError(28, FULL), SafetensorError(f"I/O error: {FULL}"), Exception(f"{FULL} (os error 28)")]
 )
 def test_a_full_disk_leaves_the_old_export_and_is_said_in_one_sentence(
     trainer: Any, tmp_path: Path, error: Exception
 ) -> None:
     Export.export(trainer, Module("old"), "export")
-    message = (
-        rf"The export {tmp_path}/export could not be written: .*No space left\. Free some space; the checkpoint .* is "
-    )
+    message = rf"The export {tmp_path}/export could not be written: .*{FULL}.* Free some space; the checkpoint .* is "
     with pytest.raises(UserError, match=message + "intact, and --ckpt_path last writes the export again"):
         Export.export(trainer, Module(error=error), "export")
     assert text_of(tmp_path / "export") == "old"
@@ -90,7 +91,7 @@ def test_a_full_disk_of_another_process_ends_this_one_too(trainer: Any, tmp_path
 def test_weights_that_are_not_finite_on_any_process_are_not_exported(trainer: Any, tmp_path: Path, here: bool) -> None:
     module = Module()
     weights = torch.tensor([0.0, float("inf")]) if here else torch.zeros(2)
-    module.parameters = lambda: iter([weights])  # type: ignore[method-assign]
+    module.named_parameters = lambda: iter([("weight", weights)])  # type: ignore[method-assign]
     module.reduce_max = lambda x: x + (not here)  # type: ignore[method-assign]
     with pytest.raises(UserError, match="weights are not finite after step 12" if here else "Another process has"):
         Export.export(trainer, module, "export")

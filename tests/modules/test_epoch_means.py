@@ -34,3 +34,13 @@ def test_every_entry_counts_once_whatever_the_number_of_processes(before: int, a
 
     assert resumed[0].pop(reduce_sum)["x"] == pytest.approx(sum(every) / len(every))
     assert resumed[0].pop(reduce_sum) == {}
+
+
+def test_a_stop_rounds_nothing() -> None:
+    whole, stopped, resumed = EpochMeans(), EpochMeans(), EpochMeans()
+    for entries in ([1e8, 0.1], [0.3]):
+        add(whole, entries)
+    add(stopped, [1e8, 0.1])
+    resumed.load(stopped.state(), 0, 1)
+    add(resumed, [0.3])
+    assert resumed.pop(lambda x: x) == whole.pop(lambda x: x)
