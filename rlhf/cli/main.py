@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 from rlhf import heartbeat
 from rlhf.cli.parsing import add_trust, message_of, parse, split_words, take_trust
-from rlhf.errors import UserError, find_user_error
+from rlhf.errors import UserError, find_user_error, full_disk
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
@@ -141,11 +142,19 @@ def _with_list(words: list[str], option: str) -> list[str]:
     return [*words[: start - 1], f"{option}={json.dumps(values)}", *words[start + len(values) :]] if values else words
 
 
+def _tell(failed: threading.ExceptHookArgs) -> None:
+    """Shows an error of a thread, unless the disk is full, which the main thread says in a sentence."""
+    if failed.exc_value is None or not full_disk(failed.exc_value):
+        threading.__excepthook__(failed)
+
+
 def _quiet() -> None:
     for text in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", text)
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
+    lightning.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
+    if threading.excepthook is threading.__excepthook__:  # TensorBoard's thread would speak before the main one
+        threading.excepthook = _tell
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that ends, all others would print a trace
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "False")  # asks the hub even for local files

@@ -193,7 +193,7 @@ def with_hint(sentence: str, error: Exception, parser: Any) -> str:
         name = key.rpartition(".")[2] if classes else key
         inner = next((found.removeprefix(name) for found in keys if found.startswith(f"{name}.")), ".KEY")
         return f"{key} is {value}: it should be a group of settings; write --{key}{inner} {value}."
-    near = get_close_matches(unknown[1], keys, 1) if unknown else ()
+    near = get_close_matches(unknown[1], keys, 1) if unknown else []
     if near:
         return f"{sentence} Did you mean {near[0]}?"
     return f"{sentence} There are {', '.join(keys)}." if classes else sentence
