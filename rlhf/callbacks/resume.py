@@ -69,7 +69,13 @@ class Resume(Callback):
         # before weights are loaded
         if stage != "fit":
             return
-        found = read(self.path).get(KEY)
+        state = read(self.path)
+        found, done, limit = state.get(KEY), state.get("epoch", 0), trainer.max_epochs
+        if limit is not None and -1 < limit < done:
+            raise UserError(
+                f"trainer.max_epochs is {limit}, but {self.path} has {done} epochs (PPO: updates) behind it; set it to "
+                "more, or start another run with --run_dir."
+            )
         if found is None:
             raise UserError(f"ckpt_path: {self.path} does not say what it was made with; it is not of this program.")
         own = _must_agree(trainer, pl_module)

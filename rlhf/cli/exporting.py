@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 
 from rlhf import files
-from rlhf.callbacks.checkpoint_io import read_weights
+from rlhf.callbacks.checkpoint_io import find_last, read_weights
 from rlhf.callbacks.dropout import disable_dropout
 from rlhf.callbacks.export import read_manifest, write_export
 from rlhf.cli.hub import Hub
@@ -36,8 +36,8 @@ def export(
     `data.demonstrations` is read again, to shift the rewards.
 
     Args:
-        checkpoint: file or (under ZeRO) folder in `checkpoints` of a run folder; or an export of the run, such as
-            `export_best`, which is copied.
+        checkpoint: file or (under ZeRO) folder in `checkpoints` of a run folder; or that run folder, of which the last
+            one is taken; or an export of the run, such as `export_best`, which is copied.
         output: folder to write; it must not exist.
         push_to_hub: repository on the hub to upload it to, as `owner/name`, which is created if there is none. Log in
             with `hf auth login`, or set HF_TOKEN.
@@ -51,6 +51,11 @@ def export(
     if folder.exists():
         raise UserError(f"output: {folder} exists already; choose another folder.")
     copied = files.is_complete(source)
+    if not copied and (source / files.CONFIG).is_file():  # a run folder
+        last = find_last(source / files.CHECKPOINTS)
+        if last is None:
+            raise UserError(f"checkpoint: there is no checkpoint in {source / files.CHECKPOINTS}.")
+        source = last
     run = source.resolve().parent if copied else source.resolve().parent.parent
     config = _read_config(run / files.CONFIG, source)
     hub = Hub(push_to_hub, public) if push_to_hub else None

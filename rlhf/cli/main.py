@@ -6,15 +6,17 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any
 
 from rlhf import heartbeat
 from rlhf.cli.parsing import add_trust, message_of, parse, split_words, take_trust
-from rlhf.errors import UserError, find_user_error
+from rlhf.errors import UserError, find_user_error, full_disk
 
 STAGE_VERBS = {
     "fit": "train one stage: SFT, reward model or PPO",
@@ -63,12 +65,16 @@ def main(args: Sequence[str] | None = None) -> None:
         elif words[:2] == ["check", "pipeline"]:
             _call("pipeline", [*words[2:], "--check=true"])
         elif words[0] in STAGE_VERBS:
+            if words[1:] and not words[1].startswith("-"):
+                wanted = "check pipeline, or settings as --KEY VALUE" if words[0] == "check" else "--KEY VALUE"
+                raise UserError(f"{words[0]} {words[1]}: there is no such command; write {wanted}.")
             from rlhf.cli.stage import StageCLI
 
             StageCLI.run(words)
         else:
             known = [*STAGE_VERBS, *(name for name, (_, text) in VERBS.items() if text)]
-            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join(known)}.")
+            near = "".join(f" Did you mean {name}?" for name in get_close_matches(words[0], known, 1))
+            raise UserError(f"unknown command {words[0]!r}; choose one of {', '.join(known)}.{near}")
     except KeyboardInterrupt:
         how = "resume with --ckpt_path last" if words[0] in STAGE_VERBS else "the same command goes on"
         print(f"stopped; {how}", file=sys.stderr)
@@ -136,11 +142,19 @@ def _with_list(words: list[str], option: str) -> list[str]:
     return [*words[: start - 1], f"{option}={json.dumps(values)}", *words[start + len(values) :]] if values else words
 
 
+def _tell(failed: threading.ExceptHookArgs) -> None:
+    """Shows an error of a thread, unless the disk is full, which the main thread says in a sentence."""
+    if failed.exc_value is None or not full_disk(failed.exc_value):
+        threading.__excepthook__(failed)
+
+
 def _quiet() -> None:
     for text in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", text)
     lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning.addFilter(lambda record: "Tip:" not in record.getMessage())
+    lightning.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
+    if threading.excepthook is threading.__excepthook__:  # TensorBoard's thread would speak before the main one
+        threading.excepthook = _tell
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that ends, all others would print a trace
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "False")  # asks the hub even for local files

@@ -3,19 +3,22 @@
 import inspect
 import os
 import re
+import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rlhf
 from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
 
-_LARGEST_VALUE = 2**20  # characters
+_FEW = 10  # keys, which a message can list
+_CONFIGS = (".yaml", ".yml")  # other files are data, unless they stand behind --config
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -69,15 +72,14 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     from yaml import YAMLError
 
     load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
-    named = {Path(path).read_text(errors="replace"): path for path in _config_files(words)}  # by their contents
+    named = {os.path.abspath(path): path for path in _config_files(words)}
+    texts = {Path(path).read_text(errors="replace"): path for path in named.values()}
     configs: list[str] = []  # that were read
 
     def read(text: str) -> Any:
         if text == "None":  # jsonargparse hands a typed `null` on to the settings of a class as this
             return None
-        if (config := named.get(text)) is None:
-            if len(text) > _LARGEST_VALUE:  # a file of records, of which YAML would take minutes to read
-                raise YAMLError
+        if (config := texts.get(text)) is None:
             return load(text)
         configs.append(config)
         try:
@@ -88,7 +90,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
 
     set_yaml(read)
     try:
-        with _whole_lists():
+        with _whole_lists(), _configs_only(named):
             config = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         if broken := next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None):
@@ -109,7 +111,7 @@ def _config_files(words: list[str]) -> list[str]:
     return [
         value
         for previous, (option, _, value) in zip(before, split, strict=False)
-        if ("--config" in (option, previous) or value.endswith((".yaml", ".yml")))
+        if ("--config" in (option, previous) or value.endswith(_CONFIGS))
         and os.path.isfile(value)
         and os.access(value, os.R_OK)
     ]
@@ -164,19 +166,54 @@ def _whole_lists() -> Iterator[None]:
         module.adapt_typehints = adapt
 
 
+@contextmanager
+def _configs_only(named: Container[str]) -> Iterator[None]:
+    """Keeps jsonargparse from reading any file that a setting names as if it were a config: CSV is YAML, one text."""
+    from jsonargparse import Path as ReadPath
+
+    kind: Any = ReadPath
+    make = kind.__init__
+
+    def make_config(self: Any, path: Any, *args: Any, **settings: Any) -> None:
+        file = os.path.abspath(path)
+        if os.path.isfile(file) and not file.endswith(_CONFIGS) and file not in named:
+            raise TypeError(f"{path} is no config")
+        make(self, path, *args, **settings)
+
+    kind.__init__ = make_config
+    try:
+        yield
+    finally:
+        kind.__init__ = make
+
+
 def with_hint(sentence: str, error: Exception, parser: Any) -> str:
-    """Adds the setting that an unknown one in a sentence is near to, if there is one."""
+    """Adds the setting that an unknown one in a sentence is near to, or that is meant by a group of settings."""
     from jsonargparse import ArgumentParser
 
     unknown = re.search(r"(?:unrecognized arguments: --|Option ')([\w.]+)", sentence)
-    if unknown is None:
+    if missing := re.search("there is no class ([^;]+);", sentence):
+        judges = getattr(sys.modules.get("rlhf.evaluation.judges"), "__all__", [])
+        near = get_close_matches(missing[1], [*rlhf.__all__, *judges], 1)
+        return f"{sentence} Did you mean {near[0]}?" if near else sentence
+    group = re.search(r"\A([\w.]+): (?:.* )?(?!null)(\S+) is neither settings", sentence)
+    if unknown is None and group is None:
         return sentence
     if classes := re.findall(r"given class_path '(.*?)'", "\n".join(map(str, causes(error)))):
         parser = ArgumentParser()
         parser.add_class_arguments(import_class(classes[-1]), fail_untyped=False)
-    near = get_close_matches(unknown[1], parser.get_defaults().keys(), 1)
+    keys = [*parser.get_defaults().keys()]
+    if group is not None:
+        key, value = group.groups()
+        name = key.rpartition(".")[2] if classes else key
+        inner = next((found.removeprefix(name) for found in keys if found.startswith(f"{name}.")), ".KEY")
+        return f"{key} is {value}: it should be a group of settings; write --{key}{inner} {value}."
+    assert unknown is not None
+    near = get_close_matches(unknown[1], keys, 1)
     own, *others = (name.rpartition(".")[2] for name in (unknown[1], *near))  # a long prefix makes all names near
-    return f"{sentence} Did you mean {near[0]}?" if get_close_matches(own, others) else sentence
+    if get_close_matches(own, others):
+        return f"{sentence} Did you mean {near[0]}?"
+    return f"{sentence} There are {', '.join(keys)}." if classes and len(keys) <= _FEW else sentence
 
 
 def _not_utf8(error: UnicodeDecodeError, named: Iterable[str]) -> str:
@@ -242,5 +279,6 @@ def explain(error: Exception) -> str:
     classes = [name for text in said for name in re.findall(r"\AProblem with given class_path '(.*?)'", text)]
     reason = next(text for text in reversed(said) if text in said[0]).removeprefix(f'Parser key "{key}": ')
     reason = re.sub(r'Unable to load config "(.*)"', r"\1 is neither settings (key: value) nor a file of them", reason)
-    reason = re.sub("Expected a dot import path string: (.*)", r"there is no class \1; give its import path", reason)
+    no_class = "(?:Expected a dot import path string|Unexpected import path format): (.*)"
+    reason = re.sub(no_class, r"there is no class \1; give its import path", reason)
     return ": ".join([*filter(None, [key]), *classes[-1:], " ".join(reason.split()).rstrip(".")]) + "."

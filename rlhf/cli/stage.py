@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
@@ -51,7 +51,6 @@ ONE_UPDATE: dict[str, Any] = {
     "val_check_interval": 1.0,
     "check_val_every_n_epoch": 10**9,
 }
-FOUND_BY_LIGHTNING = (None, "hpc")  # a checkpoint that is no path
 
 
 class SaveConfig(SaveConfigCallback):
@@ -72,7 +71,22 @@ class StageCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self.owned:  # the run folder
-            super().__init__(*args, **kwargs)  # runs it all
+            try:
+                super().__init__(*args, **kwargs)  # runs it all
+            except SystemExit as error:
+                if not isinstance(error.__context__, KeyboardInterrupt):
+                    raise
+                self._end_interrupted()
+
+    def _end_interrupted(self) -> NoReturn:
+        """Ends after a Ctrl-C that Lightning has taken for itself."""
+        if self.subcommand != "fit":
+            raise KeyboardInterrupt
+        if files.is_main_process():
+            last = find_last(Path(self.trainer.default_root_dir) / files.CHECKPOINTS)
+            found = f"Resume from {last} with --ckpt_path last." if last else "There is no checkpoint yet."
+            print(f"\nStopped by SIGINT. {found}", file=sys.stderr)
+        raise SystemExit(130)
 
     @classmethod
     def run(cls, words: list[str]) -> StageCLI:
@@ -128,6 +142,10 @@ class StageCLI(LightningCLI):
         if self.config.subcommand == "check":
             self.save_config_callback = None
             return
+        limits = {name: settings.trainer[name] for name in ("max_epochs", "max_steps")}
+        if self.config.subcommand == "fit" and 0 in limits.values() and not settings.trainer.fast_dev_run:
+            name = next(name for name, limit in limits.items() if limit == 0)
+            raise UserError(f"trainer.{name} is 0: nothing would be trained; set it to 1 or more.")
         run = Path(settings.run_dir)
         if not files.is_main_process() or settings.trainer.fast_dev_run:
             pass
@@ -167,7 +185,7 @@ class StageCLI(LightningCLI):
         checkpoint = settings.get("ckpt_path")
         if checkpoint in ("", "best"):  # Lightning knows the best one only of a run of the same process
             raise UserError(f"ckpt_path: {checkpoint!r} is no checkpoint; give the path of a checkpoint, or last.")
-        if checkpoint not in FOUND_BY_LIGHTNING:
+        if checkpoint is not None:
             if not Path(checkpoint).exists():
                 raise UserError(f"ckpt_path: there is no checkpoint {checkpoint}.")
             check_contents(Path(checkpoint))
@@ -187,7 +205,7 @@ class StageCLI(LightningCLI):
             elif config["logger"] in (None, True):
                 root = config["default_root_dir"]
                 config["logger"] = TensorBoardLogger(root, name="", version=files.TENSORBOARD, default_hp_metric=False)
-            if fitting and checkpoint not in FOUND_BY_LIGHTNING:
+            if fitting and checkpoint is not None:
                 given.append(Resume(checkpoint))
             if config["enable_checkpointing"] is not False:
                 given += unless_given(given, LastCheckpoint())
@@ -205,7 +223,7 @@ class StageCLI(LightningCLI):
         if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
             raise UserError("trainer.max_time leaves no time to train: it should be more than 0.")
         check_strategy(trainer)  # before any data is tokenised
-        if checkpoint not in FOUND_BY_LIGHTNING:
+        if checkpoint is not None:
             check_parts(Path(checkpoint), trainer.strategy)
         watch(trainer, self.config[self.subcommand].silence)
         return trainer

@@ -235,7 +235,10 @@ class StageDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> list[Loader]:
-        return self.evaluation_loaders("validation")
+        found = self.evaluation_loaders("validation")
+        if not found and self._trainer.state.fn == "validate":
+            raise UserError("there is nothing to measure on: set data.validation.")
+        return found
 
     @override
     def test_dataloader(self) -> list[Loader]:

@@ -126,7 +126,10 @@ def rows_of_part(rows: Dataset, source: Source, setting: str) -> list[int]:
     """Returns the rows of tokenised records that belong to the part of their source."""
     own = [row for row, query in enumerate(rows["query"][:]) if query is None or source.has(query)]
     if not own:
-        raise UserError(f"{setting}: no query of {source.path} falls into the part {source.part}; make it larger.")
+        raise UserError(
+            f"{setting}: no query of {source.path} falls into the part {source.part}; make it larger with "
+            f"{setting}.part (of a pipeline: --validation)."
+        )
     return own
 
 

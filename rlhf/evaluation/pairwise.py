@@ -91,6 +91,11 @@ def judge(
 
 def join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
     """Reads `id`, `query`, and the texts and numbers of both candidates, in the order of the first table."""
+    if a.column == b.column and Path(a.table).resolve() == Path(b.table).resolve():
+        raise UserError(
+            f"b.table: {b.table} is compared with itself; name another table, or its references with --b.column "
+            "reference."
+        )
     ours, theirs = (read_table(c.table, f"{side}.table", ("query", c.column)) for side, c in (("a", a), ("b", b)))
     shared = int(ours["query"].isin(theirs["query"]).sum())
     first, second = len(ours) - shared, len(theirs) - shared

@@ -33,6 +33,12 @@ def read_table(path: str | Path, setting: str, needed: Sequence[str] = ()) -> pd
     try:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own errors are of these kinds
+        if not file.stat().st_size:
+            raise UserError(f"{setting}: {file} is empty.") from error
+        if file.suffix == ".csv":
+            from rlhf.data.readers import read_files
+
+            read_files([file], None, setting)  # says what is wrong in which line, if it finds it too
         raise UserError(f"{setting}: {file} cannot be read as a table: {str(error).strip().splitlines()[0]}") from error
     if missing := [column for column in needed if column not in table]:
         raise UserError(f"{setting}: {file} lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}.")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from rlhf import files
 from rlhf.data.texts import TextFormat, one_leading_space
-from rlhf.errors import NonNegative, Seed
+from rlhf.errors import NonNegative, Seed, UserError
 from rlhf.models.loading import quiet
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.synthetic.domains import NEWS
@@ -20,6 +21,8 @@ from rlhf.synthetic.posts import comparisons, demonstrations, pretraining
 
 EOS_TOKEN = "<|endoftext|>"
 MANIFEST = "synthesize.json"  # written last: the settings that all else in the folder was made with
+BEGUN = f".{MANIFEST}"  # its name until then
+CONTENTS = ("pretraining", "demonstrations", "comparisons", "model")
 TOKENIZER_TEXTS = 4_000
 
 
@@ -74,7 +77,7 @@ def synthesize(
     """Writes the embedded data (posts, demonstrations, comparisons), or a small untrained model with its tokenizer.
 
     The folder gets `pretraining`, `demonstrations` and `comparisons` with a JSONL file per split, `model` if there are
-    data to pretrain it on, and last `synthesize.json` with these settings.
+    data to pretrain it on, and last `synthesize.json` with these settings. A finished folder is kept.
 
     Args:
         output: the folder to write.
@@ -85,18 +88,45 @@ def synthesize(
         tokenizer: folder of a tokenizer; only a model for it is written, no data.
     """
     folder, texts = Path(output), TextFormat()
+    if model.hidden_size % model.heads:
+        raise UserError(f"model.heads is {model.heads}: it should divide model.hidden_size, {model.hidden_size}.")
+    settings = {"seed": seed, "label_noise": label_noise, "sizes": asdict(sizes), "model": asdict(model)}
+    settings["tokenizer"] = tokenizer
     files.check_writable(folder, "output")
-    with files.owned(folder, "output", beside=True):
-        if tokenizer is not None:
-            create_model(folder / "model", load_tokenizer(tokenizer, setting="tokenizer"), model, seed)
+    run = files.owned(folder, "output") if (folder / files.LOCK).exists() else nullcontext()
+    with files.owned(folder, "output", beside=True), run:
+        if _is_finished(folder, settings):
+            return
+        given = tokenizer and load_tokenizer(tokenizer, setting="tokenizer")
+        begun = folder / BEGUN
+        files.write_text(begun, json.dumps(settings, indent=2) + "\n")
+        if given is not None:
+            create_model(folder / "model", given, model, seed)
         else:
             _write_data(folder, seed, label_noise, sizes)
             if sizes.pretraining:
                 corpus = pretraining(min(sizes.pretraining, TOKENIZER_TEXTS), seed, "pretraining")
                 read = (texts.query.format(**r) + one_leading_space(r["summary"]) for r in corpus)
                 create_model(folder / "model", train_tokenizer(read, model.vocabulary), model, seed)
-        settings = {"seed": seed, "label_noise": label_noise, "sizes": asdict(sizes), "model": asdict(model)}
-        files.write_text(folder / MANIFEST, json.dumps(settings | {"tokenizer": tokenizer}, indent=2) + "\n")
+        files.publish(begun, folder / MANIFEST)
+        print(f"Written: {', '.join(str(folder / name) for name in CONTENTS if (folder / name).exists())}")
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Tells whether a folder is finished, with these settings; refuses one with others, or with data of the user."""
+    if (folder / MANIFEST).is_file():
+        known = json.loads((folder / MANIFEST).read_text())
+        if other := [name for name, value in settings.items() if known.get(name) != value]:
+            raise UserError(
+                f"output: {folder} was written with other settings ({', '.join(other)}); choose another folder, or "
+                "delete it."
+            )
+        print(f"{folder} is finished, with these settings; it is kept.")
+        return True
+    found = [name for name in CONTENTS if (folder / name).exists()]
+    if found and not (folder / BEGUN).exists():
+        raise UserError(f"output: {folder} holds {', '.join(found)}, of unknown origin; choose another folder.")
+    return False
 
 
 def _write_data(folder: Path, seed: int, noise: float, sizes: Sizes) -> None:

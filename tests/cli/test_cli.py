@@ -220,6 +220,17 @@ def test_a_failed_start_takes_other_settings(
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'train'" in refusal(["train"], capsys)
+    assert "Did you mean judge?" in refusal(["juge"], capsys)
+    with pytest.raises(SystemExit):
+        main(["check", "pipelin"])
+    assert "check pipelin: there is no such command; write check pipeline" in capsys.readouterr().err
+
+
+def test_a_name_that_is_nearly_right(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = ["--output=j.csv", "--a.table=a.csv", "--b.table=b.csv"]
+    assert "Did you mean GoldJudge?" in refusal(["judge", *tables, "--judge=GoldJuge"], capsys)
+    run = "--runs=[{size: a, parameters: 3, seed: 1, policies: {a: b}, zzz: 1}]"
+    assert "There are size, parameters, seed, policies," in refusal(["report", "--output=r", run], capsys)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pipeline", "--help"], ["fit", "--help"], ["fit", "--print_config"]])

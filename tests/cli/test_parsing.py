@@ -96,6 +96,14 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         ),
         (["--trainer.callbacks+=Nope"], "trainer.callbacks: there is no class Nope; give its import path."),
         (
+            ["--trainer.callbacks+=Exprt"],
+            "trainer.callbacks: there is no class Exprt; give its import path. Did you mean Export?",
+        ),
+        (
+            ["--data.train=x.csv"],
+            "data.train is x.csv: it should be a group of settings; write --data.train.path x.csv.",
+        ),
+        (
             ["--trainer.callbacks+=Export", "--trainer.callbacks.every_n_epoch=1"],
             "trainer.callbacks: rlhf.Export: Option 'every_n_epoch' is not accepted. Did you mean every_n_epochs?",
         ),
@@ -112,7 +120,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         ),
         (
             ["--model.toy.kiwi=1"],  # near to toy.kind by its prefix only
-            "model: toy_module.Mine: unrecognized arguments: --toy.kiwi=1.",
+            "model: toy_module.Mine: unrecognized arguments: --toy.kiwi=1. There are model_path, toy.clip, "
+            "toy.value_clip, toy.kind, k, q.",
         ),
         (
             ["--trainer.max_epoch=3"],
@@ -248,7 +257,18 @@ def test_a_list_replaces_a_list(form: str, tmp_path: Path) -> None:
     assert (text.length, text.share) == (3, 1.0)
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a": 2}', b'{"a": "caf\xe9"}', b'[{"a": 1, "a": 2}]', b""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": 1}\n{"a": 2}',
+        b'{"a": "caf\xe9"}',
+        b'[{"a": 1, "a": 2}]',
+        b"",
+        b"a,b\n1,2\n",
+        b"a\tb\nc\td\n",
+        b"length: 2",
+    ],
+)
 def test_a_file_of_records_is_no_config(content: bytes, tmp_path: Path) -> None:
     def learn(records: str | Text) -> None:
         """A command with data."""

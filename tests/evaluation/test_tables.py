@@ -44,9 +44,14 @@ def test_bad_tables_get_one_sentence(tmp_path: Path) -> None:
 
     assert refused(tmp_path / "none.csv") == f"a.table: there is no table {tmp_path}/none.csv."
     assert "must end in .parquet or .csv" in refused(tmp_path / "none.txt")
-    for name in ("bad.parquet", "bad.csv"):
-        (tmp_path / name).write_bytes(b"" if name == "bad.csv" else b"no table")
-        assert f"{name} cannot be read as a table" in refused(tmp_path / name)
+    for name, content, sentence in (
+        ("bad.parquet", b"no table", "bad.parquet cannot be read as a table: Could not open Parquet"),
+        ("bad.csv", b"", "bad.csv is empty."),
+        ("latin1.csv", b"query,response\na,caf\xe9\n", "latin1.csv, line 2 is not UTF-8 (byte 0xe9 in column 6)"),
+        ("quote.csv", b'query,response\n"a,b\n', "quote.csv, line 2 opens a quote that is never closed."),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert sentence in refused(tmp_path / name)
     write_table(pd.DataFrame({"query": ["x", "y", "x", "x"], "response": list("abcd")}), tmp_path / "twice.csv")
     assert "2 rows with the query of an earlier row, the first is row 3" in refused(tmp_path / "twice.csv")
     assert len(read_table(tmp_path / "twice.csv", "a.table", ("response",))) == 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,42 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^output: the folder .*file cannot be created: .*file is a file"):
         written(tmp_path / "file")
+
+
+def test_a_folder_belongs_to_one_set_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = written(tmp_path / "data")
+    assert capsys.readouterr().out.startswith(f"Written: {folder}/pretraining, {folder}/demonstrations, ")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    written(folder)
+    assert "it is kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data was written with other settings \(seed\); choose another folder"):
+        written(folder, seed=2)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+    (folder / MANIFEST).rename(folder / f".{MANIFEST}")  # as after a kill
+    written(folder, seed=2)
+    (tmp_path / "mine" / "demonstrations").mkdir(parents=True)
+    with pytest.raises(UserError, match="mine holds demonstrations, of unknown origin"):
+        written(tmp_path / "mine")
+
+
+def test_the_folder_of_a_running_stage_is_refused(tmp_path: Path) -> None:
+    code = "from rlhf import files; from pathlib import Path; import sys\n"
+    code += "with files.owned(Path(sys.argv[1])):\n    print('owned', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdin is not None
+        assert owner.stdout.readline() == "owned\n"
+        with pytest.raises(UserError, match=r"output: .*run is in use by process"):
+            written(tmp_path / "run")
+        owner.stdin.write("\n")
+
+
+def test_heads_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"heads is 9: it should divide model\.hidden_size, 128"):
+        synthesize(str(tmp_path / "new"), model=SmallModel(heads=9))
+    assert not (tmp_path / "new").exists()
 
 
 def test_numbers_out_of_range() -> None:

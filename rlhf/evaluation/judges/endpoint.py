@@ -107,6 +107,8 @@ class OpenAIJudge(AskingJudge):
         self._stop = threading.Event()
         self._client = _client(self._key, base_url, timeout, retries, self._stop)
         url = urlsplit(str(self._client.base_url))  # may hold a name and a password
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError("judge.base_url must begin with http:// or https://, as http://localhost:8000/v1 does.")
         self.endpoint = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}".rstrip("/")
         self.model = model
         usual = {"temperature": temperature, "max_tokens": max_tokens}
