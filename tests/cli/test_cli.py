@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rlhf.cli.main import main
+from rlhf.cli.main import _tell, main
 from rlhf.modules import SFTModule
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.synthesize import train_tokenizer
@@ -142,12 +146,56 @@ def test_validate_test_and_predict(sft_words: list[str], tmp_path: Path, own_dat
     assert len(rows) == 12
 
 
-def test_a_killed_run_goes_on(sft_words: list[str], tmp_path: Path) -> None:
+def test_without_data_there_is_nothing_to_measure_on(sft_words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, split in (("validate", "data.validation"), ("test", "data.test or data.validation")):
+        sentence = f"error: there is nothing to measure on: set {split}."
+        assert refusal([verb, *sft_words[1:]], capsys) == sentence
+
+
+def test_interrupted_it_names_what_to_resume_from(
+    sft_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*words: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([*sft_words, "--trainer.max_epochs=9", *words])
+        assert stop.value.code == 130
+        return capsys.readouterr().err
+
+    step = SFTModule.training_step
+
+    def interrupt(module: Any, *args: Any) -> Any:
+        if module.trainer.current_epoch == module.trainer.max_epochs - 8:
+            raise KeyboardInterrupt
+        return step(module, *args)
+
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores it from the first Ctrl-C on
+    monkeypatch.setattr(SFTModule, "training_step", interrupt)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    try:
+        said = interrupted()
+        assert f"Stopped by SIGINT. Resume from {last} with --ckpt_path last." in said
+        assert "Detected KeyboardInterrupt" not in said
+        assert "There is no checkpoint yet." in interrupted(f"--run_dir={tmp_path}/new", "--trainer.max_epochs=8")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_a_full_disk_in_a_thread_is_left_to_the_main_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, shown in ((errno.ENOSPC, False), (errno.EIO, True)):
+        error = OSError(number, os.strerror(number))
+        _tell(threading.ExceptHookArgs((OSError, error, None, None)))
+        assert (os.strerror(number) in capsys.readouterr().err) == shown
+
+
+def test_a_killed_run_goes_on(sft_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*sft_words, "--trainer.max_epochs=1"])
     main([*sft_words, "--trainer.max_epochs=2", "--ckpt_path=last"])
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["trainer"]["max_epochs"] == 2  # what was typed, not what the checkpoint knew
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 2  # both are done
+    sentence = refusal([*sft_words, "--trainer.max_epochs=1", "--ckpt_path=last"], capsys)
+    assert "error: trainer.max_epochs is 1, but " in sentence
+    assert "last.ckpt has 2 epochs (PPO: updates) behind it" in sentence
 
 
 def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -175,6 +223,10 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.batch_size=5"], "data.batch_size 5 does not divide"),
         (["--trainer.accumulate_grad_batches=3"], "trainer.accumulate_grad_batches"),
         (["--run_dir=/proc/nowhere"], "run_dir"),
+        (["--trainer.max_epochs=0"], "trainer.max_epochs is 0: nothing would be trained"),
+        (["--trainer.max_steps=0"], "trainer.max_steps is 0: nothing would be trained"),
+        (["--ckpt_path=hpc"], "ckpt_path: there is no checkpoint hpc."),
+        (["--data.train.part=[0,0.0001]"], "make it larger with data.train.part (of a pipeline: --validation)"),
         (["--trainer.val_check_interval=99", "--data.validation.path={train}"], "trainer: `val_check_interval` (99)"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"],

@@ -193,10 +193,17 @@ def test_a_win_rate_is_shown_for_the_very_model_that_was_judged(sft: Path, tmp_p
 
 
 def test_what_cannot_be_exported_is_refused(
-    sft: Path, tmp_path: Path, llama_path: str, capsys: pytest.CaptureFixture[str]
+    sft: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    llama_path: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     last, output = f"--checkpoint={sft}/checkpoints/last.ckpt", f"--output={tmp_path}/out"
+    run = tmp_path_factory.mktemp("run")
+    (run / "config.yaml").write_text((sft / "config.yaml").read_text())
     assert f"there is no checkpoint {tmp_path}/none." in refused([f"--checkpoint={tmp_path}/none", output], capsys)
+    assert f"there is no checkpoint in {run}/checkpoints." in refused([f"--checkpoint={run}", output], capsys)
     assert f"output: {tmp_path} exists already" in refused([last, f"--output={tmp_path}"], capsys)
     lonely = tmp_path / "a" / "b.ckpt"
     lonely.parent.mkdir()
@@ -208,6 +215,11 @@ def test_what_cannot_be_exported_is_refused(
     said = refused([last, output, f"--model.model_path={llama_path}"], capsys)
     assert "does not fit SFTModule and its model.model_path" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "config.yaml"]
+
+
+def test_of_a_run_folder_the_last_checkpoint_is_taken(sft: Path, tmp_path: Path) -> None:
+    main(["export", f"--checkpoint={sft}", f"--output={tmp_path}/out"])
+    assert model_fingerprint(str(tmp_path / "out"), "a") == model_fingerprint(str(sft / "export"), "b")
 
 
 def test_a_model_that_moved_is_named_anew(sft: Path, tmp_path: Path, model_path: str) -> None:

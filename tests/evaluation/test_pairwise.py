@@ -160,6 +160,7 @@ def test_only_shared_queries(own_words: Callable[..., list[str]]) -> None:
         ("xyz", "xyzw", [], "share 3 queries; only the first has 0, only the second 1"),
         ("xyy", "xyz", [], "a.table: ours.csv has 1 rows with the query of an earlier row"),
         ("xyz", "xyz", ["--b.column=reference"], "b.table: theirs.csv lacks reference; it has query, response"),
+        ("xyz", "xyz", ["--b.table=./ours.csv"], "b.table: ./ours.csv is compared with itself; name another table"),
         ("xyz", "xyz", ["--b.table=none.csv"], "b.table: there is no table none.csv"),
         ("xyz", "xyz", ["--output=j.txt"], "output: j.txt must end in"),
         ("xyz", "xyz", ["--judge=NoJudge"], "NoJudge"),

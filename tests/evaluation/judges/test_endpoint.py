@@ -378,8 +378,8 @@ def test_the_cause_of_a_connection_that_fails_is_said(
     tables: Any, asked: Any, endpoint: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = asked(endpoint(truth))
-    said = refusal([*tables(3), *words[:-1], "--judge.base_url=localhost:8000/v1"], capsys)
-    assert "missing an 'http://' or 'https://' protocol" in said
+    said = refusal([*tables(3), *words[:-1], words[-1].replace("=http:", "=https:")], capsys)
+    assert "WRONG_VERSION_NUMBER" in said  # TLS, with a server that has none
 
 
 def test_a_local_server_needs_no_key(
@@ -414,11 +414,13 @@ def test_the_key_is_nowhere(
         ({"template": "{query"}, "judge.template is not a format string"),
         ({"request": {"stream": True}}, "judge.request: stream"),
         ({"prompt_price": 1.0}, "give both"),
+        ({"base_url": "localhost:8000/v1"}, "judge.base_url must begin with http:// or https://"),
+        ({"base_url": "/v1"}, "judge.base_url must begin with http:// or https://"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        OpenAIJudge("m", "http://127.0.0.1:9", api_key_variable=None, **settings)
+        OpenAIJudge("m", api_key_variable=None, **{"base_url": "http://127.0.0.1:9", **settings})
 
 
 @pytest.mark.parametrize(
