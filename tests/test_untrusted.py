@@ -135,7 +135,7 @@ FAULTS = {
     "no tensor": "does not fit SFTModule and its model.model_path",
     "NaN": "holds weights that are not finite",
     "empty": "is no complete checkpoint",
-    "empty folder": "is no complete checkpoint",
+    "empty folder": "is a folder, but no checkpoint; give ",
     "cut": "is no complete checkpoint",
     "zip": "is no checkpoint that can be read",
     "old format": "is no complete checkpoint",

@@ -137,7 +137,7 @@ def check_complete(path: Path) -> None:
     if path.is_dir() and not (path / "checkpoint").is_dir():
         near = (find_last(folder) for folder in (path, path / files.CHECKPOINTS, path.parent / files.CHECKPOINTS))
         meant = next(filter(None, near), f"<run_dir>/{files.CHECKPOINTS}/{LAST}")
-        raise UserError(f"ckpt_path: the folder {path} is no checkpoint; give {meant}.")
+        raise UserError(f"ckpt_path: {path} is a folder, but no checkpoint; give {meant}.")
     try:
         verify(path, contents=files.is_main_process())
     except OSError as error:

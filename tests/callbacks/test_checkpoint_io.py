@@ -170,5 +170,5 @@ def test_the_checkpoint_before_stays_until_the_next_is_verified(
 def test_a_folder_beside_the_checkpoint_is_answered_with_its_path(tmp_path: Path, given: str) -> None:
     parts(tmp_path / "checkpoints" / "last.ckpt", "file")
     (tmp_path / "export").mkdir()
-    with pytest.raises(UserError, match=f"is no checkpoint; give {tmp_path}/checkpoints/last.ckpt"):
+    with pytest.raises(UserError, match=f"is a folder, but no checkpoint; give {tmp_path}/checkpoints/last.ckpt"):
         check_complete(tmp_path / given)

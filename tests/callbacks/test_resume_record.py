@@ -22,7 +22,7 @@ def stage(model_path: str, tokenizer: Any) -> Any:
     rows = [{"input_ids": [n]} for n in range(9)]
     data = SimpleNamespace(batch_size=8, splits={"train": rows})
     optimizer = SimpleNamespace(param_groups=[{"params": []}])
-    how = {"strategy": None, "world_size": 2, "accumulate_grad_batches": 1}
+    how = {"strategy": None, "world_size": 2, "accumulate_grad_batches": 1, "max_epochs": 9}
     trainer = SimpleNamespace(datamodule=data, optimizers=[optimizer], lr_scheduler_configs=[], **how)
     module = SimpleNamespace(model_path=model_path, reference_path=None, tokenizer=tokenizer, seed=1)
     return SimpleNamespace(trainer=trainer, module=module, data=data)

@@ -196,11 +196,12 @@ def test_interrupted_at_a_silent_endpoint_it_ends_after_one_timeout(
     endpoint: Callable[..., Any], tables: Any, asked: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It does not try again, and what it leaves behind does not hold up the end of the process."""
-    server = endpoint(lambda prompt, times: interrupt() if len(server.seen) == 2 else None)
+    calls = itertools.count(1)
+    server = endpoint(lambda prompt, times: interrupt() if next(calls) == 2 else None)
     interrupt = lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # noqa: E731
     before = set(threading.enumerate())
     with pytest.raises(SystemExit) as stop:
-        main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=4"])
+        main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=2"])
     assert stop.value.code == 130
     assert sum(server.seen.values()) <= 4
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
