@@ -1,5 +1,6 @@
 """Parses a command line, and puts what a user can fix into one sentence."""
 
+import inspect
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
 
 _CONFIGS = (".yaml", ".yml")  # other files are data, unless they stand behind --config
+_NEITHER = r"\1 is neither settings (key: value) nor a file of them"
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -70,14 +72,14 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     from yaml import YAMLError
 
     load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
-    named = {os.path.abspath(path): path for path in _config_files(words)}
+    given = _config_files(words)
+    named = {Path(path).read_text(errors="replace"): path for path in given}  # by their contents
     configs: list[str] = []  # that were read
 
     def read(text: str) -> Any:
         if text == "None":  # jsonargparse hands a typed `null` on to the settings of a class as this
             return None
-        config = next((name for file, name in named.items() if Path(file).read_text(errors="replace") == text), None)
-        if config is None:
+        if (config := named.get(text)) is None:
             return load(text)
         configs.append(config)
         try:
@@ -88,7 +90,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
 
     set_yaml(read)
     try:
-        with _whole_lists(), _configs_only(named):
+        with _whole_lists(), _configs_only([*map(os.path.abspath, given)]):
             config = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         if broken := next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None):
@@ -109,26 +111,38 @@ def _config_files(words: list[str]) -> list[str]:
     return [
         value
         for previous, (option, _, value) in zip(before, split, strict=False)
-        if ("--config" in (option, previous) or value.endswith(_CONFIGS)) and os.path.isfile(value)
+        if ("--config" in (option, previous) or value.endswith(_CONFIGS))
+        and os.path.isfile(value)
+        and os.access(value, os.R_OK)
     ]
 
 
 def check_keys(text: str) -> None:
-    """Refuses a YAML text in which a key stands twice, of which a parser would take the last one without a word."""
+    """Refuses a YAML text in which something holds itself, or in which a key stands twice.
+
+    Of such keys a parser would take the last one without a word.
+    """
     import yaml
 
-    nodes = [yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
-    for node in nodes:
-        if isinstance(node, yaml.MappingNode):
-            first: dict[str, int] = {}
-            for key, value in node.value:
-                name, line = str(key.value), key.start_mark.line + 1
-                if name in first:
-                    raise yaml.YAMLError(f"the key {name!r} stands in line {first[name]} and again in line {line}")
-                first[name] = line
-                nodes.append(value)
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += node.value
+    seen: set[int] = set()  # aliases lead to a node again
+
+    def look(node: Any, *above: Any) -> None:
+        if node in above:
+            raise yaml.YAMLError(f"what stands in line {node.start_mark.line + 1} holds itself")
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            return
+        seen.add(id(node))
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        first: dict[str, int] = {}
+        for key, _ in pairs:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in first:
+                raise yaml.YAMLError(f"the key {name!r} stands in line {first[name]} and again in line {line}")
+            first[name] = line
+        for inner in (value for _, value in pairs) if pairs else node.value:
+            look(inner, *above, node)
+
+    look(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 @contextmanager
@@ -137,7 +151,8 @@ def _whole_lists() -> Iterator[None]:
     from jsonargparse import _typehints
 
     module: Any = _typehints
-    adapt = module.adapt_typehints
+    adapt = module.adapt_typehints  # private: an upgrade without it, or with another argument, shall fail here
+    assert "prev_val" in inspect.signature(adapt).parameters
 
     def adapt_whole(value: Any, *args: Any, **settings: Any) -> Any:
         if isinstance(value, list) and not settings.get("append"):
@@ -181,7 +196,7 @@ def with_hint(sentence: str, error: Exception, parser: Any) -> str:
         judges = getattr(sys.modules.get("rlhf.evaluation.judges"), "__all__", [])
         near = get_close_matches(missing[1], [*rlhf.__all__, *judges], 1)
         return f"{sentence} Did you mean {near[0]}?" if near else sentence
-    group = re.search(r"""\A([\w.]+): .*Unable to load config ['"](.*?)['"]""", sentence)
+    group = re.search(r"\A([\w.]+): (?:[\w.]+: )?(.*) is neither settings", sentence)
     if unknown is None and group is None:
         return sentence
     if classes := re.findall(r"given class_path '(.*?)'", "\n".join(map(str, causes(error)))):
@@ -191,12 +206,13 @@ def with_hint(sentence: str, error: Exception, parser: Any) -> str:
     if group is not None:
         key, value = group.groups()
         name = key.rpartition(".")[2] if classes else key
-        inner = next((found.removeprefix(name) for found in keys if found.startswith(f"{name}.")), ".KEY")
-        return f"{key} is {value}: it should be a group of settings; write --{key}{inner} {value}."
+        file = next((f"{key}.{end}" for end in ("path", "table") if f"{name}.{end}" in keys), None)
+        return f"{sentence.removesuffix('.')}; write --{file} {value}." if file else sentence
     near = get_close_matches(unknown[1], keys, 1) if unknown else []
-    if near:
+    own, *others = (name.rpartition(".")[2] for name in (unknown[1] if unknown else "", *near))
+    if get_close_matches(own, others):  # a long prefix makes all names near
         return f"{sentence} Did you mean {near[0]}?"
-    return f"{sentence} There are {', '.join(keys)}." if classes else sentence
+    return f"{sentence} There are {', '.join(keys)}." if classes and "Option" in sentence else sentence
 
 
 def _not_utf8(error: UnicodeDecodeError, named: Iterable[str]) -> str:
@@ -216,11 +232,18 @@ def message_of(error: Exception) -> str | None:
         return str(known)
     if any(type(cause).__name__ == "ValidationError" for cause in causes(error)):
         return explain(error)
+    refusal = next(filter(_is_lightnings, causes(error)), None)
+    return f"trainer: {' '.join(str(refusal).split())}" if refusal else None
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    """Tells whether Lightning refuses a setting with an error; its callbacks do with a RuntimeError, too."""
+    if type(error).__name__ == "MisconfigurationException":
+        return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    lightnings = bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("lightning.")
-    if type(error).__name__ == "MisconfigurationException" or (isinstance(error, ValueError) and lightnings):
-        return f"trainer: {' '.join(str(error).split())}"
-    return None
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    in_callback = type(error) is RuntimeError and module.startswith("lightning.pytorch.callbacks.")
+    return in_callback or (isinstance(error, ValueError) and module.startswith("lightning."))
 
 
 def explain(error: Exception) -> str:
@@ -249,9 +272,12 @@ def explain(error: Exception) -> str:
             sentences.append(f"{name} is {problem['input']}: it should {' or '.join(wanted)}")
         return "; ".join(sentences) + "."
     if kinds and values:
+        if "of type float" in kinds and re.fullmatch(r"[+-]?(nan|inf|infinity)", values[0], re.IGNORECASE):
+            kinds = ["a finite number"]
         return f"{key} is {values[0]}: it should be {' or '.join(kinds)}."
     classes = [name for text in said for name in re.findall(r"\AProblem with given class_path '(.*?)'", text)]
     reason = next(text for text in reversed(said) if text in said[0]).removeprefix(f'Parser key "{key}": ')
+    reason = re.sub(r'(?:Parser key "\w+": )?Unable to load config "(.*)"', _NEITHER, reason)
     no_class = "(?:Expected a dot import path string|Unexpected import path format): (.*)"
     reason = re.sub(no_class, r"there is no class \1; give its import path", reason)
     return ": ".join([*filter(None, [key]), *classes[-1:], " ".join(reason.split()).rstrip(".")]) + "."

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
@@ -129,7 +129,7 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         words = list(args or sys.argv[1:])
         self.config = parse(parser, words, self._parser(words[0]))
-        check_stage(self.config[self.config.subcommand])
+        check_stage(self.config[self.config.subcommand], self.config.subcommand in ("fit", "check"))
         take_trust(self.config[self.config.subcommand])
 
     @override
@@ -219,6 +219,9 @@ class StageCLI(LightningCLI):
             trainer = super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
         except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:  # a setting does not fit
             raise UserError(f"trainer: {error}") from error
+        timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
+            raise UserError("trainer.max_time leaves no time to train: it should be more than 0.")
         check_strategy(trainer)  # before any data is tokenised
         if checkpoint is not None:
             check_parts(Path(checkpoint), trainer.strategy)

@@ -1,4 +1,4 @@
-"""Refuses values that the parser takes and nothing can use: null, huge numbers, those that a Trainer cannot have."""
+"""Refuses values that the parser takes and nothing can use, such as null and numbers that a Trainer does not accept."""
 
 import importlib
 import inspect
@@ -9,7 +9,12 @@ from rlhf.errors import SEEDS, UserError
 
 LARGEST = 2**63 - 1
 FOLDERS = ("run_dir", "output")
-UNLIMITED = ("max_epochs", "max_steps", "num_sanity_val_steps")  # of the Trainer: -1 means all
+LOWEST = {  # of arguments of a Trainer
+    **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), -1),  # which means all
+    **dict.fromkeys(("min_epochs", "min_steps", "limit_val_batches", "limit_test_batches", "limit_predict_batches"), 0),
+    **dict.fromkeys(("overfit_batches", "log_every_n_steps", "gradient_clip_val"), 0),
+    **dict.fromkeys(("reload_dataloaders_every_n_epochs", "fast_dev_run"), 0),
+}
 POSITIVE = ("num_nodes", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
@@ -22,8 +27,8 @@ def check_values(value: Any, name: str = "") -> None:
     """
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(f"{name} is {value}: it should be at most {LARGEST}.")
-    if name in FOLDERS and value in ("", "null"):
-        raise UserError(f"{name} is {value or 'empty'}: give it a name.")
+    if name in FOLDERS and (value == "null" or not str(value).strip()):
+        raise UserError(f"{name} is {str(value).strip() or 'empty'}: give it a name.")
     for item in value if isinstance(value, list) else ():
         check_values(item, name)
     inner = value if isinstance(value, dict) else getattr(value, "__dict__", {})
@@ -55,20 +60,19 @@ def _arguments(kind: type) -> dict[str, bool]:
     return found
 
 
-def check_stage(settings: Any) -> None:
-    """Refuses numbers that seed and Trainer of a stage cannot have, and training without an end."""
+def check_stage(settings: Any, trains: bool) -> None:
+    """Refuses numbers that seed and Trainer of a stage do not accept and, if it `trains`, training without an end."""
     seed, trainer = settings.seed_everything, settings.trainer
     if not isinstance(seed, bool | None) and seed not in SEEDS:
         raise UserError(f"seed_everything is {seed}: it should be from 0 to {SEEDS[-1]}.")
-    times = trainer.max_time.items() if isinstance(trainer.max_time, dict) else ()
-    for name, value in [*trainer.items(), *((f"max_time.{unit}", number) for unit, number in times)]:
-        lowest = -1 if name in UNLIMITED else 0
+    for name in (*LOWEST, *POSITIVE):
+        value, lowest = trainer[name], LOWEST.get(name, 0)
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if not lowest <= value < math.inf or (value == 0 and name in POSITIVE):
-            wanted = "above 0" if name in POSITIVE else f"finite, and {lowest} or more"
+            wanted = f"finite, and {lowest} or more" if name in LOWEST else "above 0"
             raise UserError(f"trainer.{name} is {value}: it should be {wanted}.")
-    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and trainer.max_time is None:
+    if trains and trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and trainer.max_time is None:
         raise UserError(
             "trainer.max_epochs: this would train without end; set it, trainer.max_steps or trainer.max_time."
         )

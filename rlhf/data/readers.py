@@ -38,7 +38,7 @@ _OPEN: dict[str, Callable[[Path], Any]] = {
     ".zst": lambda file: io.BufferedReader(pa.input_stream(str(file), compression="zstd")),
 }
 _CHUNK = 1000  # records in memory at a time
-_VERSION = 1  # part of the cache key: raise it when other records come out
+_VERSION = 2  # part of the cache key: raise it when other records come out
 _LONGEST_CELL = 2**31 - 1  # of a CSV file, in characters
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # maybe half of a character
 _LONG_NUMBER = re.compile(r"\d{19}")
@@ -204,17 +204,31 @@ def _json(file: Path, field: str | None, setting: str) -> Iterator[Record]:
 def _is_json(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
+    """Makes an object of JSON, of which Python would keep the last value of a key that stands twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _parsed(text: str, line: int, where: str) -> Any:
     """Parses a text that begins in a line of a file."""
     try:
-        return json.loads(text)
+        return _JSON.decode(text)
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1} is not JSON ({error.msg} in column {error.colno})"
         raise UserError(f"{where}, {place}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}, what begins in line {line} cannot be read: {error}.") from error
 
 
 def _record(value: Any, halves: object, where: str) -> Record:

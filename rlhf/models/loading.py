@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -176,12 +177,17 @@ def from_pretrained(
             config=config,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
             trust_remote_code=trusts_remote_code(),
         )
     with explained(cannot):
         check_weights(model, report, path, setting, new)
     try:
         causal = is_causal(model)
+    except FloatingPointError as error:
+        raise UserError(
+            f"{setting}: {path} computes NaN or infinity from finite weights: look at the numbers in its config.json."
+        ) from error
     except Exception as error:  # whatever a model may do that does not take token ids alone
         if not torch.cuda.is_available():
             raise UserError(f"{setting}: {path} cannot read a row of token ids: {first_line(error)}") from error
@@ -201,7 +207,8 @@ def check_export(path: str, setting: str) -> None:
         return
     try:
         written = json.loads((root / files.MANIFEST).read_text()).get(files.CHECKSUMS, {})
-        found = files.checksums(folder, files.WEIGHTS)
+        stats = [(str(file), file.stat()) for file in sorted(folder.rglob(files.WEIGHTS))]
+        found = _checksums(folder, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {root} cannot be read: {error}") from error
     for name, checksum in found.items():
@@ -210,6 +217,12 @@ def check_export(path: str, setting: str) -> None:
                 f"{setting}: {folder / name} is damaged: its contents are not those that were written. Export it "
                 f"again; if it was changed on purpose, delete {files.CHECKSUMS} from {root / files.MANIFEST}."
             )
+
+
+@cache
+def _checksums(folder: Path, *_: tuple[str, int, int]) -> dict[str, str]:
+    """Computes the sums of the weights in a folder once, as long as these names, sizes and times stay the same."""
+    return files.checksums(folder, files.WEIGHTS)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

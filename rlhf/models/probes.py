@@ -38,6 +38,9 @@ def is_causal(model: PreTrainedModel) -> bool:
     """Tells whether the states of tokens stay the same when later tokens change, by forwards of a few tokens.
 
     One agreement is enough: where experts are chosen, rounding can tip the choice, so that states differ by chance.
+
+    Raises:
+        FloatingPointError: the states are not finite.
     """
     backbone = backbone_of(model)
     device = next(model.parameters()).device
@@ -48,9 +51,13 @@ def is_causal(model: PreTrainedModel) -> bool:
 
     single = device.type == "cpu" and model.dtype == torch.float32
     tolerance = EXACT if single else TOLERANCE
-    return any(
-        near(states(*first, 1, 1), states(*first, 0, 0), tolerance) for first in ((0, 1, 0), (1, 1, 0), (0, 0, 1))
-    )
+    for first in ((0, 1, 0), (1, 1, 0), (0, 0, 1)):
+        found = states(*first, 1, 1)
+        if near(found, states(*first, 0, 0), tolerance):
+            return True
+        if not found.isfinite().all():
+            raise FloatingPointError("the states are not finite")
+    return False
 
 
 @torch.no_grad()

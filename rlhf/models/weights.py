@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+INTEGERS = ("I", "U", "torch.int", "torch.uint", "torch.bool")  # as safetensors and torch name their types
+
+
 def check_weights(
-    model: PreTrainedModel, report: dict[str, set[str]], path: str, setting: str, new: str | None
+    model: PreTrainedModel, report: dict[str, set[Any]], path: str, setting: str, new: str | None
 ) -> None:
     """Refuses weights of another model than `config.json` describes, and those that are no numbers to compute with."""
     modules, base = dict(model.named_modules()), model.base_model_prefix
@@ -30,7 +34,16 @@ def check_weights(
             f"{setting}: the weights of {path} do not fit its config.json: {len(missing)} are missing, first "
             f"{missing[0]}."
         )
+    for name, stored, described in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"{setting}: the weights of {path} do not fit its config.json: {name} has the shape {tuple(stored)}, not "
+            f"{tuple(described)}."
+        )
     used = [name for name in left if _belongs(name, modules) or _belongs(f"{base}.{name}", modules)]
+    if used:  # a bias of zeros is none
+        stored = ((_places(name, model), read) for name, _, read in _stored(path))
+        zeros = [names for names, read in stored if names & {*used} and not (read().is_meta or read().any())]
+        used = [name for name in used if not any(name in names for names in zeros)]
     if used:
         raise UserError(
             f"{setting}: the weights of {path} do not fit its config.json, which has no place for {len(used)} of them, "
@@ -42,8 +55,8 @@ def check_weights(
     if broken := first_not_finite(parameters.items()):
         raise UserError(f"{setting}: the weights of {path} are not finite: there is NaN or infinity in {broken}.")
     if not getattr(model, "is_quantized", False):
-        for name, kind in _stored_integers(path):
-            if name in parameters or f"{base}.{name}" in parameters:
+        for name, kind, _ in _stored(path):
+            if kind.startswith(INTEGERS) and _places(name, model) & parameters.keys():
                 raise UserError(
                     f"{setting}: the weights of {path} are integers, which is no format that can be trained: "
                     f"{name} is {kind}."
@@ -70,8 +83,21 @@ def first_not_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def _stored_integers(path: str) -> Iterator[tuple[str, str]]:
-    """Yields names and types of the integers in the files of a model."""
+def _places(name: str, model: PreTrainedModel) -> set[str]:
+    """Returns the names that a weight of a file may have in the model, after what transformers renames."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    found, _ = rename_source_key(name, renamings, [])
+    return {found, f"{model.base_model_prefix}.{found}"}
+
+
+def _stored(path: str) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+    """Yields name and type of every weight in the files of a model, and a function that reads it.
+
+    What files in the format of torch before 1.6 hold is not read: it gives tensors without values.
+    """
     from transformers.utils import cached_file
 
     config = cached_file(os.path.expanduser(path), "config.json")  # of a name on the hub, in the cache
@@ -79,9 +105,10 @@ def _stored_integers(path: str) -> Iterator[tuple[str, str]]:
     if found := sorted(folder.glob("*.safetensors")):
         for file in found:
             with safe_open(file, "pt") as stored:
-                kinds = ((name, stored.get_slice(name).get_dtype()) for name in stored.keys())  # noqa: SIM118
-                yield from ((name, kind) for name, kind in kinds if kind[0] in "IU")
+                for name in stored.keys():  # noqa: SIM118
+                    yield name, stored.get_slice(name).get_dtype(), partial(stored.get_tensor, name)
         return
     for file in sorted(folder.glob("pytorch_model*.bin")):
-        tensors = torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True)
-        yield from ((name, str(x.dtype)) for name, x in tensors.items() if not x.is_floating_point())
+        mapped = zipfile.is_zipfile(file)
+        tensors = torch.load(file, map_location="cpu" if mapped else "meta", mmap=mapped, weights_only=True)
+        yield from ((name, str(x.dtype), partial(x.detach)) for name, x in tensors.items())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from rlhf import files
 from rlhf.callbacks.export import Export, write_export
 from rlhf.errors import UserError
 from rlhf.files import LOCK, is_complete, owned, previous_path
@@ -180,6 +181,19 @@ def test_one_bit_in_the_weights_of_an_export_is_found_when_they_are_loaded(model
     del manifest["checksums"]
     (export / "rlhf.json").write_text(json.dumps(manifest))
     load_causal_lm(str(export), "model")
+
+
+def test_the_weights_of_an_export_are_read_for_their_sums_once(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    sums = files.checksums
+    monkeypatch.setattr(files, "checksums", lambda folder, pattern: read.append(folder) or sums(folder, pattern))
+    folder = Path(shutil.copytree(model_path, tmp_path / "export"))
+    (folder / files.MANIFEST).write_text("{}")
+    for _ in range(2):
+        load_causal_lm(str(folder), "model.reference_path")
+    assert read == [folder]
 
 
 def test_manifest(trainer: Any, tmp_path: Path) -> None:

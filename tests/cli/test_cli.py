@@ -228,6 +228,10 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--ckpt_path=hpc"], "ckpt_path: there is no checkpoint hpc."),
         (["--data.train.part=[0,0.0001]"], "make it larger with data.train.part (of a pipeline: --validation)"),
         (["--trainer.val_check_interval=99", "--data.validation.path={train}"], "trainer: `val_check_interval` (99)"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"],
+            "trainer: Early stopping conditioned on metric `nope` which is not available.",
+        ),
         (["--data=RolloutDataModule"], "data: RolloutDataModule is for ppo, and SFTModule is for sft"),
         (["--model=RewardModule"], "data: SFTDataModule is for sft, and RewardModule is for reward"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),

@@ -16,11 +16,13 @@ import rlhf
 import rlhf.cli.main
 from rlhf.callbacks.export import Export
 from rlhf.cli.main import main
-from rlhf.cli.parsing import parse
+from rlhf.cli.parsing import check_keys, parse
+from rlhf.cli.stage import StageCLI
 from rlhf.modules import StageModule
 
 MODULE = """
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+from lightning.pytorch import Callback
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from rlhf.modules import SFTModule
@@ -34,6 +36,13 @@ class Toy:
 class Mine(SFTModule):
     def __init__(self, model_path: str, toy: Toy = Toy(), k: PositiveInt = 3, q: PositiveInt | Literal["auto"] = 3):
         super().__init__(model_path)
+
+if TYPE_CHECKING:
+    from somewhere import Known
+
+class Typed(Callback):
+    def __init__(self, known: "Known | None" = None, number: int = 1):
+        self.known = known
 """
 
 
@@ -76,7 +85,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         (["--model.q=x"], "model.q is x: it should be a valid integer or 'auto'."),
         (["--model.toy.clip=0"], "model.toy.clip is 0.0: it should be greater than 0."),
         (["--model.toy.clip=.nan"], "model.toy.clip is nan: it should be greater than 0."),
-        (["--model.toy.clip=nan"], "model.toy.clip is nan: it should be of type float."),
+        (["--model.toy.clip=nan"], "model.toy.clip is nan: it should be a finite number."),
         (["--model.toy.value_clip=-1"], "model.toy.value_clip is -1: it should be greater than 0."),
         (["--model.toy.value_clip=nan"], "model.toy.value_clip is nan: it should be a finite number."),
         (["--model.toy.value_clip=inf"], "model.toy.value_clip is inf: it should be a finite number."),
@@ -92,7 +101,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         ),
         (
             ["--data.train=x.csv"],
-            "data.train is x.csv: it should be a group of settings; write --data.train.path x.csv.",
+            "data.train: rlhf.SFTDataModule: x.csv is neither settings (key: value) nor a file of them; write "
+            "--data.train.path x.csv.",
         ),
         (
             ["--trainer.callbacks+=Export", "--trainer.callbacks.every_n_epoch=1"],
@@ -110,14 +120,20 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "data: rlhf.SFTDataModule: unrecognized arguments: --train.pth=x. Did you mean train.path?",
         ),
         (
+            ["--model.toy.kiwi=1"],  # near to toy.kind by its prefix only
+            "model: toy_module.Mine: unrecognized arguments: --toy.kiwi=1.",
+        ),
+        (
             ["--trainer.max_epoch=3"],
             "unrecognized arguments: --trainer.max_epoch=3. Did you mean trainer.max_epochs?",
         ),
         (["--run_dir="], "run_dir is empty: give it a name."),
+        (["--run_dir= "], "run_dir is empty: give it a name."),
         (["--run_dir=null"], "run_dir is null: give it a name."),
         (["--seed_everything=-1"], "seed_everything is -1: it should be from 0 to 4294967295."),
         ([f"--seed_everything={2**32}"], f"seed_everything is {2**32}: it should be from 0 to 4294967295."),
         (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val is -1: it should be finite, and 0 or more."),
+        (["--trainer.gradient_clip_val=nan"], "trainer.gradient_clip_val is nan: it should be a finite number."),
         (["--trainer.gradient_clip_val=.inf"], "trainer.gradient_clip_val is inf: it should be finite, and 0 or more."),
         (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch is 0: it should be above 0."),
         (["--trainer.val_check_interval=.nan"], "trainer.val_check_interval is nan: it should be above 0."),
@@ -128,7 +144,18 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "trainer: `Timer(duration='{hours: .nan}')` is not a valid duration. "
             "Expected a string in the format DD:HH:MM:SS.",
         ),
-        (["--trainer.max_time={hours: -1}"], "trainer.max_time.hours is -1: it should be finite, and 0 or more."),
+        (["--trainer.max_time={hours: -1}"], "trainer.max_time leaves no time to train: it should be more than 0."),
+        (["--trainer.max_time={hours: 0}"], "trainer.max_time leaves no time to train: it should be more than 0."),
+        (["--trainer.max_time=00:00:00:00"], "trainer.max_time leaves no time to train: it should be more than 0."),
+        (["--trainer=null"], "trainer: null is neither settings (key: value) nor a file of them."),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=-1"],
+            "trainer: Invalid value for every_n_train_steps=-1. Must be >= 0",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks.mode=maxx"],
+            "trainer: `mode` can be min, max, got maxx",
+        ),
         (
             ["--trainer.max_epochs=-1"],
             "trainer.max_epochs: this would train without end; set it, trainer.max_steps or trainer.max_time.",
@@ -139,8 +166,12 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "constant.",
         ),
         (
-            ["--trainer.accelerator=cpu", "--trainer.devices=-1"],
+            ["--trainer={accelerator: cpu, devices: -1}"],  # all GPUs, where there are some
             "trainer: `devices` selected with `CPUAccelerator` should be an int > 0.",
+        ),
+        (
+            ["--trainer.callbacks+=toy_module.Typed", "--trainer.max_epochs=-2"],
+            "trainer.max_epochs is -2: it should be finite, and -1 or more.",
         ),
     ],
 )
@@ -199,6 +230,8 @@ def test_a_config_that_is_no_text(
         ("rows: 1\nkind: a\nrows: 2\n", "cannot be read: the key 'rows' stands in line 1 and again in line 3."),
         ("text: {length: 1, length: 2}", "cannot be read: the key 'length' stands in line 1 and again in line 1."),
         ("PK\x03", "cannot be read: unacceptable character #x0003"),
+        ("rows: &a [*a]", "cannot be read: what stands in line 1 holds itself."),
+        ("kind: a\ntext: &a\n  length: *a\n", "cannot be read: what stands in line 2 holds itself."),
         ("rows: [1", "cannot be read: while parsing a flow sequence"),
         ("", "holds no settings (key: value)."),
         ("- rows", "holds no settings (key: value)."),
@@ -244,6 +277,19 @@ def test_a_file_of_records_is_no_config(content: bytes, tmp_path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(learn, sub_configs=True)
     assert parse(parser, [f"--records={tmp_path}/records.jsonl"]).records == str(tmp_path / "records.jsonl")
+
+
+def test_what_an_alias_leads_to_again_is_no_fault() -> None:
+    check_keys("a: &a {b: [1, 2]}\nc: [*a, *a]\nd: *a\n")
+
+
+def test_a_length_that_is_for_training_only(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StageCLI, "_run_subcommand", lambda self, verb: None)
+    for verb in ("validate", "test", "predict"):
+        StageCLI.run([
+            verb, "--model=SFTModule", f"--model.model_path={model_path}", "--data=SFTDataModule",
+            "--data.train.path=x.jsonl", f"--run_dir={tmp_path / verb}", "--trainer.max_epochs=-1",
+        ])  # fmt: skip
 
 
 def test_an_appended_callback_leaves_the_others(tmp_path: Path) -> None:

@@ -58,6 +58,37 @@ def test_a_bias_that_the_model_would_leave_out(changed: Change, load: Callable[[
         load(changed(lambda weights: weights.update({name: torch.ones(32)})))
 
 
+@pytest.mark.parametrize("file", [FILE, "pytorch_model.bin"])
+def test_a_bias_of_zeros_is_none(file: str, changed: Change) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    with pytest.warns(UserWarning, match=rf"1 weights of .* belong to no part of the model, first {name}"):
+        load_causal_lm(changed(lambda weights: weights.update({name: torch.zeros(32)}), file))
+
+
+def test_names_of_a_file_are_those_of_the_model(model_path: str, tmp_path: Path) -> None:
+    """GPT-NeoX calls its output layer `lm_head`, and in its files `embed_out`."""
+    folder = shutil.copytree(model_path, tmp_path / "changed")
+    weights = load_file(folder / FILE)
+    (output,) = (name for name in weights if name.startswith("embed_out"))
+    save_file(weights | {"embed_out.bias": torch.zeros(len(weights[output]))}, folder / FILE, {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"1 weights of .* belong to no part of the model, first lm_head\.bias"):
+        load_causal_lm(str(folder))
+    save_file(weights | {output: weights[output].to(torch.int8)}, folder / FILE, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"are integers, .*: {output} is I8\.$"):
+        load_causal_lm(str(folder))
+
+
+def test_weights_of_another_shape(changed: Change, load: Callable[[str], Any]) -> None:
+    problem = r"its config\.json: model\.layers\.0\.mlp\.down_proj\.weight has the shape \(32, 64\), not \(32, 48\)\.$"
+    with pytest.raises(UserError, match=rf"^model\.model_path: the weights of .* do not fit {problem}"):
+        load(changed(intermediate_size=48))
+
+
+def test_a_config_with_nan_is_not_blamed_on_the_type(changed: Change, load: Callable[[str], Any]) -> None:
+    with pytest.raises(UserError, match=r"^model\.model_path: .* computes NaN or infinity .* in its config\.json"):
+        load(changed(rms_norm_eps=float("nan")))
+
+
 def test_a_part_that_is_no_part_of_the_model_is_named(changed: Change) -> None:
     with pytest.warns(UserWarning, match=r"1 weights of .* belong to no part of the model, first v_head\.weight"):
         load_causal_lm(changed(lambda weights: weights.update({"v_head.weight": torch.ones(1, 32)})))
