@@ -17,8 +17,8 @@ from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
 
+_FEW = 10  # keys, which a message can list
 _CONFIGS = (".yaml", ".yml")  # other files are data, unless they stand behind --config
-_NEITHER = r"\1 is neither settings (key: value) nor a file of them"
 
 
 def split_words(words: list[str], sections: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -72,14 +72,14 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     from yaml import YAMLError
 
     load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
-    given = _config_files(words)
-    named = {Path(path).read_text(errors="replace"): path for path in given}  # by their contents
+    named = {os.path.abspath(path): path for path in _config_files(words)}
+    texts = {Path(path).read_text(errors="replace"): path for path in named.values()}
     configs: list[str] = []  # that were read
 
     def read(text: str) -> Any:
         if text == "None":  # jsonargparse hands a typed `null` on to the settings of a class as this
             return None
-        if (config := named.get(text)) is None:
+        if (config := texts.get(text)) is None:
             return load(text)
         configs.append(config)
         try:
@@ -90,7 +90,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
 
     set_yaml(read)
     try:
-        with _whole_lists(), _configs_only([*map(os.path.abspath, given)]):
+        with _whole_lists(), _configs_only(named):
             config = parser.parse_args(words)
     except (ArgumentError, ValueError) as error:
         if broken := next((cause for cause in causes(error) if isinstance(cause, UnicodeDecodeError)), None):
@@ -196,7 +196,7 @@ def with_hint(sentence: str, error: Exception, parser: Any) -> str:
         judges = getattr(sys.modules.get("rlhf.evaluation.judges"), "__all__", [])
         near = get_close_matches(missing[1], [*rlhf.__all__, *judges], 1)
         return f"{sentence} Did you mean {near[0]}?" if near else sentence
-    group = re.search(r"\A([\w.]+): (?:[\w.]+: )?(.*) is neither settings", sentence)
+    group = re.search(r"\A([\w.]+): (?:.* )?(?!null)(\S+) is neither settings", sentence)
     if unknown is None and group is None:
         return sentence
     if classes := re.findall(r"given class_path '(.*?)'", "\n".join(map(str, causes(error)))):
@@ -206,13 +206,14 @@ def with_hint(sentence: str, error: Exception, parser: Any) -> str:
     if group is not None:
         key, value = group.groups()
         name = key.rpartition(".")[2] if classes else key
-        file = next((f"{key}.{end}" for end in ("path", "table") if f"{name}.{end}" in keys), None)
-        return f"{sentence.removesuffix('.')}; write --{file} {value}." if file else sentence
-    near = get_close_matches(unknown[1], keys, 1) if unknown else []
-    own, *others = (name.rpartition(".")[2] for name in (unknown[1] if unknown else "", *near))
-    if get_close_matches(own, others):  # a long prefix makes all names near
+        inner = next((found.removeprefix(name) for found in keys if found.startswith(f"{name}.")), ".KEY")
+        return f"{key} is {value}: it should be a group of settings; write --{key}{inner} {value}."
+    assert unknown is not None
+    near = get_close_matches(unknown[1], keys, 1)
+    own, *others = (name.rpartition(".")[2] for name in (unknown[1], *near))  # a long prefix makes all names near
+    if get_close_matches(own, others):
         return f"{sentence} Did you mean {near[0]}?"
-    return f"{sentence} There are {', '.join(keys)}." if classes and "Option" in sentence else sentence
+    return f"{sentence} There are {', '.join(keys)}." if classes and len(keys) <= _FEW else sentence
 
 
 def _not_utf8(error: UnicodeDecodeError, named: Iterable[str]) -> str:
@@ -277,7 +278,7 @@ def explain(error: Exception) -> str:
         return f"{key} is {values[0]}: it should be {' or '.join(kinds)}."
     classes = [name for text in said for name in re.findall(r"\AProblem with given class_path '(.*?)'", text)]
     reason = next(text for text in reversed(said) if text in said[0]).removeprefix(f'Parser key "{key}": ')
-    reason = re.sub(r'(?:Parser key "\w+": )?Unable to load config "(.*)"', _NEITHER, reason)
+    reason = re.sub(r'Unable to load config "(.*)"', r"\1 is neither settings (key: value) nor a file of them", reason)
     no_class = "(?:Expected a dot import path string|Unexpected import path format): (.*)"
     reason = re.sub(no_class, r"there is no class \1; give its import path", reason)
     return ": ".join([*filter(None, [key]), *classes[-1:], " ".join(reason.split()).rstrip(".")]) + "."

@@ -101,8 +101,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         ),
         (
             ["--data.train=x.csv"],
-            "data.train: rlhf.SFTDataModule: x.csv is neither settings (key: value) nor a file of them; write "
-            "--data.train.path x.csv.",
+            "data.train is x.csv: it should be a group of settings; write --data.train.path x.csv.",
         ),
         (
             ["--trainer.callbacks+=Export", "--trainer.callbacks.every_n_epoch=1"],
@@ -121,7 +120,8 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         ),
         (
             ["--model.toy.kiwi=1"],  # near to toy.kind by its prefix only
-            "model: toy_module.Mine: unrecognized arguments: --toy.kiwi=1.",
+            "model: toy_module.Mine: unrecognized arguments: --toy.kiwi=1. There are model_path, toy.clip, "
+            "toy.value_clip, toy.kind, k, q.",
         ),
         (
             ["--trainer.max_epoch=3"],
