@@ -73,21 +73,8 @@ def scaling(
     stages = [*stages, *(evaluation_stages(evaluation) if evaluation else [])]
     shared, base, checkpoints = shared or [], base or [], checkpoints or []
     groups = {"stages": [*stages, *checkpoints], "shared": shared, "base": base}
-    names = {group: [stage.name for stage in of] for group, of in groups.items()}
-    for setting, values in {"sizes": sizes, "seeds": map(str, seeds), **names}.items():
-        if twice := [value for value, count in Counter(values).items() if count > 1]:
-            raise UserError(f"{setting}: {twice[0]} is there more than once.")
-    for size in sizes:
-        if not re.fullmatch(r"\w[\w.-]*", size):
-            raise UserError(f"sizes: {size!r} cannot be the name of a folder; use letters, digits, '.', '-' and '_'.")
-    judges = [stage.name for stage in stages if stage.command == "judge"]
-    for label, name in policies.items():
-        if name not in judges:
-            raise UserError(f"policies.{label}: no stage {name!r} judges; those that do are: {', '.join(judges)}.")
-    if not any(stage.command == "fit" for stage in stages):
-        raise UserError("stages: none of them trains a model.")
-    if checkpoints and not (_exporting(checkpoints) and checkpoints[-1].command == "judge"):
-        raise UserError("checkpoints: one stage must take '{run}/ppo/export-{update}', and the last one must judge.")
+    _check_names(sizes, seeds, groups)
+    _check_stages(stages, checkpoints, policies)
     out = Path(run_dir)
     with ExitStack() as owned:
         new = partial(Runner, config_dir=Path(config_dir), arguments=arguments or [], logged=True)
@@ -112,6 +99,29 @@ def scaling(
                 print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
 
         run_jobs(jobs, processes, write_report)
+
+
+def _check_names(sizes: list[str], seeds: list[int], groups: dict[str, list[Stage]]) -> None:
+    """Refuses what is named twice, and sizes that cannot be folders."""
+    names = {group: [stage.name for stage in of] for group, of in groups.items()}
+    for setting, values in {"sizes": sizes, "seeds": map(str, seeds), **names}.items():
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise UserError(f"{setting}: {twice[0]} is there more than once.")
+    for size in sizes:
+        if not re.fullmatch(r"\w[\w.-]*", size):
+            raise UserError(f"sizes: {size!r} cannot be the name of a folder; use letters, digits, '.', '-' and '_'.")
+
+
+def _check_stages(stages: list[Stage], checkpoints: list[Stage], policies: dict[str, str]) -> None:
+    """Refuses stages that train nothing, or that do not judge what the report is to show."""
+    judges = [stage.name for stage in stages if stage.command == "judge"]
+    for label, name in policies.items():
+        if name not in judges:
+            raise UserError(f"policies.{label}: no stage {name!r} judges; those that do are: {', '.join(judges)}.")
+    if not any(stage.command == "fit" for stage in stages):
+        raise UserError("stages: none of them trains a model.")
+    if checkpoints and not (_exporting(checkpoints) and checkpoints[-1].command == "judge"):
+        raise UserError("checkpoints: one stage must take '{run}/ppo/export-{update}', and the last one must judge.")
 
 
 def _exporting(checkpoints: list[Stage]) -> str | None:
