@@ -117,7 +117,7 @@ def parsed(function: Callable[..., Any], words: list[str]) -> tuple[Any, Any]:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
     add_trust(parser)
-    config = parse(parser, _with_list(words, "--redo"))
+    config = parse(parser, _with_list(words, "--runs" if function.__name__ == "report" else "--redo"))
     take_trust(config)
     for name in ("config", "trust_remote_code"):
         config.pop(name, None)
