@@ -104,6 +104,9 @@ def _call(command: str, words: list[str]) -> None:
         from rlhf.studies.recipe import SECTIONS
 
         words, more["overrides"] = split_words(words, [*SECTIONS, "judge"])
+    if command == "report":
+        pairs = zip(words, [*words[1:], "--"], strict=False)
+        words = ["--watch=true" if word == "--watch" and after.startswith("--") else word for word, after in pairs]
     parser, config = parsed(function, words)
     with own_names():
         function(**vars(parser.instantiate(config)), **more)

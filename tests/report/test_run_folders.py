@@ -93,7 +93,7 @@ def test_watching_ends_when_the_run_is_finished(
     (run / files.STATE).write_text('{"ppo": {"finished": false}}')
     changes = iter([lambda: folder(run, 0.5, judged=False), lambda: folder(run, 0.5)])
     monkeypatch.setattr(report_file, "sleep", lambda _: next(changes)())
-    main(["report", "--runs", str(run), "--output", str(tmp_path / "out"), "--watch", "true"])
+    main(["report", "--runs", str(run), "--watch", "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert said.index("has nothing to show yet") < said.index("made; waiting")
     assert said.count("made; waiting") == 1
