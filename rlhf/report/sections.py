@@ -10,6 +10,7 @@ from rlhf.report.analysis import PANELS
 from rlhf.report.lengths import ENOUGH, Unit
 from rlhf.report.page import Page
 from rlhf.report.rouge_means import ROUGE
+from rlhf.report.run_folders import FINISHED
 from rlhf.report.runs import Baseline
 from rlhf.report.summary import ppo_gains
 
@@ -56,6 +57,30 @@ def add_summary(page: Page, rows: pd.DataFrame) -> None:
     )
 
 
+def add_comparison(page: Page) -> None:
+    """Adds what tells several runs apart, in their settings and in what their policies gained."""
+    if page.tables["run_differences"].empty and page.tables["settings"].empty:
+        return
+    page.add("## Comparison of the runs")
+    page.table("settings", "Settings that differ, by the configs that the runs saved:")
+    page.table(
+        "run_differences",
+        "Each policy minus the same policy of the first run, over the queries that both answered, by the paired "
+        "bootstrap:",
+    )
+
+
+def add_progress(page: Page) -> None:
+    """Adds how far runs are that are not finished."""
+    page.add(
+        "No policy is judged yet: what follows is what training has logged so far."
+        if "summary" not in page.tables
+        else ""
+    )
+    if "progress" in page.tables and (page.tables["progress"]["state"] != FINISHED).any():
+        page.table("progress", "## Stages so far", "`step` is the last one logged, in episodes for PPO.")
+
+
 def add_win_rates(page: Page, baselines: Sequence[Baseline]) -> None:
     """Adds win rates with counts, paired differences, and the main figure."""
     page.table("win_rates", "## Win rate against the reference")
@@ -66,7 +91,7 @@ def add_win_rates(page: Page, baselines: Sequence[Baseline]) -> None:
 
 
 def _add_against_size(page: Page, name: str, table: pd.DataFrame, panels: dict[str, str], **settings: Any) -> None:
-    if table["size"].nunique() > 1 or settings.get("baselines"):
+    if table["parameters"].nunique() > 1 or settings.get("baselines"):
         page.figure(name, figures.plot_against_size, table, panels, **settings)
 
 
