@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
         "--micro", type=int, default=8, help="rows of TRL's training micro-batches; must divide --batch"
     )
     parser.add_argument("--data", type=json.loads, default={}, help="JSON: settings of our DataModule")
-    parser.add_argument("--ppo", type=json.loads, default={}, help='JSON: settings of our PPO, {"cuda_graphs": true}')
+    parser.add_argument("--ppo", type=json.loads, default={}, help='JSON: settings of our PPO, {"cuda_graphs": false}')
     parser.add_argument("--updates", type=int, default=4, help="per side and round, after one that is not counted")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e6, help="of a regime; what has begun is finished")
