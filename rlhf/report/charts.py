@@ -97,7 +97,9 @@ def against_size(
     `panels` has columns and the titles of their panels. One seed per size has intervals, where the table has them.
     """
     look = drawn_by(series, table)
-    x = alt.X("parameters:Q", title="model size (parameters)", scale=alt.Scale(type="log", padding=20))
+    ticks = alt.Axis(values=sorted(set(table["parameters"])), format=".3~s")
+    scale = alt.Scale(type="log", nice=False, padding=20)
+    x = alt.X("parameters:Q", title="model size (parameters)", axis=ticks, scale=scale)
     single = not table.duplicated(["size", series]).any()
     made: Panels = {}
     for column, title in panels.items():
@@ -240,7 +242,9 @@ def _lines(
 def save_png(panels: Mapping[str, Any], file: Path) -> None:
     """Writes charts as one PNG, three in a row."""
     charts = [made.properties(title=title, width=280, height=200) for title, made in panels.items()]
-    whole = alt.concat(*charts, columns=3).resolve_scale(color="independent", shape="independent")
+    whole = alt.concat(*charts, columns=3).resolve_scale(
+        color="independent", shape="independent", strokeDash="independent"
+    )
     whole.configure(**CONFIG, background="white").save(str(file), format="png", scale_factor=1.6)
 
 

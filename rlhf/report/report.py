@@ -35,7 +35,7 @@ def report(
     the tables of the report, as returned by `analyse`.
 
     Args:
-        output: the folder to write report.md to; tables and figures go to the folder `report` in it.
+        output: the folder to write report.html and report.md to; tables and figures go to the folder `report` in it.
         runs: what to report on: folders of runs, finished or not, or judged tables; or settings of a run for each size
             and seed. Folders are compared with the first one.
         baselines: results of others, stars in the figure of win rate against size.
@@ -47,7 +47,7 @@ def report(
         before = signature(runs)
         try:
             _make(output, resolved(runs), baselines, lengths, samples)
-            print(f"{strftime('%H:%M:%S')} {Path(output) / 'report.md'} made; waiting for the next validation")
+            print(f"{strftime('%H:%M:%S')} {Path(output) / 'report.html'} made; waiting for the next validation")
         except UserError as error:
             if NOTHING_YET not in str(error):
                 raise

@@ -80,7 +80,9 @@ def add_progress(page: Page) -> None:
     if "summary" not in page.tables:
         page.add("No policy is judged yet: what follows is what training has logged so far.", short=True)
     if "progress" in page.tables and (page.tables["progress"]["state"] != FINISHED).any():
-        page.table("progress", "`step` is the last one logged, in episodes for PPO.", short=True)
+        page.table(
+            "progress", "`step` is the last one logged, in episodes for PPO.", short="summary" not in page.tables
+        )
 
 
 def add_win_rates(page: Page, baselines: Sequence[Baseline]) -> None:

@@ -76,7 +76,7 @@ def test_from_nothing_to_a_report(
     AutoModelForSequenceClassification.from_pretrained(run / "reward" / "export")
     out = capsys.readouterr().out
     assert "tensorboard --logdir" in out
-    assert "report.md" in out
+    assert "report.html" in out
 
     commands.clear()
     pipeline(**quickstart)
