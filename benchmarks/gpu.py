@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 FOLDERS = ["tests/ops", "tests/models", "tests/sampling", "tests/modules"]
 BANDWIDTH = {"H200": 4800.0, "H100": 3350.0, "A100": 2039.0}  # GB/s, from their data sheets
-GRAPHS = '{"cuda_graphs": true}'
+NO_GRAPHS = '{"cuda_graphs": false}'
 
 
 class Case(NamedTuple):
@@ -106,14 +106,14 @@ def parts() -> dict[str, list[Case]]:
         "tests": folders,
         "ppo": [
             update("64 episodes"),
-            update("64 episodes, cuda_graphs", "--ppo", GRAPHS),
-            update("64 episodes, micro-batches of 32, cuda_graphs", "--ppo", GRAPHS, rows=32),
-            update("512 episodes, micro-batches of 32, cuda_graphs", "--ppo", GRAPHS, batch=512, rows=32, updates=1),
+            update("64 episodes, without cuda_graphs", "--ppo", NO_GRAPHS),
+            update("64 episodes, micro-batches of 32", rows=32),
+            update("512 episodes, micro-batches of 32", batch=512, rows=32, updates=1),
         ],
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
         "trl": [
-            update("64 episodes", "--ppo", GRAPHS, sides="ours trl", updates=2),
-            update("512 episodes, 32 rows for us", "--ppo", GRAPHS, batch=512, rows=32, sides="ours trl", updates=1),
+            update("64 episodes", sides="ours trl", updates=2),
+            update("512 episodes, 32 rows for us", batch=512, rows=32, sides="ours trl", updates=1),
         ],
         "placements": [
             Case(

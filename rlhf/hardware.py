@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,21 @@ GIB = 2**30
 WITHOUT_FLOAT64 = {"mps"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 
 def best_device() -> torch.device:
     """Returns the NVIDIA GPU of this process, or the CPU (on a Mac always the CPU)."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def weights_precision(precision: Precision) -> Literal["float32", "bfloat16"]:
+    """Returns the precision of weights outside of a Trainer; `auto` is bfloat16 on GPUs that compute in it."""
+    if precision == "auto":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return precision
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

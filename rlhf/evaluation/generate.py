@@ -18,7 +18,7 @@ from rlhf.data.tokenising import load_demonstrations
 from rlhf.errors import Positive, Seed
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
-from rlhf.hardware import best_device
+from rlhf.hardware import Precision, best_device, weights_precision
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import (
     check_context,
@@ -45,6 +45,7 @@ def generate(
     seed: Seed = 1,
     reward: str | None = None,
     eos_tokens: list[str] | None = None,
+    precision: Precision = "auto",
 ) -> pd.DataFrame:
     """Writes the responses of a policy to every query of a split to one table.
 
@@ -64,6 +65,7 @@ def generate(
         reward: export of a reward model, for the columns `score` and `reference_score`.
         eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
             `generation_config.json`.
+        precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
     """
     tokenizer = check_models(model, reward, eos_tokens)
     with ranks(output) as processes:
@@ -72,6 +74,7 @@ def generate(
         check_records(records, model, tokenizer, response_length, reward)
         rows = _one_per_query(records, f"{data.path} ({data.split})", verbose=processes.rank == 0)
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
+        sampling["precision"] = weights = weights_precision(precision)
         settings = {
             "model": model_fingerprint(model, "model"),
             "data": files.fingerprint(
@@ -86,7 +89,7 @@ def generate(
         parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
         if reward is not None:
             control = text.special_tokens == "control"
-            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control)
+            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control, weights)
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         return parts.merge(finish=_with_gold)
 
@@ -123,10 +126,10 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 
 
 def _sampler(
-    path: str, tokenizer: Any, response_length: int, temperature: float, seed: int
+    path: str, tokenizer: Any, response_length: int, temperature: float, seed: int, precision: str
 ) -> Callable[[list[Row]], pd.DataFrame]:
     device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
-    model: Any = load_causal_lm(path, "model").to(str(device)).eval()  # type: ignore[arg-type]
+    model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]
 
     def respond(rows: list[Row]) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")

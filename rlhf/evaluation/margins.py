@@ -14,6 +14,7 @@ from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
+from rlhf.hardware import Precision, weights_precision
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import check_reward_model, model_fingerprint
 from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
@@ -28,6 +29,7 @@ def margins(
     data: Source,
     text: TextFormat = TextFormat(max_response_length=169),
     batch_size: PositiveInt = 64,
+    precision: Precision = "auto",
 ) -> pd.DataFrame:
     """Writes the reward model's margin of every comparison of a split to one table.
 
@@ -40,6 +42,7 @@ def margins(
         data: comparisons; `split` says which split.
         text: formats and maximum lengths.
         batch_size: texts that go through the model at a time.
+        precision: of the weights; `auto` is bfloat16 on GPUs and float32 on CPUs.
     """
     tokenizer = check_model(reward)
     with ranks(output) as processes:
@@ -50,10 +53,12 @@ def margins(
             "reward": model_fingerprint(reward, "reward"),
             "data": files.fingerprint(contents),
             "text": asdict(text),
+            "precision": weights_precision(precision),
         }
         parts = Parts(output, settings, rows, _BATCHES * batch_size, processes)
-        load, control = partial(RewardScorer, reward, "reward", batch_size), text.special_tokens == "control"
-        parts.make("margins", f"Scoring with {reward}", lambda: partial(_margins, load(control=control)))
+        control = text.special_tokens == "control"
+        load = partial(RewardScorer, reward, "reward", batch_size, None, control, precision)
+        parts.make("margins", f"Scoring with {reward}", lambda: partial(_margins, load()))
         return parts.merge()
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from rlhf.data.chat import answered_ids, conversation_of
-from rlhf.hardware import best_device
+from rlhf.hardware import Precision, best_device, weights_precision
 from rlhf.models.finite import check_finite
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, eos_ids, load_tokenizer, retokenise, same_tokens
@@ -27,6 +27,7 @@ class RewardScorer:
     Args:
         ids_of: the tokenizer of the token ids, which may be another one than the reward model's.
         control: whether special tokens in texts become control ids.
+        precision: of the weights; rewards are float32.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class RewardScorer:
         batch_size: int = 64,
         ids_of: PreTrainedTokenizerBase | None = None,
         control: bool = False,
+        precision: Precision = "auto",
     ) -> None:
         self.tokenizer = load_tokenizer(path, PAD_TOKEN, setting)
         self.other = None if ids_of is None or same_tokens(ids_of, self.tokenizer) else ids_of
         self.device = best_device()
-        self.model = ScalarModel.from_pretrained(path, setting).to(self.device).eval()
+        dtype = getattr(torch, weights_precision(precision))
+        self.model = ScalarModel.from_pretrained(path, setting, dtype).to(self.device).eval()
         self.batch_size = batch_size
         self._path = path
         self.control = control

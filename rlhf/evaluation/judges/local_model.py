@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import PositiveInt
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from rlhf.errors import UserError
 from rlhf.evaluation.judges.kept_answers import AskingJudge, Entry, Question, Verdict
-from rlhf.hardware import best_device
+from rlhf.hardware import Precision, best_device, weights_precision
 from rlhf.models.finite import check_finite
 from rlhf.models.loading import check_context, check_language_model, load_causal_lm, model_fingerprint
 from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, load_tokenizer
@@ -44,7 +44,7 @@ class LocalJudge(AskingJudge):
         template: the question, with `{query}`, `{first}` and `{second}`; a label follows its end.
         labels: of the first and of the second response.
         batch_size: questions that go through the model at a time.
-        dtype: of the weights.
+        precision: of the weights; `auto` is bfloat16 on GPUs and float32 on CPUs.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class LocalJudge(AskingJudge):
         template: str = TEMPLATE,
         labels: tuple[str, str] = (" A", " B"),
         batch_size: PositiveInt = 16,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "auto",
     ) -> None:
         super().__init__(template)
         if labels[0] == labels[1] or not all(labels):
             raise UserError("judge.labels must be two different texts.")
-        self.labels, self.dtype = list(labels), dtype
+        self.labels, self.precision = list(labels), weights_precision(precision)
         self._model, self._batch_size = model, batch_size
 
     @property
@@ -84,7 +84,7 @@ class LocalJudge(AskingJudge):
     def ask(self, questions: Sequence[Question]) -> Generator[tuple[Question, Verdict], None, None]:
         tokenizer = load_tokenizer(self._model, PAD_TOKEN, "judge.model")
         pairs = [[encode(tokenizer, self.prompt(question) + label) for label in self.labels] for question in questions]
-        model: Any = load_causal_lm(self._model, "judge.model", getattr(torch, self.dtype))
+        model: Any = load_causal_lm(self._model, "judge.model", getattr(torch, self.precision))
         longest, largest = (max(measure(ids) for pair in pairs for ids in pair) for measure in (len, max))
         check_row(largest, model.config.get_text_config().vocab_size, tokenizer, self._model, "a question")
         check_context(model.config, longest, "judge: the longest question", "shorten judge.template")

@@ -12,6 +12,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.judges.interface import ScoringJudge
 from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.evaluation.reward_scorer import RewardScorer
+from rlhf.hardware import Precision, weights_precision
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import check_reward_model, model_fingerprint
 from rlhf.synthetic.gold_score import gold_scores
@@ -63,13 +64,18 @@ class RewardJudge(ScoringJudge):
         model: export of a reward model.
         batch_size: texts that go through the model at a time.
         special_tokens: whether special tokens in the texts are `text` or `control` ids, as in `data.text`.
+        precision: of the weights; `auto` is bfloat16 on GPUs and float32 on CPUs.
     """
 
     def __init__(
-        self, model: str, batch_size: PositiveInt = 64, special_tokens: Literal["text", "control"] = "text"
+        self,
+        model: str,
+        batch_size: PositiveInt = 64,
+        special_tokens: Literal["text", "control"] = "text",
+        precision: Precision = "auto",
     ) -> None:
         self._model, self._batch_size = model, batch_size
-        self.special_tokens = special_tokens
+        self.special_tokens, self.precision = special_tokens, weights_precision(precision)
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -82,7 +88,7 @@ class RewardJudge(ScoringJudge):
     @override
     def prepare(self, answers: Path) -> None:
         self._scorer = RewardScorer(
-            self._model, "judge.model", self._batch_size, control=self.special_tokens == "control"
+            self._model, "judge.model", self._batch_size, None, self.special_tokens == "control", self.precision
         )
 
     @override
