@@ -178,7 +178,9 @@ class StageModule(LightningModule):
         """
         plugin: Any = self.trainer.precision_plugin
         half = self.half_precision
-        return plugin.forward_context() if half is None else torch.autocast(plugin.device, half)
+        if half is None:
+            return plugin.forward_context()
+        return torch.autocast(plugin.device, half, cache_enabled=True)  # in validation Lightning's has no cache
 
     @property
     def half_precision(self) -> torch.dtype | None:

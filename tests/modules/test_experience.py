@@ -124,6 +124,16 @@ def test_a_rollout_casts_every_trained_weight_at_most_once(fitted: Make) -> None
     assert set(casts.counts.values()) == {0, 1}
 
 
+def test_validation_casts_every_trained_weight_at_most_once(fitted: Make) -> None:
+    """Lightning's own context, in which a batch of validation is, keeps no copies."""
+    module, batch = fitted(PPOModule, precision="bf16-mixed")
+    plugin = module.trainer.precision_plugin
+    with Casts(list(module.actor_critic.parameters())) as casts, torch.inference_mode(), plugin.val_step_context():
+        episodes = module.respond(batch, 0)
+    assert episodes.responses.shape[1] > 1
+    assert set(casts.counts.values()) == {0, 1}
+
+
 class EndsEarly(PPOModule):
     """One token in five is taken for EOS."""
 
