@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Forward = Callable[[Tensor, Tensor], Tensor]
+CASTS = (torch.ops.aten._to_copy, torch.ops.aten.to)  # the second one in inference mode
 
 
 class _Uses(TorchDispatchMode):
@@ -24,8 +25,7 @@ class _Uses(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        casts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == self.dtype
-        used = self.cast if casts else self.read
+        used = self.cast if func.overloadpacket in CASTS and result.dtype == self.dtype else self.read
         used |= _storages([*args, *(kwargs or {}).values()]) - _storages(result)  # a view reads nothing
         return result
 
