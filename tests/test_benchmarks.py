@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -15,7 +16,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs pip install 'rlhf[bench]' (trl)")
+HAS_TRL = importlib.util.find_spec("trl") is not None
+HAS_PPO = HAS_TRL and tuple(map(int, importlib.metadata.version("trl").split(".")[:2])) <= (1, 12)
+needs_ppo = pytest.mark.skipif(not HAS_PPO, reason="needs pip install 'rlhf[bench]' (trl 1.12)")
+needs_trl = pytest.mark.skipif(not HAS_TRL, reason="needs pip install 'rlhf[bench-stages]' (trl)")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,9 @@ def part(name: str) -> Any:
 def task(tmp_path: Path) -> Callable[..., Any]:
     """Fixtures for 4 episodes of at most 11 tokens, and what to do with them."""
 
-    def make(regime: str = "full", lengths: tuple[int, ...] = (20, 30, 30, 40), **settings: Any) -> Any:
+    def make(
+        regime: str = "full", lengths: tuple[int, ...] = (20, 30, 30, 40), kind: str = "PPOTask", **settings: Any
+    ) -> Any:
         fixtures = part("throughput.fixtures")
         with torch.random.fork_rng(devices=[]):
             fixtures.write(tmp_path, fixtures.SHAPES["test"], regime, list(lengths))
@@ -40,9 +46,9 @@ def task(tmp_path: Path) -> Callable[..., Any]:
             "batch": 4,
             "updates": 2,
             "micro": 2,
-            "response_length": 11,
         }
-        return part("throughput.record").Task(**(defaults | settings))
+        more = {"response_length": 11} if kind == "PPOTask" else {}
+        return getattr(part("throughput.record"), kind)(**(defaults | more | settings))
 
     return make
 
@@ -125,7 +131,7 @@ def test_our_side(task: Callable[..., Any]) -> None:
     assert rows[1]["processed"] == 4 * 40 + 4 * 41 * (2 + 2 + 2 * 4)
 
 
-@needs_trl
+@needs_ppo
 def test_trl(task: Callable[..., Any]) -> None:
     """It pads all queries to the longest, and has no pass of the policy over the rollout."""
     rows = rows_of("trl_side", task())
@@ -138,7 +144,7 @@ def test_trl(task: Callable[..., Any]) -> None:
 
 
 def test_responses_that_end_early_are_counted_to_their_end(task: Callable[..., Any]) -> None:
-    for side in ("ours", *(("trl_side",) if importlib.util.find_spec("trl") else ())):
+    for side in ("ours", *(("trl_side",) if HAS_PPO else ())):
         lengths = [n for row in rows_of(side, task("early", response_length=40)) for n in row["responses"]]
         assert min(lengths) < 40
         assert max(lengths) <= 40
@@ -151,6 +157,67 @@ def test_the_profile_names_operators_and_writes_a_trace(task: Callable[..., Any]
     assert torch.get_num_threads() == threads
     assert "aten::addmm" in capsys.readouterr().out
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+# -------------------------------------------------------------------------------------------- SFT and reward model
+
+TOKENS = 20 + 30 + 30 + 40 + sum((12, 25, 38, 52)) + 4  # prompts, responses, EOS
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [({"stage": "sft"}, TOKENS), ({"loss_on": "response"}, TOKENS), ({"stage": "reward"}, 2 * TOKENS)],
+)
+def test_a_stage_learns_the_same_from_the_same_tokens(
+    task: Callable[..., Any], settings: dict[str, Any], tokens: int
+) -> None:
+    ours = rows_of("stage_ours", task(kind="StageTask", updates=3, **settings))
+    for row in ours:
+        assert min(row[name] for name in ("forward", "backward", "optimizer", "rest")) > 0
+        assert row["peak_rss_gib"] > 0.1
+    assert [row["real"] for row in ours[1:]] == [row["processed"] for row in ours[1:]] == [tokens] * 2
+    losses = [row["loss"] for row in ours]
+    assert losses[0] > losses[1] > losses[2]
+    if HAS_TRL:
+        trl = rows_of("stage_trl", task(kind="StageTask", updates=3, **settings))
+        assert [row["real"] for row in trl] == [tokens] * 3
+        assert all(row["processed"] > tokens for row in trl)  # it pads
+        assert [row["loss"] for row in trl] == pytest.approx(losses, rel=1e-4)
+        assert all(min(row[name] for name in ("forward", "backward", "optimizer", "rest")) > 0 for row in trl)
+
+
+@needs_trl
+@pytest.mark.parametrize("way", ["padding_free", "packing"])
+def test_trl_without_padding(task: Callable[..., Any], way: str) -> None:
+    """Its rows do not see one another: the losses are those of padded rows."""
+    settings = part("stage_throughput").BATCHES[way]
+    padded = rows_of("stage_trl", task(kind="StageTask"))
+    rows = rows_of("stage_trl", task(kind="StageTask", trl=settings))
+    assert [row["processed"] for row in rows] == [row["real"] for row in rows] == [TOKENS] * 2
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in padded], rel=1e-4)
+
+
+def test_sides_that_do_different_work_are_refused() -> None:
+    agree = part("stage_throughput").agree
+    first, row = {"real": 9, "loss": 2.0}, {"real": 5, "loss": 1.0}
+    agree([{"ours": [first, row], "trl": [{**first, "real": 5}, {**row, "loss": 1.0005}]}], 1e-3)
+    with pytest.raises(SystemExit, match="different numbers of real tokens"):
+        agree([{"ours": [first, row], "trl": [first, {**row, "real": 6}]}], 1e-3)
+    with pytest.raises(SystemExit, match="different losses"):
+        agree([{"ours": [first, row], "trl": [first, {**row, "loss": 1.01}]}], 1e-3)
+
+
+def test_the_command_for_stages(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    sides = ["ours", "trl"] if HAS_TRL else ["ours"]
+    out = run(monkeypatch, capsys, "--stage=reward", "--sides", *sides, command="stage_throughput")
+    found = json.loads(out.splitlines()[-1])
+    assert list(found["medians"]) == sides
+    assert all(len(rows) == 1 for rows in found["updates"].values())
+    assert (found["ratio"] is not None) == HAS_TRL
+    assert "real tokens/s" in out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, "--stage=reward", "--sides=ours", "--trl_batches=packing", command="stage_throughput")
+    assert "is for --stage sft" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -178,7 +245,10 @@ def test_ratios_are_of_neighbours_and_peaks_are_the_highest() -> None:
 
 def test_a_device_at_its_limits() -> None:
     results, needs = part("throughput.results"), part("throughput.needs")
-    shape, task = part("throughput.fixtures").SHAPES["test"], part("throughput.record").Task("", precision="bf16-mixed")
+    shape, task = (
+        part("throughput.fixtures").SHAPES["test"],
+        part("throughput.record").PPOTask("", precision="bf16-mixed"),
+    )
     flops = needs.training_flops(shape, [9], [4], 4)
     moved = needs.decoding_bytes(shape, [9], [4], 2)
     row = {"queries": [9], "responses": [4], "sampling": 2.0, "forward": 1.0, "backward": 2.0, "optimizer": 1.0}
@@ -196,15 +266,15 @@ def test_linear_costs_are_recognised() -> None:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: str) -> str:
-    command = ["ppo_throughput.py", "--shape=test", "--threads=1", "--batch=4", "--micro=2", "--updates=1", *words]
-    monkeypatch.setattr(sys, "argv", command)
-    part("ppo_throughput").main()
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: str, command: str = "ppo_throughput") -> str:
+    same = ["--shape=test", "--threads=1", "--batch=4", "--micro=2", "--updates=1"]
+    monkeypatch.setattr(sys, "argv", [f"{command}.py", *same, *words])
+    part(command).main()
     return capsys.readouterr().out
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    sides = ["ours", "trl"] if importlib.util.find_spec("trl") else ["ours"]
+    sides = ["ours", "trl"] if HAS_PPO else ["ours"]
     out = run(monkeypatch, capsys, "--regime=early", "--sides", *sides)
     found = json.loads(out.splitlines()[-1])
     assert found["settings"]["ppo_epochs"] == 4
@@ -214,11 +284,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert "episodes/s" in out
 
 
-def test_a_failing_worker_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    command, record = part("ppo_throughput"), part("throughput.record")
-    monkeypatch.setitem(command.MODULES, "ours", "throughput.no_such_module")
+def test_a_failing_worker_is_shown(tmp_path: Path) -> None:
+    turns, record = part("throughput.turns"), part("throughput.record")
     with pytest.raises(SystemExit, match="No module named"):
-        command.play(record.Task(str(tmp_path)), ["ours"], apart=False, seconds=60)
+        turns.play(record.Task(str(tmp_path)), {"ours": "throughput.no_such_module"}, apart=False, seconds=60)
 
 
 def test_what_does_not_fit_is_said_at_once(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -228,9 +297,9 @@ def test_what_does_not_fit_is_said_at_once(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_a_task_survives_the_command_line() -> None:
-    record = part("throughput.record")
-    task = record.Task("folder", data={"micro_batch_size": 2})
-    assert record.Task(**json.loads(json.dumps(asdict(task)))) == task
+    for kind in ("PPOTask", "StageTask"):
+        task = getattr(part("throughput.record"), kind)("folder", data={"micro_batch_size": 2})
+        assert type(task)(**json.loads(json.dumps(asdict(task)))) == task
 
 
 # -------------------------------------------------------------------------------------------------------- a GPU
@@ -239,7 +308,7 @@ def test_a_task_survives_the_command_line() -> None:
 def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu = part("gpu")
     parts = gpu.parts()
-    assert list(parts) == ["tests", "ppo", "sampling", "trl", "placements"]
+    assert list(parts) == ["tests", "ppo", "sampling", "training", "trl", "placements"]
     (case, *_) = parts["sampling"]
     assert gpu.run(case, True, 120.0, tmp_path / "log")
     row = capsys.readouterr().out
@@ -249,3 +318,54 @@ def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.C
     failing = case._replace(rehearsal=["-c", "raise SystemExit('no memory')"])
     assert not gpu.run(failing, True, 120.0, None)
     assert "no memory" in capsys.readouterr().out
+
+
+HIDDEN = """
+import importlib.metadata, sys
+from_name = importlib.metadata.Distribution.from_name
+def known(name):
+    if name in ("deepspeed", "trl"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+importlib.metadata.Distribution.from_name = known
+sys.modules["deepspeed"] = sys.modules["trl"] = None
+"""
+
+
+def test_parts_for_a_gpu_are_rehearsed_without_deepspeed_and_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs neither runs; what needs one of them says so in its row."""
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("deepspeed", "trl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    gpu = part("gpu")
+    parts = gpu.parts()
+    for name in ("training", "ppo", "trl", "placements"):
+        assert gpu.run(parts[name][0], True, 240.0, tmp_path / name), capsys.readouterr().out
+    training, ppo, trl, placements = capsys.readouterr().out.splitlines()
+    assert "matrix product" in training
+    assert "2 rows, activations kept: " in training
+    assert "2 rows, activations again: " in training
+    assert "full, ours: " in ppo
+    assert "not measured: trl is not installed" in trl
+    assert "not measured: deepspeed is not installed" in placements
+
+
+def test_peaks_of_a_gpu_stand_beside_their_estimate() -> None:
+    """The estimate of `docs/memory.md` for the settings of the benchmark."""
+    from rlhf.models.memory import Workload, estimate
+
+    gpu, fixtures = part("gpu"), part("throughput.fixtures")
+    settings = {"shape": "test", "micro": 16, "data": {"micro_batch_size": 32}, "batch": 512, "precision": "bf16-mixed"}
+    run = Workload("ppo", "single", "bf16-mixed", 1, 32, 64, max(fixtures.prompt_lengths(512)), 53)
+    phases = estimate(fixtures.config_of(fixtures.SHAPES["test"]), run).values()
+    expected = max(phase.total for phase in phases) / 2**30
+    assert gpu.estimated_gib(settings | {"response_length": 53}) == expected
+    case = {"micro": 32, "recompute": False, "seconds": 0.5, "mfu": 0.4, "peak_gib": 50.0, "estimated_gib": 55.0}
+    limits = {"copy_gigabytes_per_second": 3000.0, "product_tflops": 700.0}
+    lost = {"micro": 64, "recompute": False, "failure": "out of memory"}
+    row = gpu.training_row(json.dumps({"limits": limits, "cases": [case, lost]}))
+    assert "32 rows, activations kept: 0.500 s, MFU 40.0% 50.0 GiB (55.0 estimated)" in row
+    assert row.endswith("64 rows, activations kept: out of memory")

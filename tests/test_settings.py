@@ -74,7 +74,7 @@ SETTINGS: dict[type, Settings] = {
         "entropy_coefficient": [0.01],
         "critic_warmup": [2],
         "evaluation_temperature": [0.5],
-        "cuda_graphs": [True, False],
+        "cuda_graphs": [True, False, None],
     },
     TextFormat: {
         "query": ["{post}\n\nTL;DR:"],

@@ -1,4 +1,4 @@
-"""Models with random weights, a tokenizer and prompts, the same files for both sides.
+"""Models with random weights, a tokenizer and data, the same files for both sides.
 
 How long responses get is decided by the weights, so that every trainer sees it without a change to its code: the last
 unit of the final layer norm is the constant 1, which makes the last column of the output layer a bias of the logits.
@@ -72,8 +72,15 @@ def prompt_lengths(count: int) -> list[int]:
     return [round(float(lengths.ppf(low + (high - low) * (n + 0.5) / count))) for n in range(count)]
 
 
+def response_lengths(count: int) -> list[int]:
+    """Lengths of TL;DR's summaries in tokens without EOS, evenly spaced from 12 to 52."""
+    return [12 + 40 * n // max(count - 1, 1) for n in range(count)]
+
+
 def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> None:
-    """Write `policy`, `reward` (both with the tokenizer) and `prompts.jsonl`, one prompt of each length.
+    """Write `policy`, `reward` (both with the tokenizer) and one record for each length of a prompt.
+
+    `prompts.jsonl` has the prompts, `demonstrations.jsonl` and `comparisons.jsonl` the same with responses.
 
     Args:
         lengths: tokens of the prompts; their words are random.
@@ -85,22 +92,38 @@ def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> Non
     tokenizer = _tokenizer(shape)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 1B numbers in half a minute
         torch.manual_seed(0)
-        policy = GPTNeoXForCausalLM(_config(shape))
+        policy = GPTNeoXForCausalLM(config_of(shape))
         with torch.no_grad():
             _set_length(policy, shape, regime)
         torch.manual_seed(1)
-        reward = GPTNeoXForSequenceClassification(_config(shape))
+        reward = GPTNeoXForSequenceClassification(config_of(shape))
     for name, model in (("policy", policy), ("reward", reward)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     random = torch.Generator().manual_seed(2)
-    with (folder / "prompts.jsonl").open("w") as stream:
-        for length in lengths:
-            words = torch.randint(1, shape.pad_id, (length,), generator=random).tolist()
-            stream.write(json.dumps({"prompt": " ".join(f"w{word}" for word in words)}) + "\n")
+
+    def text(length: int) -> str:
+        words = torch.randint(1, shape.pad_id, (length,), generator=random).tolist()
+        return " ".join(f"w{word}" for word in words)
+
+    def responses() -> list[str]:
+        order = torch.randperm(len(lengths), generator=random).tolist()  # long prompts have short ones too
+        responses = response_lengths(len(lengths))
+        return [f" {text(responses[n])}" for n in order]
+
+    columns = {"prompt": [text(length) for length in lengths]}
+    _write_records(folder / "prompts.jsonl", **columns)
+    _write_records(folder / "demonstrations.jsonl", **columns, completion=responses())
+    _write_records(folder / "comparisons.jsonl", **columns, chosen=responses(), rejected=responses())
 
 
-def _config(shape: Shape) -> Any:
+def _write_records(file: Path, **columns: list[str]) -> None:
+    rows = zip(*columns.values(), strict=True)
+    file.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+
+
+def config_of(shape: Shape) -> Any:
+    """Returns the config of both models."""
     from transformers import GPTNeoXConfig
 
     return GPTNeoXConfig(

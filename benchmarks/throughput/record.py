@@ -8,16 +8,17 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PHASES = ("sampling", "reference", "values", "reward", "forward", "backward", "optimizer")
+TRAINING = ("forward", "backward", "optimizer")
+PHASES = ("sampling", "reference", "values", "reward", *TRAINING)
 Row = dict[str, Any]
 
 
@@ -27,14 +28,13 @@ class Task:
 
     Attributes:
         folder: the fixtures.
-        batch: episodes per update.
+        batch: examples per optimizer step (PPO: episodes per update).
         updates: how many, the first one included, which is not counted.
         micro: TRL's `per_device_train_batch_size`.
         data: settings of our DataModule beside the batch size.
-        ppo: settings of our `PPOSettings` beside those that both sides share.
         precision: as Lightning names it.
         device: `cpu` or `cuda`.
-        response_length, temperature, ppo_epochs, learning_rate: the paper's, on both sides.
+        learning_rate: the paper's.
     """
 
     folder: str
@@ -42,20 +42,51 @@ class Task:
     updates: int = 5
     micro: int = 8
     data: dict[str, Any] = field(default_factory=dict)
-    ppo: dict[str, Any] = field(default_factory=dict)
     precision: str = "32-true"
     device: str = "cpu"
     threads: int = 1
+    learning_rate: float = 3e-6
+
+
+@dataclass(frozen=True)
+class PPOTask(Task):
+    """An update of PPO.
+
+    Attributes:
+        ppo: settings of our `PPOSettings` beside those that both sides share.
+        response_length, temperature, ppo_epochs: the paper's, on both sides.
+    """
+
+    ppo: dict[str, Any] = field(default_factory=dict)
     response_length: int = 53
     temperature: float = 0.7
     ppo_epochs: int = 4
-    learning_rate: float = 3e-6
 
     @property
     def longest_query(self) -> int:
         """Tokens of the longest prompt."""
         lines = (Path(self.folder) / "prompts.jsonl").read_text().splitlines()
         return max(len(json.loads(line)["prompt"].split()) for line in lines)
+
+
+@dataclass(frozen=True)
+class StageTask(Task):
+    """An optimizer step of SFT or of the reward model.
+
+    Attributes:
+        stage: `sft` or `reward`.
+        loss_on: what SFT's loss is on, as our `SFTModule` names it.
+        trl: settings of TRL's `SFTConfig` or `RewardConfig` beside those that both sides share.
+        learning_rate: so large that the losses show whether both sides learn the same.
+    """
+
+    stage: Literal["sft", "reward"] = "sft"
+    loss_on: Literal["all", "response"] = "all"
+    trl: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-3
+
+
+TaskT = TypeVar("TaskT", bound=Task)
 
 
 class Recorder:
@@ -65,13 +96,17 @@ class Recorder:
         device: `cpu` or `cuda`.
         begin: called before every update, off the clock.
         end: called with the row of every update, off the clock.
+        phases: that are timed.
     """
 
-    def __init__(self, device: str, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
-        self.device, self.begin, self.end = device, begin, end
+    def __init__(
+        self, device: str, begin: Callable[[], None], end: Callable[[Row], None], phases: Sequence[str] = PHASES
+    ) -> None:
+        self.device, self.begin, self.end, self.phases = device, begin, end, phases
         self.seconds: Counter[str] = Counter()
         self._spans: list[tuple[str, Any, Any]] = []
         self.processed = 0
+        self.real: Any = 0
         self.running = False
 
     def now(self) -> Any:
@@ -96,11 +131,17 @@ class Recorder:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def count(self, *models: nn.Module) -> None:
-        """Count every token that goes into these models, padding too."""
+    def count(self, *models: nn.Module, pad_id: int | None = None) -> None:
+        """Count every token that goes into these models, padding too, and those that are no padding.
+
+        Args:
+            pad_id: of the padding; None: nobody asks for the real ones.
+        """
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.processed += inputs[0].numel()
+            if pad_id is not None:
+                self.real = self.real + (inputs[0] != pad_id).sum()
 
         for model in models:
             model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
@@ -110,14 +151,14 @@ class Recorder:
         self.begin()
         self.seconds.clear()
         self._spans.clear()
-        self.processed, self.running = 0, True
+        self.processed, self.real, self.running = 0, 0, True
         self._busy, self._own, self._start = _busy_seconds(), time.process_time(), self._wall()
 
-    def stop(self, queries: list[int], responses: list[int]) -> None:
+    def stop(self, **known: Any) -> None:
         """It is over.
 
         Args:
-            queries, responses: real tokens of every episode.
+            known: what else the row has, for PPO `queries` and `responses`: the real tokens of every episode.
         """
         seconds = self._wall() - self._start
         own = time.process_time() - self._own
@@ -125,10 +166,10 @@ class Recorder:
         self.running = False
         for phase, start, end in self._spans:
             self.seconds[phase] += start.elapsed_time(end) / 1e3 if self.device == "cuda" else end - start
-        phases = {phase: self.seconds[phase] for phase in PHASES}
+        phases = {phase: self.seconds[phase] for phase in self.phases}
         self.end({
             "seconds": seconds, "cpu_seconds": own, **phases, "rest": seconds - sum(phases.values()),
-            "processed": self.processed, "queries": queries, "responses": responses, "peak_rss_gib": _peak_rss_gib(),
+            "processed": self.processed, **known, "peak_rss_gib": _peak_rss_gib(),
             "peak_device_gib": _peak_device_gib(self.device), "other_cores": max(0.0, others / seconds),
         })  # fmt: skip
 
@@ -164,14 +205,14 @@ def _peak_device_gib(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
 
 
-def work(measure: Callable[[Task, Callable[[], None], Callable[[Row], None]], None]) -> None:
+def work(kind: type[TaskT], measure: Callable[[TaskT, Callable[[], None], Callable[[Row], None]], None]) -> None:
     """A worker process: a line on standard input is a turn; its row goes to standard output, all else to the errors.
 
     After its last row it waits for its end: the work of an orderly one would disturb the other side.
     """
     import torch
 
-    task = Task(**json.loads(sys.argv[1]))
+    task = kind(**json.loads(sys.argv[1]))
     torch.set_num_threads(task.threads)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean, median
 
+from rich.console import Console
 from rich.table import Table
 
 from throughput.fixtures import Shape
 from throughput.needs import decoding_bytes, tokens_needed, training_flops
-from throughput.record import PHASES, Row, Task
+from throughput.record import PHASES, TRAINING, PPOTask, Row, Task
 
 PEAKS = ("peak_rss_gib", "peak_device_gib")
 LABELS = {
-    "episodes_per_second": "episodes/s", "seconds": "seconds per update", "cpu_seconds": "CPU seconds, all threads",
+    "episodes_per_second": "episodes/s", "tokens_per_second": "real tokens/s", "real": "real tokens",
+    "seconds": "seconds per update", "cpu_seconds": "CPU seconds, all threads",
     "forward": "training forward",
     "backward": "training backward", "optimizer": "optimizer step", "peak_rss_gib": "peak RSS, GiB",
     "peak_device_gib": "peak device memory, GiB", "processed": "tokens processed", "needed": "tokens needed",
@@ -23,7 +25,7 @@ LABELS = {
 }  # fmt: skip
 
 
-def complete(row: Row, task: Task) -> Row:
+def complete(row: Row, task: PPOTask) -> Row:
     """A row with what follows from it, without its lists."""
     queries, responses = row["queries"], row["responses"]
     needed = tokens_needed(queries, responses, task.ppo_epochs)
@@ -36,7 +38,16 @@ def complete(row: Row, task: Task) -> Row:
     }
 
 
-def on_device(row: Row, task: Task, shape: Shape, tflops: float, gigabytes: float) -> Row:
+def complete_stage(row: Row) -> Row:
+    """A row of SFT or of the reward model with what follows from it."""
+    return {
+        "tokens_per_second": row["real"] / row["seconds"],
+        **row,
+        "processed_per_needed": row["processed"] / row["real"],
+    }
+
+
+def on_device(row: Row, task: PPOTask, shape: Shape, tflops: float, gigabytes: float) -> Row:
     """How near an update came to the limits of a device.
 
     Args:
@@ -61,9 +72,24 @@ def medians(rows: Sequence[Row]) -> Row:
 
 
 def ratios(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:
-    """Our episodes/s over theirs, of the updates that were neighbours in time."""
-    each = [a["episodes_per_second"] / b["episodes_per_second"] for a, b in zip(ours, theirs, strict=True)]
+    """Our figure over theirs, the first of a row, of the updates that were neighbours in time."""
+    figure = next(iter(ours[0]))
+    each = [a[figure] / b[figure] for a, b in zip(ours, theirs, strict=True)]
     return {"min": min(each), "median": median(each), "max": max(each)}
+
+
+def show(title: str, of: str, sides: dict[str, list[Row]], task: Task) -> Row:
+    """Print the table of a comparison, and return all of it.
+
+    Args:
+        of: what an update has `task.batch` of.
+    """
+    ratio = ratios(sides["ours"], sides["trl"]) if len(sides) == 2 else None
+    middle = {side: medians(own) for side, own in sides.items()}
+    updates = len(next(iter(sides.values())))
+    title = f"{title}: medians of {updates} updates of {task.batch} {of}"
+    Console(width=120).print(table(title, middle, ratio))
+    return {"medians": middle, "ratio": ratio, "updates": sides}
 
 
 def table(title: str, sides: dict[str, Row], ratio: dict[str, float] | None) -> Table:
@@ -79,15 +105,15 @@ def table(title: str, sides: dict[str, Row], ratio: dict[str, float] | None) -> 
         if ratio is not None:
             cells.append(_ratio(name, sides, ratio))
         label = LABELS.get(name, f"  {name}" if name in (*PHASES, "rest") else name)
-        drawn.add_row(f"  {label}" if name in ("forward", "backward", "optimizer") else label, *cells)
+        drawn.add_row(f"  {label}" if name in TRAINING else label, *cells)
     return drawn
 
 
 def _ratio(name: str, sides: dict[str, Row], ratio: dict[str, float]) -> str:
-    if name == "episodes_per_second":
+    if name == next(iter(sides["ours"])):
         return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
     ours, theirs = (row[name] for row in sides.values())
-    return f"{ours / theirs:.2f}" if theirs and name not in ("response", "other_cores") else ""
+    return f"{ours / theirs:.2f}" if theirs and name not in ("response", "other_cores", "loss") else ""
 
 
 def _number(value: float) -> str:

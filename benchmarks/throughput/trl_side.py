@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from throughput.record import Recorder, Row, Task, work
+from throughput.record import PPOTask, Recorder, Row, work
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 MISSING_EOS_PENALTY = 1.0
@@ -67,7 +67,7 @@ class Clock:
 
     def stop(self) -> None:
         """An update is over."""
-        self.recorder.stop(self._queries, self._responses)
+        self.recorder.stop(queries=self._queries, responses=self._responses)
 
     def _timed(self, function: Callable[..., Any], phase_of: Callable[..., str]) -> Callable[..., Any]:
         @wraps(function)
@@ -117,7 +117,7 @@ class Clock:
         return truncate_response
 
 
-def models(task: Task) -> dict[str, Any]:
+def models(task: PPOTask) -> dict[str, Any]:
     """What a PPOTrainer is given."""
     import torch
     from datasets import Dataset
@@ -138,7 +138,7 @@ def models(task: Task) -> dict[str, Any]:
     }
 
 
-def measure(task: Task, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
+def measure(task: PPOTask, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
     """Run all updates of a task."""
     bf16 = task.precision == "bf16-mixed"
     # PPOTrainer makes its Accelerator without a precision, so `bf16` alone does nothing: it is read from here.
@@ -177,4 +177,4 @@ def measure(task: Task, begin: Callable[[], None], end: Callable[[Row], None]) -
 
 
 if __name__ == "__main__":
-    work(measure)
+    work(PPOTask, measure)

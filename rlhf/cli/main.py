@@ -104,6 +104,9 @@ def _call(command: str, words: list[str]) -> None:
         from rlhf.studies.recipe import SECTIONS
 
         words, more["overrides"] = split_words(words, [*SECTIONS, "judge"])
+    if command == "report":
+        pairs = zip(words, [*words[1:], "--"], strict=False)
+        words = ["--watch=true" if word == "--watch" and after.startswith("--") else word for word, after in pairs]
     parser, config = parsed(function, words)
     with own_names():
         function(**vars(parser.instantiate(config)), **more)
@@ -117,7 +120,7 @@ def parsed(function: Callable[..., Any], words: list[str]) -> tuple[Any, Any]:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=True, skip={"overrides"})
     add_trust(parser)
-    config = parse(parser, _with_list(words, "--redo"))
+    config = parse(parser, _with_list(words, "--runs" if function.__name__ == "report" else "--redo"))
     take_trust(config)
     for name in ("config", "trust_remote_code"):
         config.pop(name, None)

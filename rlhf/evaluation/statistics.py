@@ -100,8 +100,11 @@ def position_bias(rows: pd.DataFrame) -> float:
     """Computes P(the first text wins) - P(the second text wins), over the valid answers that are not ties.
 
     It is 0 for a judge that looks at the texts alone, 1 for one that always prefers the first text, -1 for the second,
-    and NaN if every answer is a tie or invalid. Rows about which no judge was asked (`asked` is False) do not count.
+    and NaN if every answer is a tie or invalid, or none is known. Rows about which no judge was asked (`asked` is
+    False) do not count.
     """
+    if not {"a_first", "b_first"} <= set(rows):
+        return float("nan")
     if "asked" in rows:
         rows = rows[rows["asked"].ne(False)]
     first = (rows["a_first"] == "a").sum() + (rows["b_first"] == "b").sum()

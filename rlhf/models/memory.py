@@ -102,6 +102,12 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     return phases
 
 
+def pinned(config: PreTrainedConfig, workload: Workload) -> int:
+    """Computes the bytes of CPU memory in which each process keeps its frozen models of placement `cpu`."""
+    f = _Formula(config, workload)
+    return f.stored * sum(model.parameters for model in f.placed("cpu"))
+
+
 class Network:
     """Values of a model: all, those of its largest weight, of each matrix but embeddings, of all untied matrices."""
 
@@ -231,10 +237,13 @@ class _Formula:
                 values += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * size
         return rows * self.tokens * values * self.stored
 
+    def placed(self, placement: Placement) -> list[Network]:
+        held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
+        return [model for where, model in held if where == placement and self.run.stage == "ppo"]
+
     def frozen(self, placement: Placement) -> int:
         # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.
-        held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
-        models = [model for where, model in held if where == placement and self.run.stage == "ppo"]
+        models = self.placed(placement)
         if placement == "zero3":
             return self.stored * max((min(m.parameters, m.largest + ZERO3_PREFETCH) for m in models), default=0)
         # What autocast would cast is kept in that precision, but for what is tied to an embedding.

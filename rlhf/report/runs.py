@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from rlhf.errors import Fraction, UserError
@@ -16,7 +16,8 @@ SFT, PPO = "SFT", "PPO"  # labels of the policies that the paper compares
 StageName = Literal["sft", "reward", "ppo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RUN = ["size", "parameters", "seed"]
-NEEDED = ("query", "a", "b", "a_first", "b_first", "outcome")
+NEEDED = ("query", "a", "b", "outcome")
+WORDS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # an outcome in words
 NUMBERS = ("a_tokens", "b_tokens", "a_score", "b_score", "a_gold", "b_gold", "a_has_eos")
 MARGINS = ("split", "batch", "confidence", "margin")
 
@@ -26,10 +27,11 @@ class Run:
     """One pipeline: a model size and a seed.
 
     Attributes:
-        size: of the model, as it is shown.
-        parameters: of the policy, the x-axis of plots against size; None is allowed where there is one size only.
+        size: of the model, as it is shown, or another name of the run.
+        parameters: of the policy, the x-axis of plots against size; None for all where sizes are mere names.
         seed: of the pipeline.
-        policies: label such as `SFT` or `PPO` -> judged table, in which A is the policy and B the reference.
+        policies: label such as `SFT` or `PPO` -> judged table, in which A is the policy and B the reference; empty
+            where nothing is judged yet.
         margins: table of the reward model's margins.
         stages: any of `sft`, `reward`, `ppo` -> run folder, for its curves.
         checkpoints: number of a PPO update -> judged table of the policy as it was after that update.
@@ -38,7 +40,7 @@ class Run:
     size: str
     parameters: PositiveInt | None
     seed: int
-    policies: Annotated[dict[str, str], Field(min_length=1)]
+    policies: dict[str, str]
     margins: str | None = None
     stages: dict[StageName, str] = field(default_factory=dict)
     checkpoints: dict[PositiveInt, str] = field(default_factory=dict)
@@ -59,7 +61,10 @@ class Baseline:
 
 
 def ordered(runs: Sequence[Run]) -> list[Run]:
-    """Sorts runs from the smallest size to the largest, then by seed, and refuses those that cannot be sorted."""
+    """Sorts runs from the smallest size to the largest, then by seed, and refuses those that cannot be sorted.
+
+    Runs without parameters keep their order.
+    """
     if not runs:
         raise UserError("runs: give at least one run.")
     parameters = {run.size: run.parameters for run in runs}
@@ -68,8 +73,12 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
             raise UserError(f"runs: {run.name} is given twice.")
         if parameters[run.size] != run.parameters:
             raise UserError(f"runs: size {run.size} has {run.parameters} and {parameters[run.size]} parameters.")
-        if len(parameters) > 1 and run.parameters is None:
+        if not run.policies and not run.stages:
+            raise UserError(f"runs: {run.name} has neither policies nor stages; there is nothing to show.")
+        if run.parameters is None and any(parameters.values()):
             raise UserError(f"runs: size {run.size} has no parameters; with several sizes, give them for each.")
+    if not any(parameters.values()):
+        return list(runs)  # named, not sized
     if len(set(parameters.values())) < len(parameters):
         raise UserError("runs: two sizes have the same number of parameters.")
     return sorted(runs, key=lambda run: (run.parameters or 0, run.seed))
@@ -87,11 +96,22 @@ def judged_rows(runs: Iterable[Run], key: Literal["policy", "update"] = "policy"
         for label, path in (run.policies if key == "policy" else run.checkpoints).items():
             setting = f"runs: {key} {label} of {run.name}"
             table = read_table(path, setting, NEEDED)
-            if not table["outcome"].dropna().between(0, 1).all():
-                raise UserError(f"{setting}: {path} has an outcome that is not between 0 and 1.")
+            table = table.assign(outcome=_outcomes(table["outcome"], f"{setting}: {path}"))
             table = table.assign(**{name: np.nan for name in NUMBERS if name not in table})
             parts.append(_labelled(table.astype(dict.fromkeys(NUMBERS, float)), run, **{key: label}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _outcomes(given: pd.Series, table: str) -> pd.Series:
+    """Takes outcomes from 0 to 1, or the words `a`, `tie` and `b`; a missing one stays missing."""
+    words = given.map(lambda value: WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value)
+    found = pd.to_numeric(words, errors="coerce").astype(float)
+    if (bad := given[found.isna() & given.notna() | ~found.fillna(0).between(0, 1)]).size:
+        raise UserError(
+            f"{table} has an outcome that is not between 0 and 1, nor one of the words {', '.join(WORDS)}: "
+            f"{str(bad.iloc[0])[:40]!r}."
+        )
+    return found
 
 
 def margin_rows(runs: Iterable[Run]) -> pd.DataFrame:
@@ -113,6 +133,8 @@ def _labelled(table: pd.DataFrame, run: Run, **more: object) -> pd.DataFrame:
 
 def check_shared_queries(rows: pd.DataFrame) -> None:
     """Refuses judged tables that share no query, since differences are paired by query."""
+    if rows.empty:
+        return
     queries = rows.groupby(["policy", "size", "seed"], sort=False)["query"].agg(set)
     names = ["{} of size {}, seed {}".format(*key) for key in queries.index]
     for count, name in enumerate(names, 1):

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, win_rates
-from rlhf.report.runs import PPO, SFT, per_group
+from rlhf.report.runs import PPO, RUN, SFT, per_group
 
 REFERENCE = "reference"
 FINAL_MEANS = {"objective/kl": "KL", "rollout/response_length": "length", "rollout/eos_share": "EOS share"}
@@ -17,8 +17,9 @@ def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     policies = _means(rows.assign(rougeL=scores["rougeL"]), "a", rougeL=("rougeL", "mean"), eos=("a_has_eos", "mean"))
     first = rows[rows["policy"] == rows.groupby(["size", "seed"])["policy"].transform("first")]
     table = policies.merge(win_rates(rows)[[*KEYS, "win_rate", "low", "high"]], on=KEYS)
-    table = pd.concat([table, _means(first.assign(policy=REFERENCE), "b")])
-    table = table.sort_values(["parameters", "seed"], kind="stable", ignore_index=True)
+    table = pd.concat([table, _means(first.assign(policy=REFERENCE), "b")], ignore_index=True)
+    order = table.groupby(RUN, sort=False).ngroup()
+    table = table.loc[order.to_numpy().argsort(kind="stable")].reset_index(drop=True)
     columns = ["score", "score_std", "gold", "win_rate", "low", "high", "rougeL", "eos", "length"]
     return table[[*KEYS, *columns]].dropna(axis=1, how="all")
 

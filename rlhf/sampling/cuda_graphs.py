@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,17 +24,29 @@ if TYPE_CHECKING:
 _replays: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what was found, while a model lives
 
 
+def sampling_function(cuda_graphs: bool | None, device: torch.device) -> Callable[..., Tensor]:
+    """Returns the function that samples on a device: with replayed steps, if they are asked for, or None on a GPU."""
+    if cuda_graphs is None:
+        return partial(sample_in_graph, required=False) if device.type == "cuda" else sample
+    return sample_in_graph if cuda_graphs else sample
+
+
 @torch.no_grad()
 def sample_in_graph(
-    model: PreTrainedModel, queries: Tensor, query_mask: Tensor, uniforms: Tensor, decoding: Decoding
+    model: PreTrainedModel,
+    queries: Tensor,
+    query_mask: Tensor,
+    uniforms: Tensor,
+    decoding: Decoding,
+    required: bool = True,
 ) -> Tensor:
     """Samples as `sampler.sample` does, with a cache of fixed size; a GPU captures one step and replays it.
 
     A step is then one launch instead of hundreds. Rows that have ended stay in the batch. A model for which such a
-    cache is not right is sampled by `sample`.
+    cache is not right is sampled by `sample`, and so is one whose step the GPU could not capture before.
 
     Raises:
-        UserError: if the GPU cannot capture a step.
+        UserError: if replayed steps are `required`, and the GPU cannot capture one.
     """
     with evaluation_mode(model):
         if not replays(model):
@@ -45,7 +58,13 @@ def sample_in_graph(
                 break
             advance()
             if step == 1 and queries.is_cuda:
-                advance = _captured(steps, type(model).__name__)
+                try:
+                    advance = _captured(steps, type(model).__name__)
+                except UserError as error:
+                    if required:
+                        raise
+                    rank_zero_warn(f"{error} It is sampled step by step.")
+                    _replays[model] = False
         look(steps.alive, steps.largest, model)
     return without_end(steps.responses, decoding)
 

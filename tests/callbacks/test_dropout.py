@@ -46,6 +46,21 @@ def language_model(architecture: str, dropouts: list[str], attention: str = "eag
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
+@pytest.mark.parametrize("dropouts", [[], ["attention_dropout"]])
+def test_a_fused_kernel_that_moves_the_state_on_is_no_dropout(
+    dropouts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.backends.cuda.cudnn_sdp_enabled():
+            torch.rand(1)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    assert draws_random_numbers(language_model("llama", dropouts, "sdpa")) == bool(dropouts)
+
+
 class Module(LightningModule):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

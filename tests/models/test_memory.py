@@ -21,7 +21,7 @@ from rlhf.models import backbone
 from rlhf.models.actor_critic import ActorCritic, response_logprobs
 from rlhf.models.half_weights import keep_half
 from rlhf.models.loading import checkpoint_activations
-from rlhf.models.memory import Phase, Workload, estimate, networks
+from rlhf.models.memory import Phase, Workload, estimate, networks, pinned
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import model_inputs
@@ -378,6 +378,9 @@ def test_frozen_models_count_where_they_are() -> None:
     assert frozen(reference="cpu", reward="cpu") == (larger, 0)
     assert frozen(reference="cpu", reward="device") == (both, 2 * scalar_model.parameters)
     assert frozen(reference="device", reward=None) == (larger, larger)
+    offloaded = workload("ppo", BFLOAT16, reference="cpu", reward="cpu")
+    assert pinned(config, offloaded) == both
+    assert pinned(config, replace(offloaded, reward="device")) == larger
     assert frozen(reference="zero3", reward=None) == (larger, 0)  # so small that it is gathered as a whole
     big = estimate(pythia(4096, 32, 32, 50432), workload("ppo", BFLOAT16, reference="zero3", reward=None))
     assert 2 * 50432 * 4096 < big["scoring"].frozen_models < 0.1 * big["scoring"].weights

@@ -61,6 +61,7 @@ def test_one_size_needs_no_parameters(run: Run) -> None:
         ({}, "size 1b, seed 1 is given twice"),
         ({"seed": 2, "parameters": 20}, "size 1b has 20 and 10 parameters|size 1b has 10 and 20 parameters"),
         ({"size": "2b", "parameters": None}, "size 2b has no parameters"),
+        ({"size": "2b", "policies": {}}, "size 2b, seed 1 has neither policies nor stages"),
         ({"size": "2b"}, "two sizes have the same number of parameters"),
     ],
 )
@@ -72,7 +73,6 @@ def test_runs_that_can_not_be_ordered(run: Run, changes: dict[str, object], sent
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"policies": {}}, "policies"),
         ({"stages": {"rl": "x"}}, "stages"),
         ({"parameters": 0}, "parameters"),
         ({"checkpoints": {0: "x"}}, "checkpoints"),

@@ -18,7 +18,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.packing import packs
 from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling import token_readers
-from rlhf.sampling.cuda_graphs import _captured, _Steps, replays, sample_in_graph
+from rlhf.sampling.cuda_graphs import _captured, _Steps, replays, sample_in_graph, sampling_function
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 
 PAD, NEVER = 10_000, -1
@@ -144,3 +144,32 @@ def test_a_step_that_cannot_be_captured_is_named(model: Any, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "graph", capture)
     with pytest.raises(UserError, match=r"GPT.*: operation not permitted when stream is capturing; set ppo"):
         _captured(SimpleNamespace(decode=lambda: None), type(model).__name__)  # type: ignore[arg-type]
+
+
+def test_a_failed_capture_ends_no_run_that_did_not_ask_for_one(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fail(_: Any, name: str) -> None:
+        asked.append(name)
+        raise UserError("A CUDA graph cannot hold a step.")
+
+    monkeypatch.setattr(rlhf.sampling.cuda_graphs, "_captured", fail)
+    monkeypatch.setattr(rlhf.sampling.cuda_graphs, "sample", sample)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    queries, mask = pad_sequences(QUERIES, PAD, "left")
+    numbers = uniforms(3, 12, torch.Generator())
+    inputs = [x.to(model.device) for x in (queries, mask, numbers)]
+    decoding, draw = Decoding(0.7, (NEVER,), PAD), sampling_function(None, torch.device("cuda"))
+    with pytest.warns(UserWarning, match="step by step"):
+        first = draw(model, *inputs, decoding)
+    assert first.tolist() == draw(model, *inputs, decoding).tolist() == sample(model, *inputs, decoding).tolist()
+    assert len(asked) == 1
+    rlhf.sampling.cuda_graphs._replays.clear()
+    with pytest.raises(UserError, match="cannot hold"):
+        sampling_function(True, torch.device("cuda"))(model, *inputs, decoding)
+
+
+@pytest.mark.parametrize(("setting", "device", "expected"), [(None, "cpu", sample), (True, "cpu", sample_in_graph)])
+def test_graphs_are_the_default_on_a_gpu_only(setting: bool | None, device: str, expected: Any) -> None:
+    assert sampling_function(setting, torch.device(device)) is expected
+    assert sampling_function(False, torch.device("cuda")) is sample
