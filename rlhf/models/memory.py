@@ -104,8 +104,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
 
 def pinned(config: PreTrainedConfig, workload: Workload) -> int:
     """Computes the bytes of CPU memory in which each process keeps its frozen models of placement `cpu`."""
-    f = _Formula(config, workload)
-    return f.stored * sum(model.parameters for model in f.placed("cpu"))
+    return sum(_Formula(config, workload).sizes("cpu"))
 
 
 class Network:
@@ -241,12 +240,14 @@ class _Formula:
         held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
         return [model for where, model in held if where == placement and self.run.stage == "ppo"]
 
-    def frozen(self, placement: Placement) -> int:
-        # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.
-        models = self.placed(placement)
-        if placement == "zero3":
-            return self.stored * max((min(m.parameters, m.largest + ZERO3_PREFETCH) for m in models), default=0)
+    def sizes(self, placement: Placement) -> list[int]:
         # What autocast would cast is kept in that precision, but for what is tied to an embedding.
         halves = (FLOAT32 - BFLOAT16) * (self.mixed and not self.zero)
-        sizes = [self.stored * model.parameters - halves * model.untied for model in models]
-        return sum(sizes) if placement == "device" else max(sizes, default=0)
+        return [self.stored * model.parameters - halves * model.untied for model in self.placed(placement)]
+
+    def frozen(self, placement: Placement) -> int:
+        # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.
+        if placement == "zero3":
+            held = self.placed(placement)
+            return self.stored * max((min(m.parameters, m.largest + ZERO3_PREFETCH) for m in held), default=0)
+        return sum(self.sizes(placement)) if placement == "device" else max(self.sizes(placement), default=0)

@@ -381,6 +381,8 @@ def test_frozen_models_count_where_they_are() -> None:
     offloaded = workload("ppo", BFLOAT16, reference="cpu", reward="cpu")
     assert pinned(config, offloaded) == both
     assert pinned(config, replace(offloaded, reward="device")) == larger
+    halves = estimate(config, workload("ppo", AUTOCAST))["step"].frozen_models
+    assert both < pinned(config, workload("ppo", AUTOCAST, reference="cpu", reward="cpu")) == halves < 2 * both
     assert frozen(reference="zero3", reward=None) == (larger, 0)  # so small that it is gathered as a whole
     big = estimate(pythia(4096, 32, 32, 50432), workload("ppo", BFLOAT16, reference="zero3", reward=None))
     assert 2 * 50432 * 4096 < big["scoring"].frozen_models < 0.1 * big["scoring"].weights
