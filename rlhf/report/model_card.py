@@ -57,7 +57,7 @@ def model_card(run: Path, config: dict[str, Any], export: Path, title: str) -> s
         f"{WHAT[kind]} Exported {moment}, by rlhf {manifest['version']}, which reproduces {PAPER}; with {versions}.\n",
         "## Training\n",
         *(f"{number}. {what}: `{_shown(path)}`" for number, (what, path) in enumerate(history, 1)),
-        f"\n```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False)}```\n",
+        f"\n```yaml\n{yaml.safe_dump(settings_that_matter(config), sort_keys=False)}```\n",
         *_results(run, export, kind),
     ]
     return "\n".join(sections)
@@ -82,10 +82,10 @@ def _shown(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path  # no names of folders of a machine
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def settings_that_matter(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of module, data and Trainer that are set, without paths."""
-    trainer = {name: config["trainer"].get(name) for name in OF_THE_TRAINER}
-    parts = {**{part: config[part]["init_args"] for part in ("model", "data")}, "trainer": trainer}
+    trainer = {name: config.get("trainer", {}).get(name) for name in OF_THE_TRAINER}
+    parts = {**{part: config.get(part, {}).get("init_args", {}) for part in ("model", "data")}, "trainer": trainer}
     return {"seed_everything": config.get("seed_everything"), **_without_paths(parts)}
 
 

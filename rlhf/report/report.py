@@ -29,13 +29,13 @@ def report(
     samples: NonNegativeInt = 5,
     watch: bool = False,
 ) -> dict[str, pd.DataFrame]:
-    """Writes report.md, summary.json, PNG figures and the CSV tables, from judged tables; no model is loaded.
+    """Writes report.html, report.md, summary.json and the CSV tables, from judged tables; no model is loaded.
 
     A report in the same folder is replaced: its tables and figures that the new one does not have are deleted. Returns
     the tables of the report, as returned by `analyse`.
 
     Args:
-        output: the folder to write report.md to; tables and figures go to the folder `report` in it.
+        output: the folder to write report.html and report.md to; tables and figures go to the folder `report` in it.
         runs: what to report on: folders of runs, finished or not, or judged tables; or settings of a run for each size
             and seed. Folders are compared with the first one.
         baselines: results of others, stars in the figure of win rate against size.
@@ -47,7 +47,7 @@ def report(
         before = signature(runs)
         try:
             _make(output, resolved(runs), baselines, lengths, samples)
-            print(f"{strftime('%H:%M:%S')} {Path(output) / 'report.md'} made; waiting for the next validation")
+            print(f"{strftime('%H:%M:%S')} {Path(output) / 'report.html'} made; waiting for the next validation")
         except UserError as error:
             if NOTHING_YET not in str(error):
                 raise
@@ -63,7 +63,8 @@ def _make(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from rlhf.report import sections  # which imports seaborn
+    from rlhf.report import sections  # which imports Altair
+    from rlhf.report.html_page import render
 
     check_runs(runs, baselines)
     evidence = gather(runs)
@@ -71,7 +72,6 @@ def _make(
     with files.owned(out / "report.md", "output", beside=True):
         tables = analyse(evidence, lengths)
         page = Page(out, tables)
-        page.add("# Report")
         sections.add_findings(page)
         sections.add_progress(page)
         sections.add_comparison(page)
@@ -86,8 +86,9 @@ def _make(
             sections.add_rouge(page)
         sections.add_curves(page)
         if samples and "summary" in tables:
-            page.add("## Samples", sample_responses(evidence.rows, samples))
-        page.write()
+            page.section("Samples")
+            page.add(sample_responses(evidence.rows, samples), short=True)
+        page.write(render(page, runs))
         parts = [name for name in ("findings", "summary", "claims") if name in tables]
         records = {name: json.loads(tables[name].to_json(orient="records")) for name in parts}
         files.write_text(out / files.SUMMARY, json.dumps({"findings": []} | records, indent=2) + "\n")

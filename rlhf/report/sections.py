@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from rlhf.report import figures
+from rlhf.report import charts
 from rlhf.report.analysis import PANELS
 from rlhf.report.lengths import ENOUGH, Unit
-from rlhf.report.page import Page
+from rlhf.report.page import FILES, Page
 from rlhf.report.rouge_means import ROUGE
 from rlhf.report.run_folders import FINISHED
 from rlhf.report.runs import Baseline
@@ -28,32 +28,35 @@ def add_findings(page: Page) -> None:
         return
     several = found[["size", "seed"]].drop_duplicates().shape[0] > 1
     places = [f"size {row.size}, seed {row.seed}, {row.stage}" if several else row.stage for row in found.itertuples()]
+    page.section("Findings")
     page.add(
-        "## Findings",
         "These runs have signs of having learnt nothing; mend them before you believe any number below.",
         "\n".join(f"- **{place}:** {text}" for place, text in zip(places, found["finding"], strict=True)),
+        short=True,
     )
     page.numbers("findings")
 
 
 def add_summary(page: Page, rows: pd.DataFrame) -> None:
     """Adds a row for each policy and the reference, what PPO gained, and the verdicts on the paper's claims."""
-    page.table("summary", f"## {', '.join(rows['policy'].unique())} and the reference")
+    page.section(f"{', '.join(rows['policy'].unique())} and the reference")
+    page.table("summary", short=True)
     gains = ppo_gains(rows)
-    page.add("\n".join(f"- {line}" for line in gains) if len(gains) > 1 else "".join(gains))
+    page.add("\n".join(f"- {line}" for line in gains) if len(gains) > 1 else "".join(gains), short=True)
     judges = ", ".join(map(str, rows["judge"].dropna().unique())) if "judge" in rows else ""
     page.add(
         f"Win rates are against the reference{f', judge: {judges}' if judges else ''}. A win counts 1, a tie one half; "
         "intervals are 95%, Wilson's. Invalid rows, on which the judge gave no answer, count in no rate. Position bias "
         "is 0 for a judge that looks at the texts alone and 1 for one that always prefers the first text."
     )
+    page.section("Claims")
     page.table(
         "claims",
-        "## Claims",
         "A claim holds where the 95% interval of each of its differences lies above 0, does not hold where one lies at "
         "or below 0, and is undecided otherwise. That of every length holds where PPO is at or above SFT in each bin, "
         "and in one of them the interval lies above 0. "
         "Intervals tell what other queries would give with the same models, not what other seeds would.",
+        short=True,
     )
 
 
@@ -61,43 +64,49 @@ def add_comparison(page: Page) -> None:
     """Adds what tells several runs apart, in their settings and in what their policies gained."""
     if page.tables["run_differences"].empty and page.tables["settings"].empty:
         return
-    page.add("## Comparison of the runs")
-    page.table("settings", "Settings that differ, by the configs that the runs saved:")
+    page.section("Comparison of the runs")
+    page.table("settings", "Settings that differ, by the configs that the runs saved:", short=True)
     page.table(
         "run_differences",
         "Each policy minus the same policy of the first run, over the queries that both answered, by the paired "
         "bootstrap:",
+        short=True,
     )
 
 
 def add_progress(page: Page) -> None:
     """Adds how far runs are that are not finished."""
-    page.add(
-        "No policy is judged yet: what follows is what training has logged so far."
-        if "summary" not in page.tables
-        else ""
-    )
+    page.section("Stages so far")
+    if "summary" not in page.tables:
+        page.add("No policy is judged yet: what follows is what training has logged so far.", short=True)
     if "progress" in page.tables and (page.tables["progress"]["state"] != FINISHED).any():
-        page.table("progress", "## Stages so far", "`step` is the last one logged, in episodes for PPO.")
+        page.table(
+            "progress", "`step` is the last one logged, in episodes for PPO.", short="summary" not in page.tables
+        )
 
 
 def add_win_rates(page: Page, baselines: Sequence[Baseline]) -> None:
     """Adds win rates with counts, paired differences, and the main figure."""
-    page.table("win_rates", "## Win rate against the reference")
+    page.section("Win rate against the reference")
+    page.table("win_rates")
     page.table("win_rates_over_seeds")
     panels = {"win_rate": "Win rate against the reference"}
-    _add_against_size(page, "win_rate_by_size", page.tables["win_rates"], panels, baselines=baselines, level=0.5)
+    _add_against_size(page, "win_rate_by_size", page.tables["win_rates"], panels, True, baselines=baselines)
+    if page.tables["win_rates"]["parameters"].nunique() == 1:
+        page.figure("win_rates", charts.win_rates(page.tables["win_rates"]))
     page.table("differences", "Differences over the queries that both policies answered, by the paired bootstrap:")
 
 
-def _add_against_size(page: Page, name: str, table: pd.DataFrame, panels: dict[str, str], **settings: Any) -> None:
+def _add_against_size(
+    page: Page, name: str, table: pd.DataFrame, panels: dict[str, str], short: bool = False, **settings: Any
+) -> None:
     if table["parameters"].nunique() > 1 or settings.get("baselines"):
-        page.figure(name, figures.plot_against_size, table, panels, **settings)
+        page.figure(name, charts.against_size(table, panels, **settings), short)
 
 
 def add_lengths(page: Page, unit: Unit) -> None:
     """Adds win rate against length, and at equal length."""
-    page.add("## Win rate and length")
+    page.section("Win rate and length")
     bins, fits, left_out = (page.tables[name] for name in ("length_bins", "length_adjusted", "left_out"))
     if bins.empty:
         hint = "; `lengths: characters` needs no token counts" if unit == "tokens" else ""
@@ -106,20 +115,20 @@ def add_lengths(page: Page, unit: Unit) -> None:
     if len(left_out):
         page.add(f"Left out: {len(left_out)} rows in which a text is empty or its length unknown.")
     page.table("mean_lengths")
-    page.figure("win_rate_by_length", figures.plot_mean_lengths, page.tables["mean_lengths"], unit)
+    page.figure("win_rate_by_length", charts.mean_lengths(page.tables["mean_lengths"], unit))
     page.table(
         "length_adjusted",
         f"Lengths in {unit}. `adjusted` is the win rate at the length of the reference, by a logistic fit of all rows "
         "on log(length / reference length), where one exists; `slope` is its log-odds per unit.",
     )
-    page.figure("length_controlled", figures.plot_length_controlled, bins, fits)
-    page.numbers("length_bins")
+    page.figure("length_controlled", charts.length_controlled(bins, fits))
+    page.table("length_bins")
     page.table("length_bin_differences", f"Win rate of PPO minus SFT per bin with {ENOUGH} queries or more of both:")
 
 
 def add_reward(page: Page) -> None:
     """Adds accuracy, calibration, and agreement of the reward model with the judge."""
-    page.add("## Reward model")
+    page.section("Reward model")
     if page.tables["reward_accuracy"].empty:
         page.add("For accuracy and calibration give the table of the command `margins` as `margins`.")
     else:
@@ -134,7 +143,7 @@ def add_reward(page: Page) -> None:
     )
     page.table("reward_agreement_over_seeds")
     panels = {"agreement": "Agreement of the reward model with the judge"}
-    _add_against_size(page, "reward_agreement", agreement, panels, level=0.5)
+    _add_against_size(page, "reward_agreement", agreement, panels)
 
 
 def _add_accuracy(page: Page) -> None:
@@ -142,23 +151,25 @@ def _add_accuracy(page: Page) -> None:
     page.table("reward_accuracy_by_split", "Accuracy on validation pairs. `news` is out of distribution.")
     over_seeds = ", mean over seeds (lowest to highest)" if whole["seed"].nunique() > 1 else ""
     page.table("reward_accuracy_by_group", f"Per batch and confidence{over_seeds}:")
-    page.numbers("reward_accuracy", "Everything, of every run")
+    page.table("reward_accuracy")
     named = whole.assign(series=whole["split"] + ", " + whole["labels"])
     panels = {"accuracy": "Accuracy of the reward model"}
-    _add_against_size(page, "reward_accuracy", named, panels, series="series", level=0.5)
+    _add_against_size(page, "reward_accuracy", named, panels, series="series")
+    page.add("### Calibration")
     page.table(
         "calibration_error",
-        "### Calibration",
         "A reward model says that the better response wins with probability sigmoid(|margin|). `ece` is the expected "
         "calibration error: the mean of |accuracy - confidence| over ten bins of confidence, by their pairs.",
     )
-    page.figure("calibration", figures.plot_calibration, page.tables["calibration"])
-    page.numbers("calibration")
+    if len(page.tables["calibration"]):
+        page.figure("calibration", charts.calibration(page.tables["calibration"]))
+    page.table("calibration")
 
 
 def add_seeds(page: Page) -> None:
     """Adds the runs side by side and the agreement between seeds, where a size has several seeds."""
-    page.table("seeds", "## Seeds", "KL, length and EOS share are means over the last quarter of PPO.")
+    page.section("Seeds")
+    page.table("seeds", "KL, length and EOS share are means over the last quarter of PPO.")
     page.table(
         "seed_agreement",
         "Whether the seeds win, tie and lose on the same queries: `pairwise` is the share of equal outcomes of two "
@@ -174,13 +185,13 @@ def add_course(page: Page) -> None:
     if course.empty:
         return
     start = ", which is the point at 0" if (course["update"] == 0).any() else ""
+    page.section("Over-optimisation")
     page.add(
-        "## Over-optimisation",
         f"What the policy gains as it moves away from where PPO started{start}. Over-optimisation is a score of the "
         "reward model that still rises where gold score or win rate fall.",
+        short=True,
     )
-    over = {"update": "updates"} if "episodes" in course else {}
-    page.figure("over_optimisation", figures.plot_course, course, {**over, "sqrt_kl": "√KL (√nats)"})
+    page.figure("over_optimisation", charts.course(course), short=True)
     page.table("over_optimisation")
     page.table("over_optimisation_best", "Where each measure was highest, and what it was in the end:")
 
@@ -188,7 +199,8 @@ def add_course(page: Page) -> None:
 def add_rouge(page: Page) -> None:
     """Adds ROUGE per run."""
     columns = ["size", "seed", "policy", "rows", *ROUGE]
-    page.table("rouge", "## ROUGE", "Mean over the split, with bootstrap intervals in the CSV.", columns=columns)
+    page.section("ROUGE")
+    page.table("rouge", "Mean over the split, with bootstrap intervals in the CSV.", columns=columns)
     titles = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     _add_against_size(page, "rouge", page.tables["rouge"], titles)
 
@@ -197,9 +209,10 @@ def add_curves(page: Page) -> None:
     """Adds the curves of those of the three stages that have any, and what must hold in PPO."""
     for stage, (title, x_label) in STAGES.items():
         curves = page.tables[f"{stage}_curves"]
+        page.section(title)
         if len(curves):
-            page.add(f"## {title}")
-            if curves["curve"].isin([name for names in PANELS[stage].values() for name in names]).any():
-                page.figure(stage, figures.plot_curves, curves, PANELS[stage], x_label)
+            if panels := charts.curves(curves, PANELS[stage], x_label):
+                page.figure(stage, panels)
             page.numbers(f"{stage}_curves")
+            page.add(f"All points: `{FILES}/{stage}_curves.csv`")
     page.table("invariants", "What must hold and what PPO costs, over its updates:")

@@ -200,7 +200,7 @@ def _preflight(stages: Sequence[Stage], runner: Runner, base: str) -> None:
 
 
 def _result(run: Path, stages: Sequence[Stage]) -> Result:
-    page, summary = run / "report.md", run / "report" / "summary.csv"
+    page, summary = run / "report.html", run / "report" / "summary.csv"
     exports = {stage.name: run / stage.name / files.EXPORT for stage in stages if stage.command == "fit"}
     found = pd.read_csv(summary) if summary.exists() else None
     return Result(run, exports, page if page.exists() else None, found, all_findings(run))

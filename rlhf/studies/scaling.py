@@ -96,7 +96,7 @@ def scaling(
             finished = [member for member in members if all(map(member.runner.finished, member.stages))]
             if finished:
                 report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
-                print(f"Report:  {out / 'report.md'}, of {len(finished)} of {len(members)} runs")
+                print(f"Report:  {out / 'report.html'}, of {len(finished)} of {len(members)} runs")
 
         run_jobs(jobs, processes, write_report)
 

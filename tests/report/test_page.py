@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from rlhf.report import charts
 from rlhf.report.page import Page, markdown
 
 
@@ -20,35 +21,47 @@ def test_a_table_in_markdown() -> None:
     ]
 
 
-def test_a_page_is_written_with_its_numbers(tmp_path: Path) -> None:
+def test_what_is_short_is_in_markdown_and_all_numbers_are_written(tmp_path: Path) -> None:
     table = pd.DataFrame({"x": [1 / 3], "parameters": [7]})
-    page = Page(tmp_path, {"numbers": table, "nothing": table[:0]})
-    page.add("# Title", "")
-    page.table("numbers", "Above")
-    page.table("nothing", "Above nothing")
+    page = Page(tmp_path, {"numbers": table, "more": table, "nothing": table[:0]})
+    page.section("Title")
+    page.add("", "Said", short=True)
+    page.table("numbers", "Above", short=True)
+    page.table("nothing", "Above nothing", short=True)
     page.table("unknown")
-    page.figure("something", lambda file: file.write_text("x"))
-    page.write()
+    page.section("Empty")
+    page.section("Long")
+    page.table("more")
+    page.write("<html>")
     assert (tmp_path / "report.md").read_text() == (
-        "# Title\n\nAbove\n\n| x |\n| --- |\n| 0.333 |\n\nNumbers: [numbers.csv](report/numbers.csv)\n\n"
-        "![something](report/something.png)\n"
+        "# Report\n\n## Title\n\nSaid\n\nAbove\n\n| x |\n| --- |\n| 0.333 |\n\n"
+        "Numbers: [numbers.csv](report/numbers.csv)\n\n"
+        "Curves, every other table and all samples: [report.html](report.html)\n"
     )
+    assert (tmp_path / "report.html").read_text() == "<html>"
+    assert [section.title for section in page.sections()] == ["Title", "Long"]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "report" / "numbers.csv"), table)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "report" / "more.csv"), table)
 
 
+MEANS = pd.DataFrame(
+    {"size": "1b", "seed": 1, "policy": ["PPO"], "length": 3.0, "reference_length": 4.0, "win_rate": 0.5}
+)
 TABLES = dict.fromkeys(["kept", "gone", "new"], pd.DataFrame({"x": [1]}))
 
 
 def test_a_page_replaces_an_earlier_one(tmp_path: Path) -> None:
     first = Page(tmp_path, TABLES)
+    first.section("All")
     first.table("kept")
-    first.numbers("gone", "Everything, of every run")
-    first.figure("drawn", lambda file: file.write_text("x"))
+    first.numbers("gone")
+    first.figure("drawn", charts.mean_lengths(MEANS, "tokens"), short=True)
     first.write()
     names = {file.name for file in (tmp_path / "report").iterdir()}
     assert names == {"kept.csv", "gone.csv", "drawn.png", "files.json"}
     for _ in range(2):
         page = Page(tmp_path, TABLES)
+        page.section("All")
         page.table("kept")
         page.write()
         assert {file.name for file in (tmp_path / "report").iterdir()} == {"kept.csv", "files.json"}
@@ -57,6 +70,7 @@ def test_a_page_replaces_an_earlier_one(tmp_path: Path) -> None:
 def test_only_what_a_report_wrote_is_ever_deleted(tmp_path: Path) -> None:
     """What the user put beside the page and linked by hand stays."""
     first = Page(tmp_path, TABLES)
+    first.section("All")
     first.table("gone")
     first.write()
     page, folder = tmp_path / "report.md", tmp_path / "report"
@@ -66,6 +80,7 @@ def test_only_what_a_report_wrote_is_ever_deleted(tmp_path: Path) -> None:
     links = "![mine](mine.png)\n\n![mine](report/mine.png)\n\nNumbers: [mine.csv](report/mine.csv)\n"
     page.write_text(f"{page.read_text()}\n{links}")
     second = Page(tmp_path, TABLES)
+    second.section("All")
     second.table("new")
     second.write()
     assert all(file.is_file() for file in mine)

@@ -50,11 +50,15 @@ def test_from_nothing_to_a_report(
     evaluated = ["generate", "generate", "judge", "judge", "margins", "report"]
     assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit", "fit", "fit", *evaluated]
     report = (run / "report.md").read_text()
+    page = (run / "report.html").read_text()
     for heading in ("SFT, PPO and the reference", "Reward model", "PPO", "Samples"):
-        assert f"## {heading}" in report
-    assert "clean (gold score)" in report
+        assert f"<h2>{heading}</h2>" in page
+    assert "clean (gold score)" in page
+    assert len(page) < 5_000_000
     assert report.count("- **reference**:") == 5
-    assert {"sft.png", "reward.png", "ppo.png"} <= {file.name for file in (run / "report").iterdir()}
+    assert {"sft_curves.csv", "reward_curves.csv", "ppo_curves.csv"} <= {
+        file.name for file in (run / "report").iterdir()
+    }
     summary = pd.read_csv(run / "report" / "summary.csv").set_index("policy")
     responses = pd.read_parquet(run / "generate_ppo.parquet")
     assert summary.loc["PPO", "score"] == pytest.approx(responses["score"].mean())
@@ -72,7 +76,7 @@ def test_from_nothing_to_a_report(
     AutoModelForSequenceClassification.from_pretrained(run / "reward" / "export")
     out = capsys.readouterr().out
     assert "tensorboard --logdir" in out
-    assert "report.md" in out
+    assert "report.html" in out
 
     commands.clear()
     pipeline(**quickstart)

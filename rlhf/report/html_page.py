@@ -1,0 +1,67 @@
+"""report.html: one file that needs neither a network nor a server."""
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import rlhf
+from rlhf import files
+from rlhf.report.headline import headline
+from rlhf.report.model_card import LIBRARIES, settings_that_matter
+from rlhf.report.page import Page
+from rlhf.report.runs import Run
+
+
+def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = None) -> str:
+    """Makes the page of everything that was collected, with its charts, scripts and styles in it.
+
+    Args:
+        page: what was collected.
+        runs: for their settings.
+        samples: of the browser of samples; None: no such section.
+    """
+    import vl_convert
+    from jinja2 import Environment, PackageLoader
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
+
+    from rlhf.report.charts import specs
+
+    # Neither HTML, links nor images: what a name or a finding contains is text and asks for nothing.
+    to_html = MarkdownIt("zero", {"breaks": True}).enable(
+        ["emphasis", "backticks", "list", "heading", "newline", "blockquote"]
+    )
+    environment = Environment(
+        loader=PackageLoader("rlhf.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["markdown"] = lambda text: Markup(to_html.render(text))
+    sentence, numbers = headline(page.tables)
+    return environment.get_template("page.html").render(
+        sentence=sentence,
+        numbers=numbers,
+        sections=page.sections(),
+        specs=specs,
+        samples=samples,
+        settings=list(saved_settings(runs)),
+        versions={"rlhf": rlhf.__version__, **{name: version(name) for name in LIBRARIES}},
+        command=shlex.join(["python", "train.py", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else "",
+        libraries=Markup(
+            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+        ),
+    )
+
+
+def saved_settings(runs: Iterable[Run]) -> Iterable[tuple[str, str, str]]:
+    """Reads the settings that each stage was trained with: its name, the command that trains it again, and YAML."""
+    for run in runs:
+        for stage, folder in run.stages.items():
+            file = Path(folder) / files.CONFIG
+            if file.is_file():
+                settings = settings_that_matter(yaml.safe_load(file.read_text()))
+                command = shlex.join(["python", "train.py", "fit", "--config", str(file)])
+                yield f"{run.size}, seed {run.seed}: {stage}", command, yaml.safe_dump(settings, sort_keys=False)
