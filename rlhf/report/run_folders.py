@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def resolved(runs: Sequence[str | Run]) -> list[Run]:
         raise UserError(f"runs: {twice[0]} is given twice.")
     tables = [path for path in paths if not Path(path).is_dir()]
     for path in tables:
+        if path.startswith(("[", "{")):  # refused as settings, it was left as a text
+            keys = ", ".join(field.name for field in fields(Run))
+            raise UserError(f"runs: {path} are no settings of runs. There are {keys}.")
         if not Path(path).exists():
             raise UserError(f"runs: there is neither a folder nor a table {path}.")
         if Path(path).suffix not in SUFFIXES:
