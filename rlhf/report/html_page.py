@@ -13,7 +13,7 @@ import rlhf
 from rlhf import files
 from rlhf.report.headline import headline
 from rlhf.report.model_card import LIBRARIES, settings_that_matter
-from rlhf.report.page import Page
+from rlhf.report.page import SAMPLES, Page
 from rlhf.report.runs import Run
 
 
@@ -44,7 +44,7 @@ def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = 
     return environment.get_template("page.html").render(
         sentence=sentence,
         numbers=numbers,
-        sections=page.sections(),
+        sections=[section for section in page.sections() if not samples or section.title != SAMPLES],
         specs=specs,
         samples=samples,
         settings=list(saved_settings(runs)),
