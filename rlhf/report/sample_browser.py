@@ -9,6 +9,10 @@ from rlhf.evaluation.statistics import KEYS
 
 LIMIT = 18_000_000  # bytes of samples in a page, which has at most 20 MB in all
 ROW = 120  # bytes that the numbers of a row take
+TEXTS = ["query", "a", "b"]
+MEASURES = (
+    "outcome", "a_score", "b_score", "a_gold", "b_gold", "a_length", "b_length", "a_has_eos", "distance", "disagree",
+)  # fmt: skip
 
 
 def sample_data(rows: pd.DataFrame) -> dict[str, Any] | None:
@@ -22,28 +26,27 @@ def sample_data(rows: pd.DataFrame) -> dict[str, Any] | None:
     Returns:
         `texts`; `queries` and the columns `query`, `a`, `b` of `tables`, which are indices into them; `ids`, the
         hash of each query; `total`, the number of queries before some were left out; `unit`, that of lengths; and
-        `prefix`, with how many characters all queries begin alike.
+        `prefix`, the number of characters that all queries begin with.
     """
     if rows.empty:
         return None
     import hashlib
-    import os
 
-    rows = rows.assign(**{name: rows[name].fillna("").astype(str) for name in ("query", "a", "b")}).reset_index(drop=True)
+    rows = rows.reset_index(drop=True)
+    rows[TEXTS] = rows[TEXTS].fillna("").astype(str)
     unit, rows = _with_measures(rows)
     order, queries = pd.factorize(rows["query"])
     rows = _fitting(rows.iloc[order.argsort(kind="stable")]).sort_index()
-    codes, texts = pd.factorize(rows[["query", "a", "b"]].to_numpy(dtype=object).ravel())
-    rows = rows.assign(**dict(zip(("query", "a", "b"), codes.reshape(-1, 3).T, strict=True)))
+    codes, texts = pd.factorize(rows[TEXTS].to_numpy(dtype=object).ravel())
+    rows = rows.assign(**dict(zip(TEXTS, codes.reshape(-1, 3).T, strict=True)))
     shown = list(dict.fromkeys(rows["query"].tolist()))
     several = [name for name in ("size", "seed") if rows[name].nunique() > 1]
     tables = []
     for (size, seed, policy), part in rows.groupby(["size", "seed", "policy"], sort=False):
         run = {"size": str(size), "seed": f"seed {seed}"}
-        columns = {name: part[name].tolist() for name in ("query", "a", "b")}
-        columns |= {name: found for name in _MEASURES if (found := _numbers(part[name])) is not None}
+        columns = {name: part[name].tolist() for name in TEXTS}
+        columns |= {name: found for name in MEASURES if (found := _numbers(part[name])) is not None}
         tables.append({"run": ", ".join(run[name] for name in several), "policy": str(policy), **columns})
-    prefix = os.path.commonprefix([texts[code] for code in shown]) if len(shown) > 1 else ""
     return {
         "texts": list(texts),
         "queries": shown,
@@ -51,13 +54,8 @@ def sample_data(rows: pd.DataFrame) -> dict[str, Any] | None:
         "tables": tables,
         "total": len(queries),
         "unit": unit,
-        "prefix": prefix.rfind("\n") + 1,
+        "prefix": _alike([texts[code] for code in shown]),
     }
-
-
-_MEASURES = (
-    "outcome", "a_score", "b_score", "a_gold", "b_gold", "a_length", "b_length", "a_has_eos", "distance", "disagree",
-)  # fmt: skip
 
 
 def _with_measures(rows: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -71,16 +69,21 @@ def _with_measures(rows: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     ranks = [margin.where(both).groupby(groups).rank(pct=True) for margin in (reward, judge)]
     against = np.sign(reward) * np.sign(rows["outcome"] - 0.5)
     disagree = (against < 0).where(against.notna()).astype(float)
-    return "tokens" if known else "characters", rows.assign(
-        **lengths, distance=ranks[0] - ranks[1], disagree=disagree
-    )
+    return "tokens" if known else "characters", rows.assign(**lengths, distance=ranks[0] - ranks[1], disagree=disagree)
+
+
+def _alike(queries: list[str]) -> int:
+    """Counts the characters of the lines that all queries begin with, such as a system prompt."""
+    first, last = min(queries), max(queries)  # all others are between them
+    same = next((place for place, (x, y) in enumerate(zip(first, last, strict=False)) if x != y), 0)
+    return first.rfind("\n", 0, same) + 1
 
 
 def _fitting(rows: pd.DataFrame) -> pd.DataFrame:
     """Keeps the first queries, with all their rows, that fit into LIMIT; at least one. Rows are sorted by query."""
     from jinja2.utils import htmlsafe_json_dumps
 
-    codes, texts = pd.factorize(rows[["query", "a", "b"]].to_numpy(dtype=object).ravel())
+    codes, texts = pd.factorize(rows[TEXTS].to_numpy(dtype=object).ravel())
     last = np.maximum.accumulate(codes.reshape(-1, 3).max(axis=1))  # text that a row brings, numbered as they come
     size = np.cumsum([len(htmlsafe_json_dumps(text)) + 2 for text in texts])[last] + ROW * np.arange(1, len(rows) + 1)
     number = pd.factorize(rows["query"])[0]
