@@ -308,7 +308,7 @@ def test_a_task_survives_the_command_line() -> None:
 def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu = part("gpu")
     parts = gpu.parts()
-    assert list(parts) == ["tests", "ppo", "sampling", "trl", "placements"]
+    assert list(parts) == ["tests", "ppo", "sampling", "training", "trl", "placements"]
     (case, *_) = parts["sampling"]
     assert gpu.run(case, True, 120.0, tmp_path / "log")
     row = capsys.readouterr().out
@@ -318,3 +318,54 @@ def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.C
     failing = case._replace(rehearsal=["-c", "raise SystemExit('no memory')"])
     assert not gpu.run(failing, True, 120.0, None)
     assert "no memory" in capsys.readouterr().out
+
+
+HIDDEN = """
+import importlib.metadata, sys
+from_name = importlib.metadata.Distribution.from_name
+def known(name):
+    if name in ("deepspeed", "trl"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+importlib.metadata.Distribution.from_name = known
+sys.modules["deepspeed"] = sys.modules["trl"] = None
+"""
+
+
+def test_parts_for_a_gpu_are_rehearsed_without_deepspeed_and_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs neither runs; what needs one of them says so in its row."""
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("deepspeed", "trl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    gpu = part("gpu")
+    parts = gpu.parts()
+    for name in ("training", "ppo", "trl", "placements"):
+        assert gpu.run(parts[name][0], True, 240.0, tmp_path / name), capsys.readouterr().out
+    training, ppo, trl, placements = capsys.readouterr().out.splitlines()
+    assert "matrix product" in training
+    assert "2 rows, activations kept: " in training
+    assert "2 rows, activations again: " in training
+    assert "full, ours: " in ppo
+    assert "not measured: trl is not installed" in trl
+    assert "not measured: deepspeed is not installed" in placements
+
+
+def test_peaks_of_a_gpu_stand_beside_their_estimate() -> None:
+    """The estimate of `docs/memory.md` for the settings of the benchmark."""
+    from rlhf.models.memory import Workload, estimate
+
+    gpu, fixtures = part("gpu"), part("throughput.fixtures")
+    settings = {"shape": "test", "micro": 16, "data": {"micro_batch_size": 32}, "batch": 512, "precision": "bf16-mixed"}
+    run = Workload("ppo", "single", "bf16-mixed", 1, 32, 64, max(fixtures.prompt_lengths(512)), 53)
+    phases = estimate(fixtures.config_of(fixtures.SHAPES["test"]), run).values()
+    expected = max(phase.total for phase in phases) / 2**30
+    assert gpu.estimated_gib(settings | {"response_length": 53}) == expected
+    case = {"micro": 32, "recompute": False, "seconds": 0.5, "mfu": 0.4, "peak_gib": 50.0, "estimated_gib": 55.0}
+    limits = {"copy_gigabytes_per_second": 3000.0, "product_tflops": 700.0}
+    lost = {"micro": 64, "recompute": False, "failure": "out of memory"}
+    row = gpu.training_row(json.dumps({"limits": limits, "cases": [case, lost]}))
+    assert "32 rows, activations kept: 0.500 s, MFU 40.0% 50.0 GiB (55.0 estimated)" in row
+    assert row.endswith("64 rows, activations kept: out of memory")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import GPTNeoXConfig
 
 import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.data.loaders import accumulation
+from rlhf.data.token_budget import ROOM
+from rlhf.models.memory import Workload, estimate
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.report.curve_files import read_curves
@@ -27,6 +32,7 @@ from rlhf.synthetic.synthesize import SmallModel, create_model
 FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 SIZES = ["1b", "2.8b", "6.9b"]
 EXPORT = "rlhf.callbacks.export.Export"
+SHAPES = {"1b": (2048, 16, 8, 50304), "2.8b": (2560, 32, 32, 50304), "6.9b": (4096, 32, 32, 50432)}
 STAGES = ["sft", "reward", "ppo"]
 PAIRS = list(product(STAGES, SIZES))
 EXAMPLES = {"sft": (116_722, 128), "reward": (92_858, 64), "ppo": (1_000_000, 512)}
@@ -82,10 +88,10 @@ def test_what_the_sizes_share_stands_once() -> None:
         assert "trainer" not in own
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
-    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of a pipeline's stages, which are not run."""
+
     def run(words: list[str], log: Path | None) -> Ended:
         commands.append(words)
         return Ended(0, 0.0, 0.0)
@@ -95,6 +101,13 @@ def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
     monkeypatch.setattr(stage_processes, "warm_up", lambda: None)
     monkeypatch.setattr("rlhf.studies.pipeline.complaints", lambda jobs, stand_ins: [])
     monkeypatch.chdir(FOLDER.parent.parent)
+    return commands
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
+    size: str, tmp_path: Path, commands: list[list[str]]
+) -> None:
     main(["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", "--seed=55513", f"--run_dir={tmp_path}"])
     assert [words[0] for words in commands] == ["fit"] * 3 + ["generate"] * 2 + ["judge"] * 2 + ["margins", "report"]
     for stage, line in zip(STAGES, commands, strict=False):
@@ -102,6 +115,58 @@ def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
         assert f"--run_dir={tmp_path}/{stage}" in line
         assert "--seed_everything=55513" in line
     assert f'"size": "{size}", "seed": 55513' in commands[-1][-1]
+
+
+MACHINES = [("one_h100", "1b"), *(("eight_h100", size) for size in SIZES)]
+FITTING = {"data.init_args.max_tokens_per_micro_batch", "data.init_args.rollout_batch_size"}
+
+
+def dotted(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        yield from dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+
+
+def needed(stage: str, size: str, config: dict[str, Any], rows: int) -> dict[str, float]:
+    """GiB of each phase with that many rows per micro-batch."""
+    hidden, layers, heads, vocabulary = SHAPES[size]
+    shape = {"num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    frozen = {name: model.get(f"{name}_placement", "device") for name in ("reference", "reward")}
+    inference = max(data["eval_batch_size"], data.get("rollout_batch_size", 0))
+    strategy: Any = {"auto": "single", "zero2": "zero2"}[trainer["strategy"]]
+    lengths = 512, 126 if stage == "reward" else 53
+    run = Workload(stage, strategy, "bf16-mixed", int(trainer["devices"]), rows, inference, *lengths, **frozen)  # type: ignore[arg-type]
+    pythia = GPTNeoXConfig(hidden_size=hidden, intermediate_size=4 * hidden, **shape)
+    return {name: phase.total / 2**30 for name, phase in estimate(pythia, run).items()}
+
+
+@pytest.mark.parametrize(("machine", "size"), MACHINES)
+def test_other_machines_change_no_result_and_have_room(
+    machine: str, size: str, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Micro-batches as `auto` makes them, which are at least the paper's, leave a tenth of 79 GiB in every phase."""
+
+    def config_of(line: list[str]) -> dict[str, Any]:
+        with pytest.raises(SystemExit, match="0"):
+            main([*line, "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)
+
+    words = ["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", f"--run_dir={tmp_path}"]
+    main(words)
+    main([*words, f"--config={FOLDER}/{machine}.yaml"])
+    capsys.readouterr()
+    half = len(commands) // 2
+    changing = FITTING | ({"trainer.devices", "trainer.strategy"} if machine == "one_h100" else set())
+    for stage, before, after in zip(STAGES, commands[:half], commands[half:], strict=False):
+        paper, config = dict(dotted(config_of(before))), config_of(after)
+        assert {key for key, value in dotted(config) if value != paper[key]} <= changing
+        data = config["data"]["init_args"]
+        assert data["max_tokens_per_micro_batch"] == "auto"
+        fits = partial(needed, stage, size, config)
+        share = data["batch_size"] // int(config["trainer"]["devices"])
+        rows = bisect_right(range(1, share + 1), ROOM * 79, key=lambda rows, fits=fits: fits(rows)["training"])
+        assert rows >= data["micro_batch_size"]
+        assert max(fits(rows).values()) < 0.9 * 79
 
 
 def test_the_study_is_the_pipelines_over_sizes_and_seeds() -> None:

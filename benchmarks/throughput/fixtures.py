@@ -92,11 +92,11 @@ def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> Non
     tokenizer = _tokenizer(shape)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 1B numbers in half a minute
         torch.manual_seed(0)
-        policy = GPTNeoXForCausalLM(_config(shape))
+        policy = GPTNeoXForCausalLM(config_of(shape))
         with torch.no_grad():
             _set_length(policy, shape, regime)
         torch.manual_seed(1)
-        reward = GPTNeoXForSequenceClassification(_config(shape))
+        reward = GPTNeoXForSequenceClassification(config_of(shape))
     for name, model in (("policy", policy), ("reward", reward)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -122,7 +122,8 @@ def _write_records(file: Path, **columns: list[str]) -> None:
     file.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
 
 
-def _config(shape: Shape) -> Any:
+def config_of(shape: Shape) -> Any:
+    """Returns the config of both models."""
     from transformers import GPTNeoXConfig
 
     return GPTNeoXConfig(

@@ -20,13 +20,13 @@ from rlhf.cli.parsing import message_of
 from rlhf.data.chat import conversation_of
 from rlhf.data.quality import overlap, quality_issues
 from rlhf.data.stage_data import StageDataModule
-from rlhf.data.token_budget import workload
+from rlhf.data.token_budget import ROOM, workload
 from rlhf.data.tokenising import lengths
 from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory, peak_memory_gib
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.learning_rates import proposed_learning_rate
-from rlhf.models.memory import estimate
+from rlhf.models.memory import estimate, pinned
 from rlhf.models.tokenizers import eos_disagreement, eos_ids
 from rlhf.modules import StageModule
 
@@ -208,12 +208,15 @@ def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
     if data.splits:
-        estimated = estimate(module.model_config, workload(trainer, module, data))
+        run = workload(trainer, module, data)
+        estimated = estimate(module.model_config, run)
         phase = max(estimated, key=lambda name: estimated[name].total)
         wanted, room = estimated[phase].total, device_memory(device, 1) if on_gpu else math.inf
         text = f"{wanted / GIB:.2f} GiB in the phase {phase!r}"
         text += f" of {room / GIB:.0f} GiB" if on_gpu else ""
         yield Row("cost", "memory per process, estimated", text, "ok" if wanted < room else "look")
+        if on_gpu:
+            yield from _pinned_rows(pinned(module.model_config, run), trainer.num_devices)
     if not one_update.seconds:
         return
     measured = "of the device" if on_gpu else "of the whole process"
@@ -225,6 +228,15 @@ def _cost_rows(trainer: Trainer, module: StageModule, data: StageDataModule, one
     total = module.total_schedule_steps()
     whole = timedelta(seconds=round(one_update.seconds * total))
     yield Row("cost", "the whole run", f"{whole} for {total} {unit}s, without validation")
+
+
+def _pinned_rows(size: int, processes: int) -> Iterator[Row]:
+    wanted, room = size * processes, device_memory(torch.device("cpu"), 1)
+    if wanted:
+        text = f"{wanted / GIB:.2f} GiB of {room / GIB:.0f} GiB for placement cpu ({processes} x {size / GIB:.2f} GiB)"
+        if wanted > ROOM * room:
+            text += "; zero3 holds each model once per machine or less"
+        yield Row("cost", "CPU memory, pinned", text, "ok" if wanted <= ROOM * room else "look")
 
 
 def _show(rows: list[Row], wrong: list[str], look: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Frozen models: outside the module's parameters, the optimizer, the ZeRO engine and the checkpoints."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -7,6 +8,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from rlhf.errors import UserError
+from rlhf.hardware import GIB
+
+ALIGNMENT = 64  # bytes, that of PyTorch's own CPU memory
+PORTABLE = 1  # cudaHostRegisterPortable
 
 Placement = Literal["device", "cpu", "zero3"]
 M = TypeVar("M", bound=nn.Module)
@@ -56,12 +63,31 @@ class FrozenModel(Generic[M]):
         elif self.placement == "zero3":
             self._engine = self._engine or _zero3_engine(self._model, device)
         elif not self._at_home:
-            for tensor in chain(self._model.parameters(), self._model.buffers()):
-                if device.type == "cuda":  # one by one: its unpinned memory is free before the next is pinned
-                    tensor.data = tensor.data.pin_memory()
-                self._at_home.append((tensor, tensor.data))
+            tensors = list(chain(self._model.parameters(), self._model.buffers()))
+            if device.type == "cuda":
+                buffer = _pin(tensors)
+                weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, buffer.data_ptr())
+            self._at_home = [(tensor, tensor.data) for tensor in tensors]
         for tensor, home in self._at_home:
             tensor.data = home.to(device, non_blocking=True)
+
+
+def _pin(tensors: list[Tensor]) -> Tensor:
+    """Moves the values of tensors into one buffer of page-locked CPU memory, of their size, and returns it.
+
+    `Tensor.pin_memory` would take the next power of two for each of them.
+    """
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+    for tensor, part in zip(tensors, buffer.split(sizes), strict=True):
+        home = part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = home.copy_(tensor.data)  # one by one: the old memory of each is free before the next is written
+    if status := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, PORTABLE)):
+        raise UserError(
+            f"CUDA cannot pin {buffer.nbytes / GIB:.1f} GiB of CPU memory for a frozen model (error {status}). With "
+            "model.reference_placement and model.reward_placement zero3 the processes of a machine share it out."
+        )
+    return buffer
 
 
 def _zero3_engine(model: nn.Module, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -82,15 +83,18 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     # Without ZeRO gradients live until the next forward of training; PPO frees them before its rollout.
     between = always if f.zero or workload.stage == "ppo" else stepped
     work, outputs = f.at_work(rows), f.logits(rows)
-    forward = replace(between, weight_copies=f.weight_copies(), activations=work)
+    forward = replace(between, weight_copies=f.copies(f.trained[:1]), activations=work)
     moved = always.frozen_models + max(f.frozen("cpu"), f.frozen("zero3"))
     # Logits are computed after the layers, so the larger of the two counts.
     either = {"activations": work} if work > outputs else {"activations": 0, "logits": outputs}
+    # Copies of weights for sampling stay until values are computed, in validation until frozen models are read.
+    values = replace(forward, weight_copies=f.copies(f.trained) + f.copied_output(), **either)
+    read = replace(forward, frozen_models=moved, **either)
     kept = {"activations": f.activations(micro), "logits": f.output_layer(micro)}
     phases = {
         "sampling": replace(forward, kv_cache=f.kv_cache(rows)),
-        "scoring": replace(forward, frozen_models=moved, **either),
-        "training": replace(stepped, buffers=f.reduction(), weight_copies=f.weight_copies(), **kept),
+        "scoring": max(values, read, key=lambda phase: phase.total) if workload.stage == "ppo" else read,
+        "training": replace(stepped, buffers=f.reduction(), weight_copies=f.copies_in_training(), **kept),
         "step": replace(stepped, buffers=stepped.buffers + f.moments),  # square roots of all second moments at once
     }
     if workload.stage == "reward":
@@ -98,15 +102,23 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     return phases
 
 
+def pinned(config: PreTrainedConfig, workload: Workload) -> int:
+    """Computes the bytes of CPU memory in which each process keeps its frozen models of placement `cpu`."""
+    f = _Formula(config, workload)
+    return f.stored * sum(model.parameters for model in f.placed("cpu"))
+
+
 class Network:
-    """The sizes of a model: all its values, those of its largest weight, and those of each matrix but embeddings."""
+    """Values of a model: all, those of its largest weight, of each matrix but embeddings, of all untied matrices."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.largest = max(p.numel() for p in model.parameters())
+        tied = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         layers = [(name, m) for name, m in model.named_modules() if not isinstance(m, nn.Embedding)]
         own = [(f"{name}.{key}", p) for name, m in layers for key, p in m.named_parameters(recurse=False)]
         self.matrices = {name: p.numel() for name, p in own if p.dim() == 2}
+        self.untied = sum(p.numel() for _, p in own if p.dim() == 2 and p not in tied)
 
 
 def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, ...]:
@@ -162,11 +174,21 @@ class _Formula:
         copied = self.run.strategy == "ddp" and not self.run.gradient_as_bucket_view
         return FLOAT32 * self.parameters if copied else 0
 
-    def weight_copies(self) -> int:
-        # Autocast casts the weights that it multiplies with and keeps the copies, for the backward pass too.
-        if self.zero or not self.mixed:
-            return 0
-        return BFLOAT16 * sum(sum(network.matrices.values()) for network in self.trained)
+    def copies(self, networks: Sequence[Network]) -> int:
+        # Autocast casts the matrices that it multiplies with; its cache keeps the copies in rollouts and validation.
+        cast = self.mixed and not self.zero
+        return BFLOAT16 * sum(sum(network.matrices.values()) for network in networks) if cast else 0
+
+    def copied_output(self) -> int:
+        # The output layer is cast once more where log-probabilities are read.
+        return self.copies([self.language_model]) - self.copies([self.backbone])
+
+    def copies_in_training(self) -> int:
+        # The backward pass needs them all; with activation checkpointing those of the output layer and of a layer.
+        if not self.run.activation_checkpointing:
+            return self.copies(self.trained)
+        output = 0 if self.run.stage == "reward" else self.copied_output()
+        return output + self.copies([self.backbone]) // self.config.num_hidden_layers
 
     def layer(self, rows: int) -> int:
         # One layer keeps for its backward pass, per token, the wide side of every linear layer, a gate also after its
@@ -215,11 +237,16 @@ class _Formula:
                 values += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * size
         return rows * self.tokens * values * self.stored
 
+    def placed(self, placement: Placement) -> list[Network]:
+        held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
+        return [model for where, model in held if where == placement and self.run.stage == "ppo"]
+
     def frozen(self, placement: Placement) -> int:
         # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.
-        held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]
-        models = [model for where, model in held if where == placement and self.run.stage == "ppo"]
+        models = self.placed(placement)
         if placement == "zero3":
             return self.stored * max((min(m.parameters, m.largest + ZERO3_PREFETCH) for m in models), default=0)
-        sizes = [model.parameters for model in models]
-        return self.stored * (sum(sizes) if placement == "device" else max(sizes, default=0))
+        # What autocast would cast is kept in that precision, but for what is tied to an embedding.
+        halves = (FLOAT32 - BFLOAT16) * (self.mixed and not self.zero)
+        sizes = [self.stored * model.parameters - halves * model.untied for model in models]
+        return sum(sizes) if placement == "device" else max(sizes, default=0)

@@ -19,12 +19,11 @@ from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
 from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel, Placement
-from rlhf.models.loading import load_causal_lm
 from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
 from rlhf.models.translated import TranslatedModel
-from rlhf.modules.ppo_models import REFERENCE, check_models, check_run, load_actor_critic, load_reward_model
+from rlhf.modules.ppo_models import check_models, check_run, load_actor_critic, load_reference, load_reward_model
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.advantages import gae
@@ -133,12 +132,12 @@ class PPOModule(StageModule):
     @override
     def on_fit_start(self) -> None:
         dtype = next(self.actor_critic.policy.parameters()).dtype  # the policy's, so that the first KL is exactly 0
+        precision = dtype, self.half_precision, self.weights_device
         if self.reference is None and self.trainer.training:
-            reference = load_causal_lm(self.reference_path, REFERENCE, dtype)
-            self.reference = FrozenModel(reference, self.reference_placement)
+            self.reference = load_reference(self.reference_path, self.reference_placement, *precision)
         if self.reward_model is None and self.reward_path is not None:
-            reward_model = load_reward_model(self.reward_path, dtype, self.tokenizer, self.reward_tokenizer)
-            self.reward_model = FrozenModel(reward_model, self.reward_placement)
+            tokenizers = self.tokenizer, self.reward_tokenizer
+            self.reward_model = load_reward_model(self.reward_path, self.reward_placement, *precision, *tokenizers)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 

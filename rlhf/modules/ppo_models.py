@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from rlhf.data.chat import refuse_conversations
 from rlhf.errors import UserError
-from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.actor_critic import ActorCritic, response_logprobs
 from rlhf.models.classifiers import register_classifier
-from rlhf.models.frozen import Placement
+from rlhf.models.frozen import FrozenModel, M, Placement
+from rlhf.models.half_weights import Forward, keep_half
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row, eos_ids, load_tokenizer, same_tokens
@@ -21,7 +23,7 @@ from rlhf.protocols import stage_data
 from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POLICY, REFERENCE, REWARD = "model.model_path", "model.reference_path", "model.reward_path"
 
@@ -75,12 +77,46 @@ def check_run(
         )
 
 
+def load_reference(
+    path: str, placement: Placement, dtype: torch.dtype, half: torch.dtype | None, device: torch.device
+) -> FrozenModel[PreTrainedModel]:
+    """Loads the reference; `half` is the precision of autocast, if it is used under autocast."""
+    model = load_causal_lm(path, REFERENCE, dtype)
+
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack(response_logprobs(model, ids, mask, ids, torch.ones_like(mask), 1.0))
+
+    return _frozen(model, placement, half, device, forward)
+
+
 def load_reward_model(
-    path: str, dtype: torch.dtype, own: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase | None
-) -> ScalarModel | TranslatedModel:
+    path: str,
+    placement: Placement,
+    dtype: torch.dtype,
+    half: torch.dtype | None,
+    device: torch.device,
+    own: PreTrainedTokenizerBase,
+    reward: PreTrainedTokenizerBase | None,
+) -> FrozenModel[ScalarModel | TranslatedModel]:
     """Loads the reward model for sequences of the policy's tokens; `reward` is its tokenizer if it has another one."""
     model = ScalarModel.from_pretrained(path, REWARD, dtype)
-    return model if reward is None else TranslatedModel(model, own, reward)
+
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([model.score(ids, mask), model.padding_side_difference(ids, mask).view(1)])
+
+    reader = model if reward is None else TranslatedModel(model, own, reward)
+    return _frozen(reader, placement, half, device, forward)
+
+
+def _frozen(
+    model: M, placement: Placement, half: torch.dtype | None, device: torch.device, forward: Forward
+) -> FrozenModel[M]:
+    frozen = FrozenModel(model, placement)
+    if half is not None:
+        keep_half(model.to(device), half, forward)
+        if placement == "cpu":
+            model.to("cpu")
+    return frozen
 
 
 def load_actor_critic(

@@ -176,10 +176,19 @@ class StageModule(LightningModule):
 
         The same numbers as in training, but a weight is cast once in the outermost context, not in every forward.
         """
+        plugin: Any = self.trainer.precision_plugin
+        half = self.half_precision
+        if half is None:
+            return plugin.forward_context()
+        return torch.autocast(plugin.device, half, cache_enabled=True)  # in validation Lightning's has no cache
+
+    @property
+    def half_precision(self) -> torch.dtype | None:
+        """The precision to which the Trainer's autocast casts, if there is autocast."""
         plugin = self.trainer.precision_plugin
         if not isinstance(plugin, MixedPrecision):
-            return plugin.forward_context()
-        return torch.autocast(plugin.device, torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16)
+            return None
+        return torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
 
     def normaliser(self, own: Tensor, share: float) -> Tensor | float:
         """Returns what a micro-batch divides its summed loss by (D14).

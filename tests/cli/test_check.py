@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.cli.check import _pinned_rows
 from rlhf.cli.main import main
 from rlhf.errors import UserError
+from rlhf.hardware import GIB
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.modules import PPOModule
@@ -103,6 +105,17 @@ def memory_shown(shown: str) -> float:
     found = re.search(r"estimated\D+([\d.]+)", shown)
     assert found, shown
     return float(found[1])
+
+
+def test_models_in_pinned_memory_are_counted_for_all_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a GPU has them."""
+    monkeypatch.setattr("rlhf.cli.check.device_memory", lambda device, processes: 32 * GIB)
+    assert not list(_pinned_rows(0, 8))
+    ((_, _, text, verdict),) = _pinned_rows(3 * GIB, 8)
+    assert (text, verdict) == ("24.00 GiB of 32 GiB for placement cpu (8 x 3.00 GiB)", "ok")
+    ((_, _, text, verdict),) = _pinned_rows(4 * GIB, 8)
+    assert verdict == "look"
+    assert "zero3" in text
 
 
 def test_a_token_budget_is_shown_with_its_memory(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rlhf.errors import UserError
 from rlhf.models.frozen import FrozenModel
 
 
@@ -113,3 +115,78 @@ def test_buffers_are_offloaded_too(here: torch.device) -> None:
     with FrozenModel(model, "cpu").on(here):
         model.running_mean.data = torch.full((2,), 7.0)
     assert model.running_mean.tolist() == [0, 0]
+
+
+# ------------------------------------------------------- pinned memory, with stand-ins for a GPU and for its library
+
+
+class Cudart:
+    """Keeps what is page-locked, in place of CUDA's library."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        self.locked[address] = size
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.locked[address]
+        return 0
+
+
+class Tied(nn.Module):
+    """Has a matrix that two layers share, a number without dimensions, a buffer, and nothing that is a power of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5, device="cpu"), nn.Linear(5, 5, bias=False, device="cpu")
+        self.second.weight = self.first.weight
+        self.shift = nn.Parameter(torch.tensor(0.3, dtype=torch.bfloat16, device="cpu"))
+        self.register_buffer("seen", torch.tensor([True, False, True], device="cpu"))
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
+    """A library for a GPU that is none: what goes to it stays where it is."""
+    library, to = Cudart(), Tensor.to
+
+    def to_gpu(tensor: Tensor, device: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.device(device).type != "cuda":
+            return to(tensor, device, *args, **kwargs)
+        assert kwargs["non_blocking"]
+        start = tensor.data_ptr()
+        assert any(at <= start and start + tensor.nbytes <= at + size for at, size in library.locked.items())
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    monkeypatch.setattr(Tensor, "to", to_gpu)
+    return library
+
+
+def test_an_offloaded_model_is_pinned_once_as_one_buffer_of_its_size(cudart: Cudart) -> None:
+    model = Tied()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = FrozenModel(model, "cpu")
+    for _ in range(2):
+        with frozen.on(torch.device("cuda")) as given:
+            assert given.first.weight is given.second.weight
+            assert given.first.weight.data_ptr() not in cudart.locked
+            assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+        (size,) = cudart.locked.values()
+        assert size == 128 + 64 + 64 + 64  # 100 bytes of the matrix, 20 of the bias, 2 of the shift, 3 of the buffer
+    assert {name: value.dtype for name, value in model.state_dict().items()} == {k: v.dtype for k, v in before.items()}
+    del frozen, given
+    gc.collect()
+    assert not cudart.locked
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_memory_that_cannot_be_pinned_is_said(cudart: Cudart) -> None:
+    cudart.status = 2
+    with (
+        pytest.raises(UserError, match=r"error 2.*reward_placement zero3"),
+        FrozenModel(Tied(), "cpu").on(torch.device("cuda")),
+    ):
+        pass

@@ -12,6 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf.models.half_weights import CASTS
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.sampling.rollout import Rollout
@@ -109,9 +110,10 @@ class Casts(TorchDispatchMode):
         self.counts = {tensor.data_ptr(): 0 for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in CASTS and result is not args[0] and args[0].data_ptr() in self.counts:
             self.counts[args[0].data_ptr()] += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def test_a_rollout_casts_every_trained_weight_at_most_once(fitted: Make) -> None:
@@ -120,6 +122,16 @@ def test_a_rollout_casts_every_trained_weight_at_most_once(fitted: Make) -> None
     output = module.actor_critic.policy.get_output_embeddings().weight  # once more where log-probabilities are read
     with Casts([weight for weight in module.actor_critic.parameters() if weight is not output]) as casts:
         episodes = module.rollout(batch, 0)
+    assert episodes.responses.shape[1] > 1
+    assert set(casts.counts.values()) == {0, 1}
+
+
+def test_validation_casts_every_trained_weight_at_most_once(fitted: Make) -> None:
+    """Lightning's own context, in which a batch of validation is, keeps no copies."""
+    module, batch = fitted(PPOModule, precision="bf16-mixed")
+    plugin = module.trainer.precision_plugin
+    with Casts(list(module.actor_critic.parameters())) as casts, torch.no_grad(), plugin.val_step_context():
+        episodes = module.respond(batch, 0)
     assert episodes.responses.shape[1] > 1
     assert set(casts.counts.values()) == {0, 1}
 

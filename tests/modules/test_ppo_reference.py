@@ -336,7 +336,7 @@ def test_sampling_is_at_its_temperature_and_validation_at_its_own(
         temperatures.append(args[-1].temperature)
         return sample(*args)
 
-    monkeypatch.setattr("rlhf.modules.ppo.sample", spy)
+    monkeypatch.setattr("rlhf.sampling.cuda_graphs.sample", spy)
     module = PPOModule(model_path, reward_path, ppo=replace(SETTINGS, evaluation_temperature=0.02))
     trainer().fit(module, rollout_data(rollout_batch_size=8))
     assert temperatures == [0.7, 0.02]

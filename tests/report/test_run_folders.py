@@ -76,7 +76,9 @@ def test_a_run_that_is_not_finished_shows_what_there_is(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No policy is judged yet" in text
     assert "| a | 7 | ppo | not finished | 64 |" in text
-    assert "\n## PPO\n" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>Nothing is judged yet</h1>" in page
+    assert "<h2>PPO</h2>" in page
 
 
 def test_the_folder_of_one_stage_is_a_run(tmp_path: Path) -> None:
