@@ -1,4 +1,4 @@
-"""Tiny models of every type of causal language model."""
+"""Makes tiny models of every type of causal language model."""
 
 from __future__ import annotations
 

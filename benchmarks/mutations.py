@@ -1,4 +1,4 @@
-"""The mutation check: breaks the details one at a time and shows that the tests notice each of them.
+"""Breaks the details one at a time and shows that the tests notice each of them: the mutation check.
 
     python benchmarks/mutations.py                          every mutant
     python benchmarks/mutations.py --only D26 "EOS trick off"   those of a detail, or by name
@@ -53,7 +53,7 @@ a copy of the tree; the last column names the test that failed first.
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file that breaks one detail.
+    """Changes one file so that one detail is broken.
 
     Attributes:
         name: a few words, unique.
@@ -74,7 +74,7 @@ class Mutant:
     tests: tuple[str, ...]
 
     def apply(self, tree: Path) -> None:
-        """Change the file in a copy of the tree."""
+        """Changes the file in a copy of the tree."""
         file = tree / self.file
         text = file.read_text() if file.is_file() else ""
         if text.count(self.old) != 1:
@@ -83,12 +83,12 @@ class Mutant:
 
 
 class OutdatedError(Exception):
-    """A mutant that no longer fits the code."""
+    """A mutant no longer fits the code."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: `by` is the test that failed, or why the mutant is invalid."""
+    """Says what became of a mutant: `by` is the test that failed, or why the mutant is invalid."""
 
     status: Literal["caught", "survived", "invalid"]
     by: str = ""
@@ -96,7 +96,7 @@ class Verdict:
 
 
 def load_mutants(only: Sequence[str] = ()) -> list[Mutant]:
-    """The mutants, or those whose detail or name is in `only`."""
+    """Returns the mutants, or those whose detail or name is in `only`."""
     mutants = [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(MUTANTS.read_text())]
     unknown = set(only) - {m.name for m in mutants} - {m.detail for m in mutants}
     if unknown:
@@ -108,7 +108,7 @@ def load_mutants(only: Sequence[str] = ()) -> list[Mutant]:
 
 
 def copy_tree(target: Path) -> Path:
-    """Copy what git tracks or would track, as it is now."""
+    """Copies what git tracks or would track, as it is now."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
@@ -119,7 +119,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def run_tests(tree: Path, tests: Iterable[str], workers: int = 0) -> tuple[int | None, str]:
-    """Exit status and output of pytest on a copy of the tree, up to the first failure; no tests: the whole suite."""
+    """Runs tests (none: the whole suite) in a copy of the tree up to the first failure; returns status and output."""
     scratch = Path(tempfile.mkdtemp(dir=tree.parent))
     arguments = [
         "-x", "-q", "-n", str(workers), "-rfE", "--tb=short", "-p", "no:cacheprovider",
@@ -149,7 +149,7 @@ def _pytest(tree: Path, scratch: Path, arguments: list[str]) -> None:
 
 
 def judge(status: int | None, output: str) -> Verdict:
-    """What pytest's exit status and output say of a mutant.
+    """Returns what pytest's exit status and output say of a mutant.
 
     Only a failed test counts. A mutant that can't be imported, or that names what does not exist, would fail whatever
     is tested.
@@ -163,7 +163,7 @@ def judge(status: int | None, output: str) -> Verdict:
 
 
 def check(mutant: Mutant, folder: Path, tests: Iterable[str], workers: int = 0) -> Verdict:
-    """Apply a mutant to a fresh copy of the tree and run tests on it."""
+    """Applies a mutant to a fresh copy of the tree and runs tests on it."""
     start = time.perf_counter()
     tree = copy_tree(Path(tempfile.mkdtemp(dir=folder)))
     mutant.apply(tree)
@@ -173,7 +173,7 @@ def check(mutant: Mutant, folder: Path, tests: Iterable[str], workers: int = 0) 
 
 
 def check_baseline(folder: Path, mutants: list[Mutant], tests: Iterable[str], workers: int) -> None:
-    """Stop where a mutant no longer fits, or where the tests fail without any mutant: they would catch everything."""
+    """Stops where a mutant no longer fits, or where the tests fail without any mutant: they would catch everything."""
     tree = copy_tree(Path(tempfile.mkdtemp(dir=folder)))
     problems = []
     for mutant in mutants:
@@ -195,7 +195,7 @@ def check_baseline(folder: Path, mutants: list[Mutant], tests: Iterable[str], wo
 
 
 def report(console: Console, mutant: Mutant, verdict: Verdict) -> None:
-    """One line, as soon as it is known."""
+    """Prints one line, as soon as it is known."""
     style = {"caught": "green", "survived": "bold red", "invalid": "yellow"}[verdict.status]
     row = Table.grid(padding=(0, 2), expand=True)
     for width, ratio in ((3, None), (None, 2), (8, None), (None, 3), (6, None)):
@@ -205,7 +205,7 @@ def report(console: Console, mutant: Mutant, verdict: Verdict) -> None:
 
 
 def markdown(results: dict[Mutant, Verdict]) -> str:
-    """The page for `docs/`."""
+    """Returns the page for `docs/`."""
     lines = ["| detail | mutant | what it breaks | file | noticed by |", "|---|---|---|---|---|"]
     for mutant, verdict in results.items():
         by = f"`{verdict.by}`" if verdict.status == "caught" else f"**{verdict.status}** {verdict.by}".strip()
@@ -215,7 +215,7 @@ def markdown(results: dict[Mutant, Verdict]) -> str:
 
 
 def run_all(mutants: list[Mutant], folder: Path, jobs: int, show: Callable[[Mutant, Verdict], None]) -> dict:
-    """The verdict of every mutant's own tests."""
+    """Returns the verdict of every mutant's own tests."""
     results: dict[Mutant, Verdict] = {}
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -229,7 +229,7 @@ def run_all(mutants: list[Mutant], folder: Path, jobs: int, show: Callable[[Muta
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="MUTANT", help="details (D26) or names of mutants")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="how many mutants at a time")
@@ -240,7 +240,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the check."""
+    """Runs the check."""
     options, start = parse(), time.perf_counter()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of PPO under ZeRO-2, for each placement of the frozen models.
+"""Measures seconds and peak memory of PPO under ZeRO-2, for each placement of the frozen models.
 
 A random GPT-NeoX of a Pythia's shape, prompts as long as the paper's, responses of 53 tokens (a random one ends none).
 Each placement is a run of `train.py fit` of its own, whose curves give the figures of its last update.
@@ -37,7 +37,7 @@ PHASES = ("sampling", "values", "reference", "reward", "training", "update")
 
 
 def write_models(folder: Path, size: str) -> None:
-    """`folder/policy` and `folder/reward`, random."""
+    """Writes random models, `folder/policy` and `folder/reward`."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     hidden, layers, heads, vocabulary = SIZES[size]
@@ -53,7 +53,7 @@ def write_models(folder: Path, size: str) -> None:
 
 
 def write_prompts(folder: Path, count: int) -> Path:
-    """Prompts of about 200 to 500 tokens: several posts in a row."""
+    """Writes prompts of about 200 to 500 tokens: several posts in a row."""
     posts = [r["post"] for r in demonstrations(count * 6, 1, "train")]
     file = folder / "prompts.jsonl"
     tokenizer = load_tokenizer(str(folder / "policy"))
@@ -66,7 +66,7 @@ def write_prompts(folder: Path, count: int) -> Path:
 
 
 def measure(folder: Path, prompts: Path, placement: str, options: argparse.Namespace) -> dict[str, float]:
-    """One run; the curves of its last update."""
+    """Runs one placement and returns the curves of its last update."""
     run = folder / placement
     words = [
         "fit", "--model=PPOModule", "--data=RolloutDataModule", f"--run_dir={run}",
@@ -87,7 +87,7 @@ def measure(folder: Path, prompts: Path, placement: str, options: argparse.Names
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--placements", nargs="+", default=["device", "cpu", "zero3"])

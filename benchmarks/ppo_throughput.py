@@ -1,4 +1,4 @@
-"""Episodes per second of our PPO and of TRL's PPOTrainer, with the same models and prompts, in alternation.
+"""Measures episodes per second of our PPO and of TRL's PPOTrainer, with the same models and prompts, in alternation.
 
     python benchmarks/ppo_throughput.py --shape tiny --threads 2                                   # any CPU
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --precision bf16-mixed
@@ -39,7 +39,7 @@ QUERIES, RESPONSES = (64, 128, 256, 512), (13, 26, 53)
 
 
 def compare(options: argparse.Namespace, regime: str) -> dict[str, Any]:
-    """Measure one regime, and draw its table."""
+    """Measures one regime, and draws its table."""
     with tempfile.TemporaryDirectory() as folder:
         task = task_of(options, folder)
         turns.make_fixtures(task, options.shape, regime, prompt_lengths(options.batch))
@@ -53,7 +53,7 @@ def compare(options: argparse.Namespace, regime: str) -> dict[str, Any]:
 
 
 def lengths(options: argparse.Namespace) -> dict[str, Any]:
-    """Our cost per episode over a grid of lengths; responses always run to their length."""
+    """Measures our cost per episode over a grid of lengths; responses always run to their length."""
     cells = {}
     for query in QUERIES:
         for response in RESPONSES:
@@ -69,7 +69,7 @@ def lengths(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def profile(options: argparse.Namespace, regime: str) -> None:
-    """Print the operators that take most of one of our updates, and write its trace."""
+    """Prints the operators that take most of one of our updates, and writes its trace."""
     with tempfile.TemporaryDirectory() as folder:
         task = replace(task_of(options, folder), updates=2)
         turns.make_fixtures(task, options.shape, regime, prompt_lengths(options.batch))
@@ -78,12 +78,12 @@ def profile(options: argparse.Namespace, regime: str) -> None:
 
 
 def task_of(options: argparse.Namespace, folder: str) -> PPOTask:
-    """What both sides do."""
+    """Returns what both sides do."""
     return turns.task_of(PPOTask, options, folder, ppo=options.ppo)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     turns.add_options(parser)
     parser.add_argument("--regime", choices=["full", "early", "both"], default="both")
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measures, and prints."""
     options = parse()
     same = {"temperature": 0.7, "response_length": 53, "ppo_epochs": 4, "minibatches": 1, "learning_rate": 3e-6}
     header = turns.header(options, same)

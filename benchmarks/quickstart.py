@@ -1,4 +1,4 @@
-"""The quickstart over seeds and roundings: what its reader gets on any machine, as one table.
+"""Runs the quickstart over seeds and roundings: what its reader gets on any machine, as one table.
 
 Another CPU, another number of threads or another kernel rounds other digits, from which a run parts within some steps.
 Every run is `python train.py pipeline --config configs/quickstart/pipeline.yaml` with a seed of its own, which is that

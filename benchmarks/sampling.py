@@ -1,4 +1,4 @@
-"""Tokens per second of our sampling and of transformers' `generate`, on the same model and prompts, in alternation.
+"""Measures tokens per second of our sampling and of transformers' `generate`, on the same model and prompts.
 
     python benchmarks/sampling.py --shape tiny --threads 2
     python benchmarks/sampling.py --shape 1b --device cuda --precision bf16 --rows 64

@@ -1,4 +1,4 @@
-"""Tokens per second of our SFT and reward model and of TRL's SFTTrainer and RewardTrainer, in alternation.
+"""Measures tokens per second of our SFT and reward model and of TRL's SFTTrainer and RewardTrainer, in alternation.
 
     python benchmarks/stage_throughput.py --stage sft --shape tiny --threads 2                        # any CPU
     python benchmarks/stage_throughput.py --stage sft --shape tiny --threads 2 --loss_on response
@@ -39,7 +39,7 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 
 def agree(played: list[dict[str, list[Row]]], tolerance: float) -> None:
-    """Stop if the sides do not do the same work.
+    """Stops if the sides do not do the same work.
 
     Args:
         tolerance: of the losses, relative.
@@ -54,7 +54,7 @@ def agree(played: list[dict[str, list[Row]]], tolerance: float) -> None:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and draw the table."""
+    """Measures, and draws the table."""
     with tempfile.TemporaryDirectory() as folder:
         more = {"stage": options.stage, "loss_on": options.loss_on, "trl": BATCHES[options.trl_batches]}
         task = turns.task_of(StageTask, options, folder, **more)
@@ -69,7 +69,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["sft", "reward"], required=True)
     turns.add_options(parser)
@@ -83,7 +83,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measures, and prints."""
     options = parse()
     header = turns.header(options, {"learning_rate": StageTask.learning_rate})
     print(json.dumps({**header, **compare(options)}))

@@ -1,4 +1,4 @@
-"""One type of model through the three stages, against plain transformers: row by row, without cache and padding."""
+"""Checks a type of model in the three stages against plain transformers: row by row, without cache and padding."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Status = Literal["passes", "refused", "wrong", "crashes"]
 
 @dataclass
 class Result:
-    """What became of a stage, or of a type: `detail` is the kind of number that differs most, or what was said."""
+    """Says what became of a stage or type: `detail` is the kind of number that differs most, or what was said."""
 
     status: Status
     detail: str = ""
@@ -54,7 +54,7 @@ class Result:
 
 @dataclass
 class TypeResult:
-    """What became of a type in each stage."""
+    """Says what became of a type in each stage."""
 
     model_type: str
     stages: dict[str, Result] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class TypeResult:
 
     @property
     def worst(self) -> Result:
-        """The stage that counts: one that is wrong or crashes before one that is refused."""
+        """Returns the stage that counts: one that is wrong or crashes before one that is refused."""
         order: list[Status] = ["crashes", "wrong", "refused", "passes"]
         return min(self.stages.values(), key=lambda result: (order.index(result.status), -result.difference))
 
@@ -72,7 +72,7 @@ class TypeResult:
 
 
 class Truth:
-    """A model of plain transformers that reads one row at a time, without cache and padding."""
+    """Reads one row at a time with a model of plain transformers, without cache and padding."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -99,7 +99,7 @@ class Truth:
 
 
 class Differences:
-    """The largest difference of each kind of number, relative to the largest number of that kind or to 1.
+    """Keeps the largest difference of each kind of number, relative to the largest number of that kind or to 1.
 
     Attributes:
         found: the differences.
@@ -277,7 +277,7 @@ def compare_samples(
 
 
 class Scorer:
-    """An exported reward model that reads one row at a time, to its end, which PAD may be."""
+    """Reads one row at a time with an exported reward model, to its end, which PAD may be."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForSequenceClassification

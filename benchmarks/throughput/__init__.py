@@ -1,1 +1,1 @@
-"""Parts of `benchmarks/ppo_throughput.py`: fixtures, the two sides, what they record, and the tables."""
+"""Holds what the benchmarks of throughput share: fixtures, the two sides, what they record, and the tables."""

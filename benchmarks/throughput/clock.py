@@ -1,4 +1,4 @@
-"""What our sides share: a Trainer that only trains, and a callback that looks at the clock."""
+"""Provides what our sides share: a Trainer that only trains, and a callback that looks at the clock."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class TrainingClock(Callback):
         self._mark: Any = None
 
     def known(self, trainer: Any, pl_module: Any) -> Row:
-        """What the row has beside times and memory."""
+        """Returns what the row has beside times and memory."""
         raise NotImplementedError
 
     def _lap(self, phase: str | None = None) -> None:
-        """What has passed since the last mark was this phase."""
+        """Counts what has passed since the last mark as this phase."""
         now = self.recorder.now()
         if phase is not None:
             self.recorder.add(phase, self._mark, now)
@@ -63,7 +63,7 @@ class TrainingClock(Callback):
 
 
 def quiet_trainer(task: Task, *callbacks: Callback) -> Trainer:
-    """A Trainer as a user has it, without what costs time beside training."""
+    """Makes a Trainer as a user has it, without what costs time beside training."""
     return Trainer(
         accelerator="gpu" if task.device == "cuda" else "cpu", devices=1, precision=task.precision,
         max_epochs=task.updates, log_every_n_steps=1, logger=False, enable_checkpointing=False,

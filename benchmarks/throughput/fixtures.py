@@ -1,4 +1,4 @@
-"""Models with random weights, a tokenizer and data, the same files for both sides.
+"""Writes models with random weights, a tokenizer and data, the same files for both sides.
 
 How long responses get is decided by the weights, so that every trainer sees it without a change to its code: the last
 unit of the final layer norm is the constant 1, which makes the last column of the output layer a bias of the logits.
@@ -27,7 +27,7 @@ PAD_BELOW = 27  # PAD has id 50277 of 50304, the next after Pythia's vocabulary
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a GPT-NeoX with parallel residuals, four times as wide between its layers."""
+    """Describes a GPT-NeoX with parallel residuals, four times as wide between its layers."""
 
     hidden: int
     layers: int
@@ -36,17 +36,17 @@ class Shape:
 
     @property
     def pad_id(self) -> int:
-        """The last word of the tokenizer."""
+        """Returns the id of PAD, the last word of the tokenizer."""
         return self.vocabulary - PAD_BELOW
 
     @property
     def layer_weights(self) -> int:
-        """Weights that multiply every token, biases and norms left out: 4 d^2 of attention and 8 d^2 of the MLP."""
+        """Counts weights that multiply every token, no biases and norms: 4 d^2 of attention and 8 d^2 of the MLP."""
         return 12 * self.layers * self.hidden**2
 
     @property
     def output_weights(self) -> int:
-        """Weights of the output layer (and as many of the embedding, which multiply nothing)."""
+        """Counts weights of the output layer (and as many of the embedding, which multiply nothing)."""
         return self.hidden * self.vocabulary
 
 
@@ -61,7 +61,7 @@ SHAPES = {
 
 
 def prompt_lengths(count: int) -> list[int]:
-    """Lengths of TL;DR's queries in tokens, mean 289, from 48 to 512: evenly spaced quantiles of a gamma distribution.
+    """Returns lengths as of TL;DR's queries, 48 to 512 tokens, mean 289: even quantiles of a gamma distribution.
 
     No draws: every batch has the whole distribution, and both sides have the same batch.
     """
@@ -73,12 +73,12 @@ def prompt_lengths(count: int) -> list[int]:
 
 
 def response_lengths(count: int) -> list[int]:
-    """Lengths of TL;DR's summaries in tokens without EOS, evenly spaced from 12 to 52."""
+    """Returns lengths as of TL;DR's summaries in tokens without EOS, evenly spaced from 12 to 52."""
     return [12 + 40 * n // max(count - 1, 1) for n in range(count)]
 
 
 def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> None:
-    """Write `policy`, `reward` (both with the tokenizer) and one record for each length of a prompt.
+    """Writes `policy`, `reward` (both with the tokenizer) and one record for each length of a prompt.
 
     `prompts.jsonl` has the prompts, `demonstrations.jsonl` and `comparisons.jsonl` the same with responses.
 
@@ -134,7 +134,7 @@ def config_of(shape: Shape) -> Any:
 
 
 def _tokenizer(shape: Shape) -> Any:
-    """One word per id: EOS, w1, w2, ..., [PAD]."""
+    """Makes a tokenizer with one word per id: EOS, w1, w2, ..., [PAD]."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -148,7 +148,7 @@ def _tokenizer(shape: Shape) -> Any:
 
 
 def _set_length(policy: Any, shape: Shape, regime: Regime) -> None:
-    """Put the length of the responses into the weights."""
+    """Puts the length of the responses into the weights."""
     import torch
 
     norm, output = policy.gpt_neox.final_layer_norm, policy.get_output_embeddings().weight

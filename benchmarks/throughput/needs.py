@@ -1,4 +1,4 @@
-"""What an update needs at least: tokens, floating-point operations, bytes. Each formula stands here only."""
+"""Computes what an update needs at least: tokens, floating-point operations, bytes. Each formula stands here only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from throughput.fixtures import Shape
 
 
 def tokens_needed(queries: Sequence[int], responses: Sequence[int], ppo_epochs: int) -> int:
-    """Real tokens that must go through a network in an update.
+    """Counts real tokens that must go through a network in an update.
 
     One pass over every episode each for sampling (whose logits give the log-probabilities), reference, values and
     reward, and in every PPO epoch one of the policy and one of the critic. Recomputed activations do not count.
@@ -20,7 +20,7 @@ def tokens_needed(queries: Sequence[int], responses: Sequence[int], ppo_epochs: 
 
 
 def training_flops(shape: Shape, queries: Sequence[int], responses: Sequence[int], ppo_epochs: int) -> float:
-    """Floating-point operations of all PPO epochs of an update, backward passes counted twice a forward one.
+    """Counts floating-point operations of all PPO epochs of an update, a backward pass as two forward ones.
 
     Forward: 2 per weight and token in the layers of policy and critic, 2 L^2 d per layer for attention under a causal
     mask, and 2 per weight of the output layer and response token. Recomputation, norms and biases do not count.
@@ -33,7 +33,7 @@ def training_flops(shape: Shape, queries: Sequence[int], responses: Sequence[int
 
 
 def decoding_bytes(shape: Shape, queries: Sequence[int], responses: Sequence[int], width: int) -> float:
-    """Bytes that sampling one batch must read: all weights at every step, and the keys and values of the rows so far.
+    """Counts bytes that sampling a batch must read: all weights at every step, keys and values of the rows so far.
 
     The pass over the queries does not count, and rows that have ended are not read.
 

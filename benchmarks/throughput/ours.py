@@ -1,4 +1,4 @@
-"""Our PPO: the module, the DataModule and the Trainer as a user has them, with a callback that looks at the clock.
+"""Runs our PPO: module, DataModule and Trainer as a user has them, with a callback that looks at the clock.
 
 python -m throughput.ours TASK          # a worker of ppo_throughput.py; TASK: JSON
 python -m throughput.ours TASK TRACE    # profile the last update instead
@@ -45,7 +45,7 @@ class Clock(TrainingClock):
 
 
 class Profile(Callback):
-    """The PyTorch profiler over the last update.
+    """Runs the PyTorch profiler over the last update.
 
     Args:
         updates: how many there are.
@@ -71,7 +71,7 @@ class Profile(Callback):
 
 
 def measure(task: PPOTask, begin: Callable[[], None], end: Callable[[Row], None], *callbacks: Callback) -> None:
-    """Run all updates of a task."""
+    """Runs all updates of a task."""
     L.seed_everything(1, verbose=False)
     folder = Path(task.folder)
     ppo = PPOSettings(
@@ -94,7 +94,7 @@ def measure(task: PPOTask, begin: Callable[[], None], end: Callable[[Row], None]
 
 
 def profile(task: PPOTask, file: Path) -> None:
-    """Print the operators that take most of the last update, and write its trace."""
+    """Prints the operators that take most of the last update, and writes its trace."""
     torch.set_num_threads(task.threads)
     measure(task, lambda: None, lambda row: None, Profile(task.updates, file))
 

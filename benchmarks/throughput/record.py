@@ -1,4 +1,4 @@
-"""What is to be timed, and the record of its updates; a worker process takes its turns on the word of its parent."""
+"""Records the updates of what is to be timed; a worker process takes its turns on the word of its parent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What both sides do.
+    """Says what both sides do.
 
     Attributes:
         folder: the fixtures.
@@ -50,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True)
 class PPOTask(Task):
-    """An update of PPO.
+    """Says what an update of PPO is.
 
     Attributes:
         ppo: settings of our `PPOSettings` beside those that both sides share.
@@ -64,14 +64,14 @@ class PPOTask(Task):
 
     @property
     def longest_query(self) -> int:
-        """Tokens of the longest prompt."""
+        """Counts the tokens of the longest prompt."""
         lines = (Path(self.folder) / "prompts.jsonl").read_text().splitlines()
         return max(len(json.loads(line)["prompt"].split()) for line in lines)
 
 
 @dataclass(frozen=True)
 class StageTask(Task):
-    """An optimizer step of SFT or of the reward model.
+    """Says what an optimizer step of SFT or of the reward model is.
 
     Attributes:
         stage: `sft` or `reward`.
@@ -110,7 +110,7 @@ class Recorder:
         self.running = False
 
     def now(self) -> Any:
-        """A moment in what the device is asked to do; to wait for it would keep the CPU from running ahead."""
+        """Marks a moment in what the device is asked to do; to wait for it would keep the CPU from running ahead."""
         import torch
 
         if self.device != "cuda":
@@ -120,11 +120,11 @@ class Recorder:
         return event
 
     def add(self, phase: str, start: Any, end: Any) -> None:
-        """What is between two moments belongs to a phase."""
+        """Counts what is between two moments as part of a phase."""
         self._spans.append((phase, start, end))
 
     def _wall(self) -> float:
-        """Seconds, after all that the device was asked to do."""
+        """Returns the time in seconds, after all that the device was asked to do."""
         import torch
 
         if self.device == "cuda":
@@ -132,7 +132,7 @@ class Recorder:
         return time.perf_counter()
 
     def count(self, *models: nn.Module, pad_id: int | None = None) -> None:
-        """Count every token that goes into these models, padding too, and those that are no padding.
+        """Counts every token that goes into these models, padding too, and those that are no padding.
 
         Args:
             pad_id: of the padding; None: nobody asks for the real ones.
@@ -147,7 +147,7 @@ class Recorder:
             model.get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
 
     def start(self) -> None:
-        """An update begins, when it is this side's turn."""
+        """Begins an update, when it is this side's turn."""
         self.begin()
         self.seconds.clear()
         self._spans.clear()
@@ -155,7 +155,7 @@ class Recorder:
         self._busy, self._own, self._start = _busy_seconds(), time.process_time(), self._wall()
 
     def stop(self, **known: Any) -> None:
-        """It is over.
+        """Ends an update.
 
         Args:
             known: what else the row has, for PPO `queries` and `responses`: the real tokens of every episode.
@@ -175,14 +175,14 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
+        """Times what happens inside."""
         start = self.now()
         yield
         self.add(name, start, self.now())
 
 
 def _busy_seconds() -> float:
-    """Of all cores of the machine, for all processes."""
+    """Sums the busy seconds of all cores of the machine, for all processes."""
     import psutil
 
     times = psutil.cpu_times()
@@ -190,7 +190,7 @@ def _busy_seconds() -> float:
 
 
 def _peak_rss_gib() -> float:
-    """Of this process; `getrusage` would count its parent too, from which it was started."""
+    """Returns the peak of this process; `getrusage` would count its parent too, from which it was started."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
@@ -206,7 +206,7 @@ def _peak_device_gib(device: str) -> float:
 
 
 def work(kind: type[TaskT], measure: Callable[[TaskT, Callable[[], None], Callable[[Row], None]], None]) -> None:
-    """A worker process: a line on standard input is a turn; its row goes to standard output, all else to the errors.
+    """Works as a process: a line on standard input is a turn; its row goes to standard output, all else to the errors.
 
     After its last row it waits for its end: the work of an orderly one would disturb the other side.
     """

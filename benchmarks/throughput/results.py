@@ -1,4 +1,4 @@
-"""From the rows of both sides to medians, ratios and tables."""
+"""Makes medians, ratios and tables of the rows of both sides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABELS = {
 
 
 def complete(row: Row, task: PPOTask) -> Row:
-    """A row with what follows from it, without its lists."""
+    """Adds to a row what follows from it, and takes its lists away."""
     queries, responses = row["queries"], row["responses"]
     needed = tokens_needed(queries, responses, task.ppo_epochs)
     return {
@@ -39,7 +39,7 @@ def complete(row: Row, task: PPOTask) -> Row:
 
 
 def complete_stage(row: Row) -> Row:
-    """A row of SFT or of the reward model with what follows from it."""
+    """Adds to a row of SFT or of the reward model what follows from it."""
     return {
         "tokens_per_second": row["real"] / row["seconds"],
         **row,
@@ -48,7 +48,7 @@ def complete_stage(row: Row) -> Row:
 
 
 def on_device(row: Row, task: PPOTask, shape: Shape, tflops: float, gigabytes: float) -> Row:
-    """How near an update came to the limits of a device.
+    """Computes how near an update came to the limits of a device.
 
     Args:
         tflops: peak of the device in 10^12 operations per second.
@@ -67,19 +67,19 @@ def on_device(row: Row, task: PPOTask, shape: Shape, tflops: float, gigabytes: f
 
 
 def medians(rows: Sequence[Row]) -> Row:
-    """Of each figure over the updates; of peaks the highest."""
+    """Computes the median of each figure over the updates; of peaks the highest."""
     return {name: (max if name in PEAKS else median)(row[name] for row in rows) for name in rows[0]}
 
 
 def ratios(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:
-    """Our figure over theirs, the first of a row, of the updates that were neighbours in time."""
+    """Divides our figure by theirs, the first of a row, of the updates that were neighbours in time."""
     figure = next(iter(ours[0]))
     each = [a[figure] / b[figure] for a, b in zip(ours, theirs, strict=True)]
     return {"min": min(each), "median": median(each), "max": max(each)}
 
 
 def show(title: str, of: str, sides: dict[str, list[Row]], task: Task) -> Row:
-    """Print the table of a comparison, and return all of it.
+    """Prints the table of a comparison, and returns all of it.
 
     Args:
         of: what an update has `task.batch` of.
@@ -93,7 +93,7 @@ def show(title: str, of: str, sides: dict[str, list[Row]], task: Task) -> Row:
 
 
 def table(title: str, sides: dict[str, Row], ratio: dict[str, float] | None) -> Table:
-    """Medians of the sides beside one another."""
+    """Draws the medians of the sides beside one another."""
     drawn = Table("", *(("ours" if side == "ours" else "TRL") for side in sides), title=title)
     if ratio is not None:
         drawn.add_column("ours / TRL")
@@ -121,7 +121,7 @@ def _number(value: float) -> str:
 
 
 def lengths_table(cells: dict[tuple[int, int], float]) -> tuple[Table, Row]:
-    """Seconds per episode over query and response length, and how well a sum of two linear costs describes them.
+    """Draws seconds per episode over query and response length, and fits a sum of two linear costs.
 
     Args:
         cells: (tokens of the query, tokens of the response) -> seconds per episode.

@@ -1,4 +1,4 @@
-"""Our SFT and reward model as a user has them, with a callback that looks at the clock; an epoch is one step."""
+"""Runs our SFT and reward model as a user has them, with a callback that looks at the clock; an epoch is one step."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Clock(TrainingClock):
         self.recorder.count(model, pad_id=pl_module.tokenizer.pad_token_id)
 
     def known(self, trainer: Any, pl_module: Any) -> Row:
-        """Real tokens and loss."""
+        """Returns real tokens and loss."""
         return {"real": int(self.recorder.real), "loss": trainer.callback_metrics[f"loss/{pl_module.kind}"].item()}
 
 
 def stage(task: StageTask) -> tuple[StageModule, LightningDataModule]:
-    """The module and its data."""
+    """Makes the module and its data."""
     folder = Path(task.folder)
     optimization = Optimization(learning_rate=task.learning_rate, schedule="linear")
     settings: dict[str, Any] = {"batch_size": task.batch, **(task.data or {"micro_batch_size": task.micro})}
@@ -49,7 +49,7 @@ def stage(task: StageTask) -> tuple[StageModule, LightningDataModule]:
 
 
 def measure(task: StageTask, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
-    """Run all steps of a task."""
+    """Runs all steps of a task."""
     L.seed_everything(1, verbose=False)
     quiet_trainer(task, Clock(Recorder(task.device, begin, end, TRAINING))).fit(*stage(task))
 

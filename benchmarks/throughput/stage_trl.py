@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and RewardTrainer, unmodified: a callback and two wrapped functions look at the clock.
+"""Runs TRL's SFTTrainer and RewardTrainer, unmodified: a callback and two wrapped functions look at the clock.
 
 Their settings are their defaults but for what both sides share, and for what would cost them time: no checkpoints, no
 report, no recomputation of activations.
@@ -19,7 +19,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 
 def timed(recorder: Recorder, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose time is a phase's."""
+    """Returns the same function, whose time is a phase's."""
 
     @wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def config(task: StageTask) -> dict[str, Any]:
 
 
 def trainer(task: StageTask, callback: Any) -> Any:
-    """The trainer of a stage, as its documentation has it."""
+    """Makes the trainer of a stage, as its documentation has it."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -64,13 +64,13 @@ def trainer(task: StageTask, callback: Any) -> Any:
 
 
 def measure(task: StageTask, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
-    """Run all steps of a task."""
+    """Runs all steps of a task."""
     from transformers import TrainerCallback
 
     recorder = Recorder(task.device, begin, end, TRAINING)
 
     class Turns(TrainerCallback):
-        """One optimizer step after the other; a step is over when its loss is logged."""
+        """Takes one optimizer step after the other; a step is over when its loss is logged."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             """The first begins."""

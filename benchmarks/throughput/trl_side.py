@@ -1,4 +1,4 @@
-"""TRL's PPOTrainer, unmodified: the functions that it calls are wrapped in a clock.
+"""Runs TRL's PPOTrainer, unmodified: the functions that it calls are wrapped in a clock.
 
 Its settings are its defaults (among them `local_rollout_forward_batch_size=64`) but for what both sides share, for the
 EOS trick, and for what would cost it time: no samples, no checkpoints, no report, no recomputation of activations.
@@ -37,7 +37,7 @@ class Clock:
         self._responses: list[int] = []
 
     def attach(self, trainer: Any) -> None:
-        """Count the tokens of a trainer's models, and time its optimizer and its backward passes."""
+        """Counts the tokens of a trainer's models, and times its optimizer and its backward passes."""
         self.trainer = trainer
         self.recorder.count(trainer.policy_model, trainer.value_model, trainer.ref_model, trainer.reward_model)
         trainer.optimizer.step = self._timed(trainer.optimizer.step, lambda *_: "optimizer")
@@ -50,7 +50,7 @@ class Clock:
         trainer.accelerator.backward = backward
 
     def wrapped(self, ppo: Any) -> ExitStack:
-        """A context in which the functions that a PPOTrainer calls by these names are timed.
+        """Returns a context in which the functions that a PPOTrainer calls by these names are timed.
 
         Args:
             ppo: the module `trl.experimental.ppo.ppo_trainer`.
@@ -61,12 +61,12 @@ class Clock:
         return stack
 
     def start(self) -> None:
-        """An update begins."""
+        """Begins an update."""
         self._queries, self._responses = [], []
         self.recorder.start()
 
     def stop(self) -> None:
-        """An update is over."""
+        """Ends an update."""
         self.recorder.stop(queries=self._queries, responses=self._responses)
 
     def _timed(self, function: Callable[..., Any], phase_of: Callable[..., str]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ class Clock:
         return self._timed(function, lambda model, *_: "reward" if model is self.trainer.reward_model else "values")
 
     def _selective_log_softmax(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """In the rollout: after the forward of the reference it is of the reference, else of the sampled tokens."""
+        """Counts it, in the rollout, to the reference after the reference's forward, else to the sampled tokens."""
         rollout = self._timed(function, lambda *_: "reference" if self._phase == "reference" else "values")
 
         def selective_log_softmax(logits: Any, index: Any) -> Any:
@@ -118,7 +118,7 @@ class Clock:
 
 
 def models(task: PPOTask) -> dict[str, Any]:
-    """What a PPOTrainer is given."""
+    """Makes what a PPOTrainer is given."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -139,7 +139,7 @@ def models(task: PPOTask) -> dict[str, Any]:
 
 
 def measure(task: PPOTask, begin: Callable[[], None], end: Callable[[Row], None]) -> None:
-    """Run all updates of a task."""
+    """Runs all updates of a task."""
     bf16 = task.precision == "bf16-mixed"
     # PPOTrainer makes its Accelerator without a precision, so `bf16` alone does nothing: it is read from here.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
@@ -150,7 +150,7 @@ def measure(task: PPOTask, begin: Callable[[], None], end: Callable[[Row], None]
     clock = Clock(Recorder(task.device, begin, end))
 
     class Turns(TrainerCallback):
-        """One update after the other."""
+        """Makes one update after the other."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             """The first begins."""

@@ -1,4 +1,4 @@
-"""Sides that take turns: each is a process of its own, so that its peak memory is its own, in the same environment."""
+"""Lets sides take turns: each is a process of its own, so that its peak memory is its own, in the same environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIDES = ("ours", "trl")
 
 
 class Worker:
-    """A process with one side.
+    """Runs a process with one side.
 
     Args:
         side: `ours` or `trl`.
@@ -40,7 +40,7 @@ class Worker:
             )  # fmt: skip
 
     def turn(self) -> Row:
-        """The row of its next update."""
+        """Returns the row of its next update."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -49,7 +49,7 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        """End it; Lightning would make a milder signal wait for the end of the update."""
+        """Ends it; Lightning would make a milder signal wait for the end of the update."""
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -57,7 +57,7 @@ class Worker:
 
 
 def environment(task: Task) -> dict[str, str]:
-    """Of both sides alike."""
+    """Returns the environment variables of both sides."""
     same = {name: str(task.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     same |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{task.folder}/cache"}
     if task.device == "cpu":
@@ -67,14 +67,14 @@ def environment(task: Task) -> dict[str, str]:
 
 
 def make_fixtures(task: Task, shape: str, regime: str, lengths: list[int]) -> None:
-    """Write them, in a process of its own: this one stays small."""
+    """Writes the fixtures, in a process of its own: this one stays small."""
     settings = json.dumps({"shape": asdict(SHAPES[shape]), "regime": regime, "lengths": lengths})
     command = [sys.executable, "-m", "throughput.fixtures", task.folder, settings]
     subprocess.run(command, check=True, env=environment(task))
 
 
 def play(task: Task, sides: dict[str, str], apart: bool, seconds: float) -> dict[str, list[Row]]:
-    """One round: the updates of each side, equally many. The first one is not to be counted.
+    """Plays one round: the updates of each side, equally many. The first one is not to be counted.
 
     Args:
         sides: name -> what runs it.
@@ -101,7 +101,7 @@ def play(task: Task, sides: dict[str, str], apart: bool, seconds: float) -> dict
 
 
 def rounds(task: Task, modules: dict[str, str], options: argparse.Namespace) -> list[dict[str, list[Row]]]:
-    """Play all rounds.
+    """Plays all rounds.
 
     Args:
         modules: name of a side -> what runs it.
@@ -111,12 +111,12 @@ def rounds(task: Task, modules: dict[str, str], options: argparse.Namespace) -> 
 
 
 def counted(played: list[dict[str, list[Row]]]) -> dict[str, list[Row]]:
-    """The rows of all rounds but the first of each."""
+    """Returns the rows of all rounds but the first of each."""
     return {side: [row for one in played for row in one[side][1:]] for side in played[0]}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every comparison has."""
+    """Adds the options that every comparison has."""
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="default: tiny, 29M parameters")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--batch", type=int, default=64, help="examples per update (of PPO: episodes)")
@@ -134,7 +134,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace, install: str) -> None:
-    """Refuse options that do not fit.
+    """Refuses options that do not fit.
 
     Args:
         install: the command that installs TRL's release for this comparison.
@@ -147,19 +147,19 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, install:
 
 
 def has_ppo() -> bool:
-    """Whether TRL is installed, and a release that has PPO."""
+    """Tells whether TRL is installed, and a release that has PPO."""
     found = importlib.util.find_spec("trl") is not None
     return found and tuple(map(int, importlib.metadata.version("trl").split(".")[:2])) <= (1, 12)
 
 
 def task_of(kind: type[TaskT], options: argparse.Namespace, folder: str, **more: Any) -> TaskT:
-    """What both sides do."""
+    """Returns what both sides do."""
     same = ("batch", "micro", "data", "precision", "device", "threads")
     return kind(folder, updates=options.updates + 1, **{name: getattr(options, name) for name in same}, **more)
 
 
 def header(options: argparse.Namespace, same: dict[str, Any]) -> dict[str, Any]:
-    """Print and return the processor, the settings and the versions.
+    """Prints and returns the processor, the settings and the versions.
 
     Args:
         same: settings of both sides that are not chosen.
@@ -172,7 +172,7 @@ def header(options: argparse.Namespace, same: dict[str, Any]) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU, and how many cores there are."""
+    """Returns the name of the CPU, and how many cores there are."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

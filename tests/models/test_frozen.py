@@ -79,6 +79,7 @@ def away(model: nn.Linear) -> None:
 def test_an_offloaded_model_is_dropped_after_use_and_its_home_copy_stays(here: torch.device, offloaded: Any) -> None:
     model, frozen, home = offloaded
     before = model.weight.detach().clone()
+    assert model.weight.is_pinned() == (here.type == "cuda")
     for _ in range(2):
         with frozen.on(here) as given:
             assert torch.equal(given.weight.cpu(), before)

@@ -61,6 +61,25 @@ def test_it_works_under_autocast(model: Any, device: str) -> None:
     assert found.shape == (3, 24)
 
 
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("draw", [sample, sample_in_graph])
+@torch.no_grad()
+def test_in_bfloat16_tokens_are_the_likeliest_of_a_plain_forward(
+    draw: Any, how: str, sharp_path: str, device: str
+) -> None:
+    """Up to rounding: at a temperature of almost 0, each of them has nearly the largest logit."""
+    model: Any = load_causal_lm(sharp_path, dtype=torch.bfloat16 if how == "weights" else torch.float32)
+    numbers = uniforms(3, 24, torch.Generator().manual_seed(26)).to(model.device)
+    with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
+        assert draw is sample or replays(model)
+        found = draw(model, *pad_sequences(QUERIES, PAD, "left"), numbers, Decoding(1e-4, (NEVER,), PAD))
+        for query, response in zip(QUERIES, found, strict=True):
+            ids = torch.cat([torch.tensor(query), response]).unsqueeze(0)
+            logits = model(ids).logits[0, len(query) - 1 : -1].float()
+            short = logits.amax(-1) - logits.gather(1, response.unsqueeze(1)).squeeze(1)
+            assert (short <= 0.05 * (logits.amax(-1) - logits.mean(-1))).all()
+
+
 def test_a_response_with_pad_inside_keeps_its_last_token(model: Any) -> None:
     alone = QUERIES[:1]
     endless, _ = both(model, Decoding(0.7, (NEVER,), PAD), alone)
