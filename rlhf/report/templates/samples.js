@@ -194,15 +194,20 @@ function move(index, focus) {
   history.replaceState(null, "", find(".link").href);
 }
 
+// Takes all filters away, and the order.
+function clear(run, query) {
+  form.reset();
+  fields.run.value = run;
+  choose();
+  update(query);
+}
+
 // Opens the sample of the address, without filters, in a run that has it.
 function follow() {
   const id = new URLSearchParams(location.hash.slice(1)).get("sample"), query = data.queries[data.ids.indexOf(id)];
   if (query === undefined) return;
   const answers = table => table.rows.has(query), run = shown.some(answers) ? fields.run.value : data.tables.find(answers).run;
-  form.reset();
-  fields.run.value = run;
-  choose();
-  update(query);
+  clear(run, query);
   find("article").scrollIntoView();
 }
 
@@ -222,12 +227,11 @@ form.addEventListener("input", event => {
   update([fields.run, fields.from, fields.to].includes(event.target) ? found[at] : undefined);
 });
 form.addEventListener("submit", event => event.preventDefault());
-form.addEventListener("reset", () => setTimeout(() => { choose(); update(found[at]); }));  // after the fields are reset
+find(".clear").addEventListener("click", () => clear(fields.run.value, found[at]));
 addEventListener("hashchange", follow);
 
 const runs = [...new Set(data.tables.map(table => table.run))];
 fill(fields.run, [...runs.map(run => [run, run]), ["", "all"]], data.tables.length > FEW ? runs[0] : "");
-for (const option of fields.run.options) option.defaultSelected = option.selected;
 find(".runs").hidden = runs.length === 1;
 choose();
 update();
