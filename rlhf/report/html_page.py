@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import rlhf
 from rlhf import files
 from rlhf.report.headline import headline
 from rlhf.report.model_card import LIBRARIES, settings_that_matter
-from rlhf.report.page import Page
+from rlhf.report.page import SAMPLES, Page
 from rlhf.report.runs import Run
 
 
@@ -25,7 +26,6 @@ def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = 
         runs: for their settings.
         samples: of the browser of samples; None: no such section.
     """
-    import vl_convert
     from jinja2 import Environment, PackageLoader
     from markdown_it import MarkdownIt
     from markupsafe import Markup
@@ -44,16 +44,22 @@ def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = 
     return environment.get_template("page.html").render(
         sentence=sentence,
         numbers=numbers,
-        sections=page.sections(),
+        sections=[section for section in page.sections() if not samples or section.title != SAMPLES],
         specs=specs,
         samples=samples,
         settings=list(saved_settings(runs)),
         versions={"rlhf": rlhf.__version__, **{name: version(name) for name in LIBRARIES}},
         command=shlex.join(["python", "train.py", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else "",
-        libraries=Markup(
-            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-        ),
+        libraries=Markup(_libraries()),
     )
+
+
+@cache
+def _libraries() -> str:
+    """Bundles the scripts that draw charts, which takes seconds."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 def saved_settings(runs: Iterable[Run]) -> Iterable[tuple[str, str, str]]:

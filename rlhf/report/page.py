@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 FILES = "report"
+SAMPLES = "Samples"  # the section that report.html has the browser of samples for
 WRITTEN = "files.json"  # the names of the tables and figures of the page
 
 

@@ -12,9 +12,10 @@ from rlhf import files
 from rlhf.errors import UserError
 from rlhf.report.analysis import analyse, gather
 from rlhf.report.lengths import Unit
-from rlhf.report.page import Page, markdown
+from rlhf.report.page import SAMPLES, Page, markdown
 from rlhf.report.run_folders import NOTHING_YET, finished, resolved, signature
 from rlhf.report.runs import Baseline, Run, ordered
+from rlhf.report.sample_browser import sample_data
 from rlhf.report.summary import sample_responses
 
 PRINTED = ("run_differences", "claims")  # below the summary
@@ -40,7 +41,7 @@ def report(
             and seed. Folders are compared with the first one.
         baselines: results of others, stars in the figure of win rate against size.
         lengths: what lengths are measured in.
-        samples: how many sample summaries to show.
+        samples: how many sample summaries report.md shows; report.html has all, or none if this is 0.
         watch: make the page anew after each validation and each stage of the folders, until all are finished.
     """
     while watch and not all(map(finished, runs)):
@@ -86,9 +87,9 @@ def _make(
             sections.add_rouge(page)
         sections.add_curves(page)
         if samples and "summary" in tables:
-            page.section("Samples")
+            page.section(SAMPLES)
             page.add(sample_responses(evidence.rows, samples), short=True)
-        page.write(render(page, runs))
+        page.write(render(page, runs, sample_data(evidence.rows) if samples else None))
         parts = [name for name in ("findings", "summary", "claims") if name in tables]
         records = {name: json.loads(tables[name].to_json(orient="records")) for name in parts}
         files.write_text(out / files.SUMMARY, json.dumps({"findings": []} | records, indent=2) + "\n")
