@@ -87,7 +87,7 @@ class Page:
             shown = [self._short(block) for block in blocks if block.short]
             lines += [f"## {title}", *shown] if shown else []
         page = self.folder / "report.html"
-        more = "Curves and every other table: [report.html](report.html)" if html else ""
+        more = "Curves, every other table and samples: [report.html](report.html)" if html else ""
         if html:
             files.write_text(page, html)
         files.write_text(self.folder / "report.md", "\n\n".join([*lines, *filter(None, [more])]) + "\n")

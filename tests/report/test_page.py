@@ -36,7 +36,7 @@ def test_what_is_short_is_in_markdown_and_all_numbers_are_written(tmp_path: Path
     assert (tmp_path / "report.md").read_text() == (
         "# Report\n\n## Title\n\nSaid\n\nAbove\n\n| x |\n| --- |\n| 0.333 |\n\n"
         "Numbers: [numbers.csv](report/numbers.csv)\n\n"
-        "Curves and every other table: [report.html](report.html)\n"
+        "Curves, every other table and samples: [report.html](report.html)\n"
     )
     assert (tmp_path / "report.html").read_text() == "<html>"
     assert [section.title for section in page.sections()] == ["Title", "Long"]
