@@ -171,7 +171,7 @@ TOKENS = 20 + 30 + 30 + 40 + sum((12, 25, 38, 52)) + 4  # prompts, responses, EO
 def test_a_stage_learns_the_same_from_the_same_tokens(
     task: Callable[..., Any], settings: dict[str, Any], tokens: int
 ) -> None:
-    ours = rows_of("stage_ours", task(kind="StageTask", updates=3, **settings))
+    ours = rows_of("stage_ours", task(kind="StageTask", updates=3, learning_rate=1e-3, **settings))
     for row in ours:
         assert min(row[name] for name in ("forward", "backward", "optimizer", "rest")) > 0
         assert row["peak_rss_gib"] > 0.1
@@ -179,7 +179,7 @@ def test_a_stage_learns_the_same_from_the_same_tokens(
     losses = [row["loss"] for row in ours]
     assert losses[0] > losses[1] > losses[2]
     if HAS_TRL:
-        trl = rows_of("stage_trl", task(kind="StageTask", updates=3, **settings))
+        trl = rows_of("stage_trl", task(kind="StageTask", updates=3, learning_rate=1e-3, **settings))
         assert [row["real"] for row in trl] == [tokens] * 3
         assert all(row["processed"] > tokens for row in trl)  # it pads
         assert [row["loss"] for row in trl] == pytest.approx(losses, rel=1e-4)
