@@ -92,3 +92,13 @@ def bound_primitive_cache() -> None:
     small model grew by half a gibibyte. Has an effect only before oneDNN's first use.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+def avoid_plans_of_attention() -> None:
+    """Makes PyTorch compute attention without cuDNN, in the whole process.
+
+    On an H100 or newer cuDNN comes first for attention with a mask in half precision. It builds a plan for every new
+    shape, which takes as long as hundreds of layers, and the shapes of a rollout hardly ever repeat: plain sampling has
+    a new one in every step.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)

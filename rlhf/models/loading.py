@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.hardware import avoid_plans_of_attention
 from rlhf.models.probes import is_causal
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.weights import check_weights
@@ -167,6 +168,7 @@ def from_pretrained(
     import transformers
 
     check_export(path, setting)
+    avoid_plans_of_attention()
     auto_class = getattr(transformers, kind)
     if getattr(config, "rescale_every", 0):
         config.rescale_every = 0  # RWKV halves weights in place in evaluation, as float16 needs it

@@ -53,7 +53,7 @@ def test_a_fused_kernel_that_moves_the_state_on_is_no_dropout(
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch.backends.cuda.cudnn_sdp_enabled():
+        if torch.backends.cuda.mem_efficient_sdp_enabled():
             torch.rand(1)
         return attention(*args, **kwargs)
 

@@ -97,3 +97,16 @@ def test_a_small_encoder_is_no_causal_language_model(tmp_path: Path) -> None:
     BertForMaskedLM(BertConfig(vocab_size=64, is_decoder=False, **shape)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"^model\.model_path: .* is no causal language model: .* depends on"):
         load_causal_lm(str(tmp_path))
+
+
+def test_attention_is_not_planned_for_every_shape(model_path: str, device: str) -> None:
+    """On an H100 or newer, PyTorch asks cuDNN first for attention with a mask, which plans each new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_causal_lm(model_path)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    if device == "cuda":
+        states = torch.ones(2, 2, 8, 64, dtype=torch.bfloat16)
+        mask = torch.ones(2, 1, 1, 8, dtype=torch.bool)
+        with torch.profiler.profile() as profile:
+            torch.nn.functional.scaled_dot_product_attention(states, states, states, mask)
+        assert not [event for event in profile.key_averages() if "cudnn" in event.key]
