@@ -17,6 +17,8 @@ from rlhf.report.model_card import LIBRARIES, settings_that_matter
 from rlhf.report.page import SAMPLES, Page
 from rlhf.report.runs import Run
 
+COMMANDS = (["report"], ["pipeline"], ["scaling"])  # of the command line, that end with this page
+
 
 def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = None) -> str:
     """Makes the page of everything that was collected, with its charts, scripts and styles in it.
@@ -49,7 +51,7 @@ def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = 
         samples=samples,
         settings=list(saved_settings(runs)),
         versions={"rlhf": rlhf.__version__, **{name: version(name) for name in LIBRARIES}},
-        command=shlex.join(["python", "train.py", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else "",
+        command=shlex.join(["python", "train.py", *sys.argv[1:]]) if sys.argv[1:2] in COMMANDS else "",
         libraries=Markup(_libraries()),
     )
 

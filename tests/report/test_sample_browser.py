@@ -334,6 +334,10 @@ def test_of_several_runs_one_is_chosen_or_all_are_side_by_side(tmp_path: Path, o
     assert (
         page.inner_text("#samples .legend") == "Struck through: only in PPO (small). Underlined: only in PPO (large)."
     )
+    facts = page.locator("#samples ol .facts").first
+    assert "reward" not in facts.inner_text()  # a gain would be of two reward models
+    page.get_by_label("Compare").select_option("SFT (large)")
+    assert "reward" in facts.inner_text()
     page.get_by_label("Run").select_option("large")
     page.evaluate(f"location.hash = 'sample={sample_id('question 4:' + chr(10) + 'TL;DR:')}'")
     page.wait_for_function("document.querySelector('#samples .query').textContent.includes('question 4:')")

@@ -23,6 +23,9 @@ const measures = {
   gain(query) {
     const before = from() ? value(from(), "a_score", query) : value(to(), "b_score", query);
     const after = value(to(), "a_score", query);
+    // Two runs have one reward model if it gives the same reward to the reference.
+    const references = [from() ?? to(), to()].map(table => value(table, "b_score", query));
+    if (from()?.run !== to().run && Math.abs(references[0] - references[1]) > 1e-3) return null;
     return before === null || after === null ? null : after - before;
   },
   distance: query => value(to(), "distance", query),
