@@ -90,7 +90,7 @@ def test_one_of_two_runs_that_start_in_one_folder_is_refused(tmp_path: Path, sft
         ended = list(pool.map(StageProcesses().run, [words] * 2, logs))
     assert sorted(e.status for e in ended) == [0, 2]
     said = logs[0 if ended[0].status else 1].read_text()
-    assert "is in use by process" in said
+    assert "is in use by" in said  # the other process may not have written down yet which one it is
     assert f"--run_dir={tmp_path}/run" in said
 
 
