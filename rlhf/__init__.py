@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlhf.data.prompts import RolloutDataModule
     from rlhf.data.sources import Source
     from rlhf.data.texts import TextFormat
+    from rlhf.models.adapters import LoRA
     from rlhf.models.classifiers import register_reward_model
     from rlhf.modules.ppo import PPOModule
     from rlhf.modules.reward import RewardModule
@@ -30,6 +31,7 @@ _HOME = {
     "Export": "callbacks.export",
     "Invariants": "callbacks.invariants",
     "LastCheckpoint": "callbacks.last_checkpoint",
+    "LoRA": "models.adapters",
     "Optimization": "modules.settings",
     "PPOModule": "modules.ppo",
     "PPOSettings": "modules.settings",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from rlhf.models.adapters import LoRA
     from rlhf.models.frozen import FrozenModel, Placement
     from rlhf.ops.kl_control import KLControl
     from rlhf.sampling.rollout import Rollout
@@ -26,6 +27,7 @@ class Stage(Protocol):
     tokenizer: PreTrainedTokenizerBase
     model_config: PreTrainedConfig
     activation_checkpointing: bool
+    lora: LoRA | None
 
     @property
     def kind(self) -> Literal["sft", "reward", "ppo"]: ...

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from rlhf import heartbeat
 from rlhf.errors import MissingProcessError, UserError
-from rlhf.models.loading import explained
+from rlhf.models.library_calls import explained
 
 NAME = "zero2"
 LONGEST_COLLECTIVE = timedelta(days=1)  # others may read or write meanwhile; the heartbeat knows who is missing
@@ -229,7 +229,10 @@ def full_precision(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[nn.Parameter, nn.Parameter] = {}
+    base = {p for p in module.parameters() if not p.requires_grad} if getattr(module, "lora", None) else set()
     for parameter in module.parameters():
+        if parameter in base:  # no export of adapters reads it
+            continue
         stepped = safe_get_full_fp32_param(parameter)
         current = parameter.detach()
         if stepped is None or not torch.equal(stepped.to(current.dtype), current):

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from rlhf import files
 from rlhf.errors import UserError, causes
-from rlhf.models.loading import explained
+from rlhf.models.library_calls import explained
 from rlhf.models.weights import first_not_finite
 from rlhf.protocols import Stage
 from rlhf.strategies import HARMLESS, safe_reading

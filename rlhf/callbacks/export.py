@@ -16,6 +16,8 @@ import rlhf
 from rlhf import files
 from rlhf.callbacks.checkpoint_io import check_savable, failed_anywhere, find_last
 from rlhf.errors import ROOM, OtherProcessError, UserError, full_disk
+from rlhf.models.loading import BASES, fingerprints_of_bases
+from rlhf.models.merging import merge_exports
 from rlhf.protocols import Stage, stage
 from rlhf.strategies import full_precision
 
@@ -133,6 +135,9 @@ def write_export(module: Stage, folder: Path, **notes: Any) -> None:
     with files.replacing(folder) as partial:
         partial.mkdir()
         module.save_export(partial)
+        if module.lora is not None:
+            merge_exports(partial, module.lora.export, module.tokenizer)
+            manifest[BASES] = fingerprints_of_bases(partial)
         manifest[files.CHECKSUMS] = files.checksums(partial, files.WEIGHTS)
         (partial / files.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -27,7 +27,7 @@ from rlhf.data.stage_data import StageDataModule
 from rlhf.data.tokenising import load_comparisons, load_demonstrations, rows_of_part
 from rlhf.errors import UserError
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config
-from rlhf.models.loading import first_line
+from rlhf.models.library_calls import first_line
 from rlhf.models.saving import save_without_weights
 from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
 from rlhf.modules import PPOModule, StageModule
@@ -245,7 +245,7 @@ class Rehearsal:
             with self.collecting(name):
                 if trainer is not None:
                     there: Any = SimpleNamespace(datamodule=data, strategy=trainer.strategy)
-                    check_run(there, module.placements, module.reward_tokenizer)
+                    check_run(there, module.placements, module.reward_tokenizer, module.lora)
         with self.collecting(name):
             if trainer is not None and "validation" in whole & data.splits.keys():
                 data.val_dataloader()

@@ -81,13 +81,14 @@ def sentences(name: str, found: str) -> str:
     return f"{found} Usual cause: {known.cause}. Change {known.change}."
 
 
-def unusual_learning_rate(learning_rate: float, parameters: int) -> str | None:
+def unusual_learning_rate(learning_rate: float, parameters: int, adapters: bool = False) -> str | None:
     """Judges a learning rate by the size of the model."""
-    if is_usual(learning_rate, parameters):
+    if is_usual(learning_rate, parameters, adapters):
         return None
-    proposed = proposed_learning_rate(parameters)
+    proposed = proposed_learning_rate(parameters, adapters)
     side = "low" if learning_rate < proposed else "high"
-    found = f"The learning rate {learning_rate:.1e} is {side} for a model of {parameters:,} parameters"
+    of = "adapters of " if adapters else ""
+    found = f"The learning rate {learning_rate:.1e} is {side} for {of}a model of {parameters:,} parameters"
     return sentences("learning_rate", f"{found}; try {proposed:.1e}.")
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.loading import first_line, load_config
+from rlhf.models.library_calls import first_line
+from rlhf.models.loading import load_config
 from rlhf.models.probes import backbone_of
 from rlhf.models.remote_code import trusts_remote_code
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rlhf.models.actor_critic import response_logprobs
+from rlhf.models.scalar_model import ScalarModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 CASTS = (torch.ops.aten._to_copy, torch.ops.aten.to)  # the second one in inference mode
@@ -36,14 +42,14 @@ def _storages(values: Any) -> set[int]:
 
 @torch.no_grad()
 def keep_half(model: nn.Module, dtype: torch.dtype, forward: Forward) -> None:
-    """Keeps weights of a frozen model in the half precision of autocast, where no number depends on it.
+    """Keeps frozen weights of a model in the half precision of autocast, where no number depends on it.
 
     These are the weights that a forward reads as copies in that precision only: matrices of linear layers and their
     biases, unless they are tied to an embedding, but neither embeddings and norms nor a head that computes in float32.
     The model must then be called under autocast. One whose forward is not the same afterwards is left as it was.
 
     Args:
-        model: on the device where it is used, without gradients.
+        model: on the device where it is used; weights that are trained stay as they are.
         forward: how its owner uses it; takes ids and mask, `(2, 3)` each, with padding on the left.
     """
     device = next(model.parameters()).device
@@ -54,7 +60,8 @@ def keep_half(model: nn.Module, dtype: torch.dtype, forward: Forward) -> None:
         with _Uses(dtype) as uses:
             forward(ids, mask)
         alone = uses.cast - uses.read
-        whole = {p: p.data for p in model.parameters() if p.untyped_storage()._cdata in alone}
+        frozen = (p for p in model.parameters() if not p.requires_grad)
+        whole = {p: p.data for p in frozen if p.untyped_storage()._cdata in alone}
         for parameter in whole:
             parameter.data = parameter.data.to(dtype)
         try:
@@ -64,3 +71,13 @@ def keep_half(model: nn.Module, dtype: torch.dtype, forward: Forward) -> None:
     if not same:
         for parameter, data in whole.items():
             parameter.data = data
+
+
+def language_model_forward(model: PreTrainedModel) -> Forward:
+    """Returns how a policy or reference is used."""
+    return lambda ids, mask: torch.stack(response_logprobs(model, ids, mask, ids, torch.ones_like(mask), 1.0))
+
+
+def scalar_forward(model: ScalarModel) -> Forward:
+    """Returns how a reward model is used."""
+    return lambda ids, mask: torch.cat([model.score(ids, mask), model.padding_side_difference(ids, mask).view(1)])

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from json import JSONDecodeError
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-
 from rlhf import files
 from rlhf.errors import UserError
 from rlhf.hardware import avoid_plans_of_attention
+from rlhf.models.adapter_files import ADAPTER_FILE, CLASSIFIER, CONFIG_FILE, adapter_settings, base_of, holder
+from rlhf.models.adapters import merge_adapter
+from rlhf.models.library_calls import explained, first_line, quiet
 from rlhf.models.probes import is_causal
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.weights import check_weights
@@ -27,6 +23,8 @@ from rlhf.models.weights import check_weights
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+CLASSIFIER_SUFFIX = "ForSequenceClassification"  # of the classes of reward models
+BASES = "bases"  # in the manifest of an export: fingerprints of the bases of its adapters
 SHIFT = "reward_shift"  # in the configuration of a reward model: what is subtracted from the scores of transformers
 
 
@@ -37,7 +35,7 @@ def check_model_path(path: str, setting: str, *others: str) -> None:
     """
     folder = os.path.expanduser(path)
     if path and os.path.isdir(folder):  # unlike pathlib's, it raises nothing
-        if not any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", *others)):
+        if not any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", ADAPTER_FILE, *others)):
             raise UserError(
                 f"{setting}: the folder {path} has no config.json that can be read, so it is not a Hugging Face model."
             )
@@ -51,38 +49,19 @@ def check_model_path(path: str, setting: str, *others: str) -> None:
 
 
 def load_config(path: str, setting: str) -> PreTrainedConfig:
-    """Loads the configuration of a model."""
+    """Loads the configuration of a model, or of the base of an adapter, then with what the adapter makes of it."""
     from transformers import AutoConfig
 
     check_model_path(path, setting)
+    place = holder(path, setting, "config.json")
+    own = Path(path).expanduser() / CONFIG_FILE
+    if place != path and own.is_file():
+        place = path = str(own)
     with explained(f"{setting}: {path} is not a model that can be loaded"):
-        return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=trusts_remote_code())
-
-
-@contextmanager
-def explained(sentence: str) -> Iterator[None]:
-    """Turns whatever a library raises, in the block, at files that others wrote into one sentence.
-
-    Python code among them is refused, unless the user trusts it: transformers would ask on the terminal.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        why = first_line(error) or type(error).__name__
-        if "trust_remote_code=True" in str(error):
-            why = "it needs Python code that comes with it; read that code, and add --trust_remote_code to run it."
-        elif isinstance(error, UnpicklingError):
-            unsafe = re.search(r"GLOBAL (\S+)", str(error))
-            why = f"it would run {unsafe[1]}, so it is not read." if unsafe else "it is broken, or holds no weights."
-        elif isinstance(error, SafetensorError):
-            why = f"a file of its weights is broken, or cut off: {why}"
-        elif isinstance(error, JSONDecodeError):
-            why = f"a JSON file of it is broken: {why}"
-        elif not isinstance(error, OSError | ValueError | RuntimeError):  # the message is not meant for users
-            why = f"a file of it is not of the expected form ({type(error).__name__}: {why})"
-        raise UserError(f"{sentence}: {why.rstrip('.')}.") from error
+        config = AutoConfig.from_pretrained(os.path.expanduser(place), trust_remote_code=trusts_remote_code())
+    if place != path and (adapter_settings(path) or {}).get("task_type") == CLASSIFIER and not is_classifier(config):
+        config.num_labels, config.architectures = 1, [f"Adapted{CLASSIFIER_SUFFIX}"]
+    return config
 
 
 def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[GenerationConfig, bool]:
@@ -92,11 +71,12 @@ def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[Generat
     """
     from transformers import GenerationConfig
 
+    place = holder(path, "model", "generation_config.json")
     with quiet():
         try:
-            found = GenerationConfig.from_pretrained(os.path.expanduser(path))
+            found = GenerationConfig.from_pretrained(os.path.expanduser(place))
         except Exception as error:
-            file = Path(path).expanduser() / "generation_config.json"
+            file = Path(place).expanduser() / "generation_config.json"
             if file.is_file():  # it may name EOS tokens
                 raise UserError(f"{file} cannot be read: {first_line(error)}; mend it, or delete it.") from error
             found = GenerationConfig.from_model_config(config)
@@ -105,7 +85,7 @@ def load_generation_config(path: str, config: PreTrainedConfig) -> tuple[Generat
 
 def is_classifier(config: PreTrainedConfig) -> bool:
     """Tells whether a model is a reward model or critic."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(name.endswith(CLASSIFIER_SUFFIX) for name in config.architectures or ())
 
 
 def check_language_model(path: str, setting: str) -> PreTrainedConfig:
@@ -144,13 +124,40 @@ def check_context(config: PreTrainedConfig, longest: int, what: str, advice: str
 
 
 def model_fingerprint(path: str, setting: str) -> str:
-    """Computes a fingerprint of a model folder from its contents, wherever it is; for a hub name, `name@commit`."""
-    config = load_config(path, setting)
+    """Computes a fingerprint of a model folder from its contents, wherever it is; for a hub name, `name@commit`.
+
+    That of an adapter has that of its base in it.
+    """
+    config, base = load_config(path, setting), base_of(path, setting)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
     kinds, names = (".safetensors", ".bin", ".py"), ("config.json", files.MANIFEST)
-    return files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in kinds or f.name in names))
+    own = files.sampled_fingerprint(sorted(f for f in folder.iterdir() if f.suffix in kinds or f.name in names))
+    return own if base == path else files.fingerprint([own, model_fingerprint(base, setting)])
+
+
+def fingerprints_of_bases(export: Path) -> dict[str, str]:
+    """Computes a fingerprint of the base of each adapter in an export, by the adapter's folder."""
+    found = {
+        file.parent.relative_to(export): base_of(str(file.parent), "the export") for file in export.rglob(ADAPTER_FILE)
+    }
+    return {str(folder): model_fingerprint(base, "the export") for folder, base in found.items()}
+
+
+def check_base(path: str, setting: str) -> str:
+    """Returns the base of an adapter, and refuses one that has changed since the adapter was exported."""
+    base = base_of(path, setting)
+    found = _export_of(Path(path)) if base != path else None
+    if found is not None and files.is_main_process():
+        root, folder = found
+        known = _manifest(root).get(BASES, {}).get(str(folder.relative_to(root)))
+        if known is not None and known != model_fingerprint(base, setting):
+            raise UserError(
+                f"{setting}: the base {base} of the adapter {path} has changed since the adapter was trained on it; bring "
+                "back the old one, or train the adapter again."
+            )
+    return base
 
 
 def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -161,13 +168,14 @@ def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dt
 def from_pretrained(
     kind: str, path: str, config: PreTrainedConfig, setting: str, dtype: torch.dtype, new: str | None = None
 ) -> PreTrainedModel:
-    """Loads a model by the name of its `Auto...` class, with all its weights but a `new` one.
+    """Loads a model by the name of its `Auto...` class, with all its weights but a `new` one, an adapter merged.
 
     transformers would initialise other weights that are missing, too.
     """
     import transformers
 
     check_export(path, setting)
+    base = check_base(path, setting)
     avoid_plans_of_attention()
     auto_class = getattr(transformers, kind)
     if getattr(config, "rescale_every", 0):
@@ -175,7 +183,7 @@ def from_pretrained(
     cannot = f"{setting}: the model {path} cannot be loaded"
     with explained(cannot), quiet(), torch.device("cpu"):  # in Lightning's, transformers would ask for accelerate
         model, report = auto_class.from_pretrained(
-            os.path.expanduser(path),
+            os.path.expanduser(base),
             config=config,
             dtype=dtype,
             output_loading_info=True,
@@ -183,7 +191,7 @@ def from_pretrained(
             trust_remote_code=trusts_remote_code(),
         )
     with explained(cannot):
-        check_weights(model, report, path, setting, new)
+        check_weights(model, report, base, setting, new)
     try:
         causal = is_causal(model)
     except FloatingPointError as error:
@@ -198,27 +206,40 @@ def from_pretrained(
         raise UserError(
             f"{setting}: {path} is no causal language model: in {type(model).__name__} a token depends on later ones."
         )
+    if base != path:
+        merge_adapter(model, path, setting, headless=new is not None)
     return model
 
 
 def check_export(path: str, setting: str) -> None:
     """Refuses weights of an export that are not those that were written; any other model says nothing of its sums."""
-    folder = Path(path).expanduser().resolve()
-    root = next((place for place in (folder, folder.parent) if files.is_complete(place)), None)  # a critic's is above
-    if root is None or not files.is_main_process():
+    found = _export_of(Path(path))
+    if found is None or not files.is_main_process():
         return
+    root, folder = found
     try:
-        written = json.loads((root / files.MANIFEST).read_text()).get(files.CHECKSUMS, {})
+        written = _manifest(root).get(files.CHECKSUMS, {})
         stats = [(str(file), file.stat()) for file in sorted(folder.rglob(files.WEIGHTS))]
-        found = _checksums(folder, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+        sums = _checksums(folder, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {root} cannot be read: {error}") from error
-    for name, checksum in found.items():
+    for name, checksum in sums.items():
         if written.get(str((folder / name).relative_to(root)), checksum) != checksum:
             raise UserError(
                 f"{setting}: {folder / name} is damaged: its contents are not those that were written. Export it "
                 f"again; if it was changed on purpose, delete {files.CHECKSUMS} from {root / files.MANIFEST}."
             )
+
+
+def _export_of(path: Path) -> tuple[Path, Path] | None:
+    """Returns the folder of the export that a model is in, which for a critic is the one above, and the model's."""
+    folder = path.expanduser().resolve()
+    root = next((place for place in (folder, folder.parent) if files.is_complete(place)), None)
+    return None if root is None else (root, folder)
+
+
+def _manifest(root: Path) -> dict[str, Any]:
+    return json.loads((root / files.MANIFEST).read_text())
 
 
 @cache
@@ -238,24 +259,3 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides the progress bars and warnings of transformers, among them reports of heads that are meant to be new."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, and the next one if that says what it is."""
-    first, *others = str(error).strip().split("\n")
-    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.hardware import sent
-from rlhf.models.loading import quiet
+from rlhf.models.library_calls import quiet
 from rlhf.models.probes import backbone_of, near
 
 if TYPE_CHECKING:

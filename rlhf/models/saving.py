@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from rlhf.errors import UserError
-from rlhf.models.loading import first_line, load_config, load_generation_config, quiet
+from rlhf.models.adapter_files import CONFIG_FILE
+from rlhf.models.adapters import is_adapted, save_adapter
+from rlhf.models.library_calls import first_line, quiet
+from rlhf.models.loading import load_config, load_generation_config
 from rlhf.models.tokenizers import eos_ids
 
 if TYPE_CHECKING:
@@ -17,12 +20,22 @@ if TYPE_CHECKING:
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a model and its tokenizer in Hugging Face format, with PAD and all EOS ids in the configuration."""
+    """Writes a model and its tokenizer in Hugging Face format, with PAD and all EOS ids in the configuration.
+
+    Of a model with an adapter the adapter is written, in the format of peft, beside the configuration.
+    """
     _set_tokens(model.config, tokenizer)
     with quiet():
         if getattr(model, "generation_config", None) is not None:
             model.generation_config, _ = _exportable(model.generation_config, tokenizer)
-        model.save_pretrained(folder)
+        if is_adapted(model):
+            model.config.architectures = [type(model).__name__]
+            model.config.to_json_file(folder / CONFIG_FILE)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+            save_adapter(model, folder)
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.models.adapter_files import adapter_settings
+from rlhf.models.adapters import HEAD
 from rlhf.models.backbone import hidden_states
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
 from rlhf.models.loading import SHIFT, check_reward_model, from_pretrained, load_config
@@ -19,9 +21,7 @@ from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-HEAD = "score.weight"
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ScalarModel(nn.Module):
@@ -37,19 +37,15 @@ class ScalarModel(nn.Module):
         if not isinstance(head, nn.Linear):
             raise UserError(f"{type(model).__name__} has no linear head named `score`, so it cannot be a reward model.")
         self.model = model
-        self.bias = nn.Parameter(torch.tensor([-float(getattr(model.config, SHIFT, 0.0))]))
+        self.bias = nn.Parameter(torch.tensor([-_shift(model.config)]))
 
     @classmethod
     def from_policy(cls, path: str, seed: int, dtype: torch.dtype = torch.float32) -> ScalarModel:
-        """Loads the backbone of a language model and adds a new head: weights N(0, 1 / sqrt(d + 1)), bias 0 (D17)."""
+        """Loads the backbone of a language model and adds a new head."""
         setting = "model.model_path"
         config = classifier_config(load_config(path, setting))
         model = cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new=HEAD))
-        weight = model.head_weight
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") / math.sqrt(weight.shape[1] + 1))
-            model.bias.zero_()
+        model.new_head(seed)
         return model
 
     @classmethod
@@ -57,7 +53,27 @@ class ScalarModel(nn.Module):
         """Loads a trained reward model or critic."""
         config = check_reward_model(path, setting)
         register_classifier(config, setting)
-        return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype))
+        new = HEAD if adapter_settings(path) else None  # which its adapter has
+        return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new))
+
+    def own_head(self) -> None:
+        """Replaces head and bias by new tensors, which no other model shares, with the old values if there are any."""
+        weight, backbone = self.head_weight, next(self.model.base_model.parameters())
+        values = torch.empty_like(weight, device=backbone.device) if weight.is_meta else weight.detach().clone()
+        self.model.score.weight = nn.Parameter(values)
+        self.bias = nn.Parameter(self.bias.detach().to(values.device, copy=True))
+
+    @torch.no_grad()
+    def set_shift(self, config: PreTrainedConfig) -> None:
+        """Takes the constant shift of the reward from a configuration."""
+        self.bias.fill_(-_shift(config))
+
+    @torch.no_grad()
+    def new_head(self, seed: int) -> None:
+        """Draws the weights of the head from N(0, 1 / sqrt(d + 1)), and sets the bias to 0 (D17)."""
+        shape, generator = self.head_weight.shape, torch.Generator().manual_seed(seed)
+        self.head_weight.copy_(torch.randn(shape, generator=generator, device="cpu") / math.sqrt(shape[1] + 1))
+        self.bias.zero_()
 
     @property
     def head_weight(self) -> Tensor:
@@ -101,3 +117,7 @@ class ScalarModel(nn.Module):
         """Writes the model for plain `transformers`, with a shift by which the reward `centre` becomes 0."""
         setattr(self.model.config, SHIFT, centre - self.bias.item())
         save_pretrained(self.model, tokenizer, folder)
+
+
+def _shift(config: PreTrainedConfig) -> float:
+    return float(getattr(config, SHIFT, 0.0))

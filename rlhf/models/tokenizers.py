@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.models.loading import check_model_path, explained, load_config, load_generation_config, quiet
+from rlhf.models.adapter_files import ADAPTER_FILE, holder
+from rlhf.models.library_calls import explained, quiet
+from rlhf.models.loading import check_model_path, load_config, load_generation_config
 from rlhf.models.remote_code import trusts_remote_code
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def load_tokenizer(
     sentence = f"{setting}: {path} has no tokenizer that can be loaded"
     with explained(sentence), quiet():
         try:
-            found = os.path.expanduser(path)
+            found = os.path.expanduser(holder(path, setting, "tokenizer.json", "tokenizer_config.json"))
             tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trusts_remote_code())
         except Exception as error:
             if re.search("sentencepiece|tiktoken", str(error).lower()) and find_spec("sentencepiece") is None:
@@ -116,7 +118,7 @@ def named_eos_ids(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -
 
 def _has_config(path: str) -> bool:
     folder = Path(path).expanduser()
-    return not folder.is_dir() or (folder / "config.json").is_file()
+    return not folder.is_dir() or any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE))
 
 
 def eos_disagreement(tokenizer: PreTrainedTokenizerBase, path: str, setting: str) -> str:

@@ -17,6 +17,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.reward_functions import RewardFunction, call_reward_function, check_reward_functions, name_of
 from rlhf.hardware import timed
 from rlhf.models.actor_critic import Evaluation, join, response_logprobs
+from rlhf.models.adapters import LoRA
 from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel, Placement
 from rlhf.models.saving import save_pretrained
@@ -66,6 +67,7 @@ class PPOModule(StageModule):
             those of the model's `generation_config.json`.
         activation_checkpointing: of policy and critic: compute activations again in the backward pass instead of
             keeping them.
+        lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
     """
 
     kind = "ppo"
@@ -85,8 +87,9 @@ class PPOModule(StageModule):
         pad_token: str | None = None,
         eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora)
         check_reward_functions(reward_function=reward_function, evaluation_function=evaluation_function)
         self.reward_path = reward_path
         self.reward_function = reward_function
@@ -120,24 +123,22 @@ class PPOModule(StageModule):
     @override
     def configure_model(self) -> None:
         if self.actor_critic is None:
-            weights = self.weights_dtype, self.weights_device
             recompute, critic_path = self.activation_checkpointing, None if self.reward_tokenizer else self.reward_path
-            self.actor_critic = load_actor_critic(self.model_path, critic_path, self.seed, recompute, *weights)
+            self.actor_critic = load_actor_critic(self.networks, self.model_path, critic_path, recompute)
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_run(self.trainer, self.placements, self.reward_tokenizer)
+        check_run(self.trainer, self.placements, self.reward_tokenizer, self.lora)
 
     @override
     def on_fit_start(self) -> None:
-        dtype = next(self.actor_critic.policy.parameters()).dtype  # the policy's, so that the first KL is exactly 0
-        precision = dtype, self.half_precision, self.weights_device
+        networks, half = self.networks, self.half_precision  # in the policy's precision, so that the first KL is 0
         if self.reference is None and self.trainer.training:
-            self.reference = load_reference(self.reference_path, self.reference_placement, *precision)
+            self.reference = load_reference(networks, self.reference_path, self.reference_placement, half)
         if self.reward_model is None and self.reward_path is not None:
             tokenizers = self.tokenizer, self.reward_tokenizer
-            self.reward_model = load_reward_model(self.reward_path, self.reward_placement, *precision, *tokenizers)
+            self.reward_model = load_reward_model(networks, self.reward_path, self.reward_placement, half, *tokenizers)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from rlhf.data.chat import refuse_conversations
 from rlhf.errors import UserError
-from rlhf.models.actor_critic import ActorCritic, response_logprobs
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.adapters import LoRA
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.frozen import FrozenModel, M, Placement
-from rlhf.models.half_weights import Forward, keep_half
-from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations, load_causal_lm
+from rlhf.models.half_weights import Forward, keep_half, language_model_forward, scalar_forward
+from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations
+from rlhf.models.networks import AdaptedNetworks, Networks
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row, eos_ids, load_tokenizer, same_tokens
 from rlhf.models.translated import TranslatedModel
@@ -61,13 +62,22 @@ def check_models(
 
 
 def check_run(
-    trainer: Trainer, placements: tuple[Placement, Placement], reward_tokenizer: PreTrainedTokenizerBase | None
+    trainer: Trainer,
+    placements: tuple[Placement, Placement],
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    lora: LoRA | None,
 ) -> None:
     """Refuses what the Trainer or the data cannot do.
 
     ZeRO-3 for frozen models needs the process group of DeepSpeed's strategy; conversations need a reward model with the
-    tokenizer of the policy, `reward_tokenizer` None.
+    tokenizer of the policy, `reward_tokenizer` None; with adapters frozen models share the weights of trained ones.
     """
+    for name, placement in zip(("reference", "reward"), placements, strict=True):
+        if lora is not None and placement != "device":
+            raise UserError(
+                f"model.{name}_placement is {placement}, but with model.lora the base is in memory once, for all "
+                "networks, so there is nothing to move; leave it out."
+            )
     for rows in stage_data(trainer).splits.values() if reward_tokenizer is not None else ():
         if len(rows):
             refuse_conversations(rows["record"], REWARD)
@@ -78,62 +88,48 @@ def check_run(
 
 
 def load_reference(
-    path: str, placement: Placement, dtype: torch.dtype, half: torch.dtype | None, device: torch.device
+    networks: Networks, path: str, placement: Placement, half: torch.dtype | None
 ) -> FrozenModel[PreTrainedModel]:
     """Loads the reference; `half` is the precision of autocast, if it is used under autocast."""
-    model = load_causal_lm(path, REFERENCE, dtype)
-
-    def forward(ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.stack(response_logprobs(model, ids, mask, ids, torch.ones_like(mask), 1.0))
-
-    return _frozen(model, placement, half, device, forward)
+    model = networks.language_model(path, REFERENCE, trained=False)
+    return _frozen(networks, model, placement, half, language_model_forward(model))
 
 
 def load_reward_model(
+    networks: Networks,
     path: str,
     placement: Placement,
-    dtype: torch.dtype,
     half: torch.dtype | None,
-    device: torch.device,
     own: PreTrainedTokenizerBase,
     reward: PreTrainedTokenizerBase | None,
 ) -> FrozenModel[ScalarModel | TranslatedModel]:
     """Loads the reward model for sequences of the policy's tokens; `reward` is its tokenizer if it has another one."""
-    model = ScalarModel.from_pretrained(path, REWARD, dtype)
-
-    def forward(ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([model.score(ids, mask), model.padding_side_difference(ids, mask).view(1)])
-
+    model = networks.scalar_model(path, REWARD, trained=False)
     reader = model if reward is None else TranslatedModel(model, own, reward)
-    return _frozen(reader, placement, half, device, forward)
+    return _frozen(networks, reader, placement, half, scalar_forward(model))
 
 
 def _frozen(
-    model: M, placement: Placement, half: torch.dtype | None, device: torch.device, forward: Forward
+    networks: Networks, model: M, placement: Placement, half: torch.dtype | None, forward: Forward
 ) -> FrozenModel[M]:
     frozen = FrozenModel(model, placement)
-    if half is not None:
-        keep_half(model.to(device), half, forward)
+    if half is not None and not isinstance(networks, AdaptedNetworks):  # a base that is shared has its precision
+        keep_half(model.to(networks.device), half, forward)
         if placement == "cpu":
             model.to("cpu")
     return frozen
 
 
-def load_actor_critic(
-    model_path: str, reward_path: str | None, seed: int, recompute: bool, dtype: torch.dtype, device: torch.device
-) -> ActorCritic:
+def load_actor_critic(networks: Networks, model_path: str, reward_path: str | None, recompute: bool) -> ActorCritic:
     """Loads the policy, and the critic from the reward model or, if there is none, from the policy's backbone (D24).
 
     Args:
-        seed: of the critic's new head in the latter case.
         recompute: whether activations are computed again in the backward pass.
     """
-    if reward_path is not None:
-        critic = ScalarModel.from_pretrained(reward_path, REWARD, dtype).to(device)
-    else:
-        critic = ScalarModel.from_policy(model_path, seed, dtype=dtype).to(device)
-    policy = load_causal_lm(model_path, dtype=dtype)
+    start, setting = (model_path, POLICY) if reward_path is None else (reward_path, REWARD)
+    critic = networks.scalar_model(start, setting, trained=True)
+    policy = networks.language_model(model_path, POLICY, trained=True)
     if recompute:
         checkpoint_activations(policy)
         checkpoint_activations(critic.model)
-    return ActorCritic(policy.to(device), critic)  # type: ignore[arg-type]
+    return ActorCritic(policy, critic)

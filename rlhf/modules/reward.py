@@ -12,10 +12,10 @@ from typing_extensions import override
 from rlhf.callbacks.accuracy_table import AccuracyTable
 from rlhf.data.loaders import host_masks
 from rlhf.errors import NonNegative
+from rlhf.models.adapters import LoRA
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.finite import check_finite
-from rlhf.models.loading import checkpoint_activations, is_classifier
-from rlhf.models.scalar_model import ScalarModel
+from rlhf.models.loading import checkpoint_activations
 from rlhf.models.tokenizers import check_pad_in_embedding
 from rlhf.modules.settings import Optimization
 from rlhf.modules.stage_module import StageModule
@@ -36,6 +36,7 @@ class RewardModule(StageModule):
         eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
             those of the model's `generation_config.json`.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+        lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
     """
 
     kind = "reward"
@@ -48,8 +49,9 @@ class RewardModule(StageModule):
         pad_token: str | None = None,
         eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         register_classifier(self.model_config, "model.model_path")  # refuses types of which there is no reward model
@@ -60,11 +62,7 @@ class RewardModule(StageModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        if is_classifier(self.model_config):  # a trained reward model
-            model = ScalarModel.from_pretrained(self.model_path, "model.model_path", self.weights_dtype)
-        else:
-            model = ScalarModel.from_policy(self.model_path, self.seed, dtype=self.weights_dtype)
-        self.model = model.to(self.weights_device)
+        self.model = self.networks.scalar_model(self.model_path, "model.model_path", trained=True)
         if self.activation_checkpointing:
             checkpoint_activations(self.model.model)
 

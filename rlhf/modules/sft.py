@@ -11,10 +11,11 @@ from typing_extensions import override
 
 from rlhf.callbacks.sample_table import SampleTable
 from rlhf.data.loaders import host_masks
-from rlhf.errors import Positive
+from rlhf.errors import Positive, UserError
 from rlhf.evaluation.rouge import rouge
 from rlhf.hardware import sent
-from rlhf.models.loading import check_language_model, checkpoint_activations, load_causal_lm
+from rlhf.models.adapters import LoRA
+from rlhf.models.loading import check_language_model, checkpoint_activations
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.saving import save_pretrained
 from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids
@@ -43,6 +44,7 @@ class SFTModule(StageModule):
             those of the model's `generation_config.json`.
         resize_embeddings: add rows to the embedding if PAD has none. The paper does not need it.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
+        lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
     """
 
     kind = "sft"
@@ -59,14 +61,19 @@ class SFTModule(StageModule):
         eos_tokens: list[str] | None = None,
         resize_embeddings: bool = False,
         activation_checkpointing: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora)
         self.loss_on = loss_on
         self.assistant_turns = assistant_turns
         self.response_length = response_length
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings
         check_language_model(model_path, "model.model_path")
+        if resize_embeddings and lora is not None:
+            raise UserError(
+                "model.resize_embeddings: an adapter leaves the embedding as it is; train without model.lora."
+            )
         if not resize_embeddings:
             check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         self.model: Any = None
@@ -86,8 +93,7 @@ class SFTModule(StageModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        model: Any = load_causal_lm(self.model_path, dtype=self.weights_dtype)
-        self.model = model.to(self.weights_device)
+        self.model = self.networks.language_model(self.model_path, "model.model_path", trained=True)
         if self.resize_embeddings and len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
             self.model.resize_token_embeddings(len(self.tokenizer))
         if self.activation_checkpointing:

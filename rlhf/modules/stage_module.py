@@ -1,8 +1,9 @@
 """What the three stages share: tokenizer, optimizer, schedule, ranks, evaluation, export."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -21,9 +23,11 @@ from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.learning import Learning
 from rlhf.errors import UserError
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
+from rlhf.models.adapters import LoRA, check_lora
 from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
+from rlhf.models.networks import AdaptedNetworks, Networks
 from rlhf.models.saving import rehearse_export
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
@@ -54,6 +58,8 @@ class StageModule(LightningModule):
         pad_token, eos_tokens: see `rlhf.models.tokenizers.load_tokenizer`.
         activation_checkpointing: keep only the inputs of layers and compute the rest again in the backward pass: a
             third more computation for far less memory.
+        lora: train adapters, and leave all other weights as they are; null: train all weights. With it a `model_path`
+            may be the folder of an adapter, which is trained further; without it such an adapter is merged first.
     """
 
     kind: Literal["sft", "reward", "ppo"]
@@ -66,8 +72,10 @@ class StageModule(LightningModule):
         pad_token: str | None,
         activation_checkpointing: bool,
         eos_tokens: list[str] | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
+        self.lora = lora
         self.model_path = model_path
         self.optimization = optimization
         self.activation_checkpointing = activation_checkpointing
@@ -75,11 +83,15 @@ class StageModule(LightningModule):
         self.tokenizer = load_tokenizer(model_path, pad_token, eos_tokens=eos_tokens)
         self.model_config = load_config(model_path, "model.model_path")
         rehearse_export(model_path, self.tokenizer)
+        if lora is not None:
+            check_lora(lora, model_path, "model.model_path")
         self.epoch_means = EpochMeans()
 
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer)
+        if self.lora is not None and isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.trainer.strategy.exclude_frozen_parameters = True
         if stage == "fit":
             self.check_schedule(self.trainer)
         self.check_data(getattr(self.trainer, "datamodule", None))
@@ -145,6 +157,15 @@ class StageModule(LightningModule):
                 if limit is not None and sum(map(len, scores)) >= limit:
                     break
         return check_finite(torch.cat(scores), "rewards of demonstrations").to(accumulator_dtype(self.device))
+
+    @cached_property
+    def networks(self) -> Networks:
+        """Makes the networks of the stage from their folders."""
+        where = self.weights_dtype, self.weights_device, self.seed
+        if self.lora is None:
+            return Networks(*where)
+        half = None if self._trainer is None else self.half_precision
+        return AdaptedNetworks(*where, self.lora, half)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -269,6 +290,21 @@ class StageModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         # Every rank logs the same mean; sync_dist keeps Lightning from warning.
         self.log_dict(self.epoch_means.pop(self.reduce_sum), sync_dist=True)
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns all weights; with adapters those that are trained, as the base is not changed."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora is None:
+            return state
+        frozen = tuple(name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad)
+        extras = tuple(f"{name}." for name in frozen)  # what describes a quantised weight
+        return {name: x for name, x in state.items() if name not in frozen and not name.startswith(extras)}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        complete = self.lora is not None and state_dict.keys() >= self.state_dict().keys()
+        return super().load_state_dict(state_dict, strict and not complete, assign)
 
     def check_state(self, state: dict[str, Tensor] | None, name: str) -> None:
         """Refuses the weights of a checkpoint if they are of another model, or not finite.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf.errors import UserError
 from rlhf.models.arguments import accepted
 from rlhf.models.finite import check_logits
-from rlhf.models.loading import quiet
+from rlhf.models.library_calls import quiet
 from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
 if TYPE_CHECKING:

@@ -54,6 +54,7 @@ def pipeline(
     eos_tokens: list[str] | None = None,
     learning_rate: Positive | Literal["auto"] | None = None,
     best: str | None = None,
+    lora: Settings | None = None,
     devices: int | str | None = None,
     trainer: Settings | None = None,
     seed: Seed | None = None,
@@ -100,6 +101,7 @@ def pipeline(
         learning_rate: of all three trained stages; `auto`, the default where no section names files: a rule of thumb by
             the size of the model.
         best: a curve of PPO, such as `validation/score`, by which the best export is kept beside the last one.
+        lora: train adapters in all three stages, with these settings of `model.lora`, such as `rank`.
         devices: how many devices train.
         trainer: settings of the Trainer that the trained stages share, such as `strategy` and `precision`.
         seed: seed of the data and of every training stage.
@@ -123,7 +125,7 @@ def pipeline(
     every = {"trainer": trainer or {}} if devices is None else {"trainer": {**(trainer or {}), "devices": devices}}
     shared = Shared(
         model, demonstrations, comparisons, prompts, validation, validation_seed, reward_model, reward_function, judge,
-        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, **every,
+        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, lora, **every,
     )  # fmt: skip
     sections = {
         "synthesize": synthesize, "sft": sft, "reward": reward, "ppo": ppo, "generate": generate, "margins": margins,

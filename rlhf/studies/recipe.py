@@ -42,6 +42,7 @@ class Shared:
     eos_tokens: list[str] | None = None
     learning_rate: float | str | None = None
     best: str | None = None
+    lora: Settings | None = None
     trainer: Settings = field(default_factory=dict)
 
 
@@ -112,7 +113,7 @@ class Recipe:
             parameters = trained_parameters(load_config(str(self.model), "model"), "sft")
         except UserError:  # said by the stage that loads it
             return None
-        rate = proposed_learning_rate(parameters)
+        rate = proposed_learning_rate(parameters, self.shared.lora is not None)
         print(f"learning_rate: {rate:g}, a rule of thumb for a model of {parameters / 1e6:,.1f} million parameters")
         return rate
 
@@ -174,6 +175,7 @@ class Recipe:
             "model.ppo.response_length": shared.response_length if name == "ppo" else None,
         }
         settings |= {f"data.text.{key}": value for key, value in shared.text.items()}
+        settings |= {f"model.lora.{key}": value for key, value in (shared.lora or {}).items()}
         settings |= dict(_flat({"trainer": shared.trainer} if shared.trainer else {}))
         if name == "ppo" and shared.best is not None:
             settings |= {"trainer.callbacks+": "Export", "trainer.callbacks.best": shared.best}

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from rlhf import files
 from rlhf.data.texts import TextFormat, one_leading_space
 from rlhf.errors import NonNegative, Seed, UserError
-from rlhf.models.loading import quiet
+from rlhf.models.library_calls import quiet
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.synthetic.domains import NEWS
 from rlhf.synthetic.posts import comparisons, demonstrations, pretraining

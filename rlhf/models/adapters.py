@@ -1,0 +1,200 @@
+"""Adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): a frozen base, and small matrices beside its own that are trained."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, PositiveInt, field_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from rlhf.errors import Positive, UserError
+from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
+from rlhf.models.library_calls import explained, first_line
+
+NAME = "default"  # that peft gives to the only adapter of a model
+PREFIX = "base_model.model."  # of the names in the file of an adapter
+ALL_LINEAR = "all-linear"
+HEAD = "score.weight"  # of a reward model
+
+
+@dataclass(frozen=True, config=ConfigDict(title="model.lora"))
+class LoRA:
+    """An adapter: each chosen matrix W becomes W + s B A, where only A and B are trained, and B begins at 0.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: s is alpha / rank, or with `rslora` alpha / sqrt(rank).
+        target_modules: names of linear modules, as their last parts (`query_key_value`) or whole; `all-linear` takes
+            all but the output layer and the head.
+        modules_to_save: names of modules that are trained whole, such as `embed_in`; they are no longer shared.
+        rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+        dora: train the lengths of the columns apart from their directions (Liu et al. 2024, arXiv 2402.09353).
+        dropout: 0; anything else is refused (D10).
+        export: the `adapter` alone, which needs its base; the `merged` whole model, in float32; or `both`, the merged
+            one in the folder `merged` of the adapter's.
+    """
+
+    rank: PositiveInt = 16
+    alpha: Positive = 32.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    export: Literal["adapter", "merged", "both"] = "adapter"
+
+    @field_validator("dropout")
+    @classmethod
+    def _off(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError("must be 0: with dropout no log-probability could be computed again (D10)")
+        return dropout
+
+    def config(self, base: str, classifier: bool) -> Any:
+        """Returns peft's configuration of a new adapter for a base."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            target_modules=self.target_modules,
+            modules_to_save=self.modules_to_save,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            base_model_name_or_path=os.path.abspath(found)
+            if os.path.isdir(found := os.path.expanduser(base))
+            else base,
+            task_type=CLASSIFIER if classifier else "CAUSAL_LM",
+        )
+
+
+def add_adapter(model: nn.Module, lora: LoRA, base: str, seed: int, setting: str) -> None:
+    """Gives a model a new adapter, in place, that changes nothing yet. All other weights are frozen.
+
+    Args:
+        base: where the model comes from.
+        seed: of A.
+    """
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _inject(model, lora.config(base, _is_classifier(model)), setting)
+    _as_base(model)
+
+
+def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headless: bool = False) -> Any:
+    """Gives a model the adapter of a folder, in place. All other weights are frozen.
+
+    Args:
+        model: the base; a reward model may have a language model's adapter.
+        trained: whether it is trained further.
+        headless: the head of the model is new, so that the adapter of a reward model must bring its own.
+
+    Returns:
+        peft's object, which can merge it.
+    """
+    from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    model.requires_grad_(False)
+    with explained(f"{setting}: the adapter {path} cannot be loaded"):
+        config: Any = PeftConfig.from_pretrained(os.path.expanduser(path))
+        weights = load_peft_weights(os.path.expanduser(path), device="cpu")
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{setting}: the adapter {path} is of type {config.peft_type}; only LoRA is known here.")
+    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    config.lora_dropout, config.inference_mode = 0.0, not trained  # D10
+    if _is_classifier(model):
+        _set_head(model, weights.pop(HEAD, None), path, setting, headless and config.task_type == CLASSIFIER)
+        config.task_type = CLASSIFIER
+        config.modules_to_save = [name for name in config.modules_to_save or () if f"{name}.weight" != HEAD] or None
+        inside = {name for name, _ in model.named_modules()}
+        weights = {name: x for name, x in weights.items() if name.partition(".")[0] in inside}
+    tuner = _inject(model, config, setting)
+    expected = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(model).items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        name = wrong[0]
+        raise UserError(
+            f"{setting}: the adapter {path} does not fit its base {config.base_model_name_or_path}: {name} is "
+            f"{found.get(name, 'missing')} in the adapter, and {expected.get(name, 'missing')} in the model."
+        )
+    set_peft_model_state_dict(model, weights)
+    _as_base(model)
+    return tuner
+
+
+def merge_adapter(model: nn.Module, path: str, setting: str, headless: bool) -> None:
+    """Adds the adapter of a folder to the weights of its base, in place, so that the model is a plain one again."""
+    load_adapter(model, path, setting, False, headless).merge_and_unload()
+    model.requires_grad_(True)
+    vars(model).pop("peft_config", None)  # which older versions of peft leave
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Writes the adapter of a model as peft does, a reward model's with its head."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config, weights = model.peft_config[NAME], get_peft_model_state_dict(model)  # type: ignore[index]
+    if _is_classifier(model):
+        weights[HEAD] = model.get_parameter(HEAD)
+        config.modules_to_save = [*(config.modules_to_save or ()), HEAD.partition(".")[0]]
+    config.save_pretrained(folder)
+    tensors = {PREFIX + name: x.detach().to("cpu", torch.float32).contiguous() for name, x in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Tells whether a model has an adapter."""
+    return hasattr(model, "peft_config")
+
+
+def check_lora(lora: LoRA, path: str, setting: str) -> None:
+    """Refuses settings of an adapter that the adapter of a folder, which is to be trained further, does not have."""
+    found = adapter_settings(path)
+    if found is None:
+        return
+    keys = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+    for name, key in keys.items():
+        if getattr(lora, name) != found.get(key, False):
+            raise UserError(
+                f"model.lora.{name} is {getattr(lora, name)}, and the adapter {path} that {setting} trains further has "
+                f"{found.get(key)}; set it to that, or start from a merged model (export --model.lora.export merged)."
+            )
+
+
+def _is_classifier(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
+def _inject(model: nn.Module, config: Any, setting: str) -> Any:
+    from peft import LoraModel
+
+    try:
+        return LoraModel(model, config, NAME)
+    except ValueError as error:
+        linear = sorted(
+            {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        )
+        raise UserError(
+            f"model.lora does not fit {setting} {config.base_model_name_or_path}: {first_line(error)} Its linear "
+            f"modules are {', '.join(linear)}."
+        ) from error
+
+
+def _set_head(model: nn.Module, head: Tensor | None, path: str, setting: str, needed: bool) -> None:
+    if head is not None:
+        with torch.no_grad():
+            model.get_parameter(HEAD).copy_(head)
+    elif needed:
+        raise UserError(f"{setting}: the adapter {path} is of a reward model, but has no head ({HEAD}).")
+
+
+def _as_base(model: nn.Module) -> None:
+    """Gives adapters the precision of the base: DeepSpeed casts those that it trains, and a frozen one must agree."""
+    dtype = getattr(model, "dtype", torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,133 @@
+"""The networks of a stage, from their folders: each with weights of its own, or with adapters on a base they share."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from rlhf.models.adapters import LoRA, add_adapter, load_adapter
+from rlhf.models.classifiers import classifier_config
+from rlhf.models.half_weights import keep_half, language_model_forward, scalar_forward
+from rlhf.models.loading import check_base, is_classifier, load_causal_lm, load_config
+from rlhf.models.probes import backbone_of
+from rlhf.models.remote_code import trusts_remote_code
+from rlhf.models.scalar_model import ScalarModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Networks:
+    """Makes networks whose weights are all trained, or all frozen.
+
+    Args:
+        dtype: precision of the weights.
+        device: where trained networks are. Frozen ones are in CPU memory.
+        seed: of new heads.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.dtype, self.device, self.seed = dtype, device, seed
+
+    def language_model(self, path: str, setting: str, trained: bool) -> PreTrainedModel:
+        """Makes a policy or reference."""
+        model: Any = load_causal_lm(path, setting, self.dtype)
+        return model.to(self.device) if trained else model
+
+    def scalar_model(self, path: str, setting: str, trained: bool) -> ScalarModel:
+        """Makes a critic or reward model: from a language model, which gets a new head, or from a reward model."""
+        if is_classifier(load_config(path, setting)):
+            model = ScalarModel.from_pretrained(path, setting, self.dtype)
+        else:
+            model = ScalarModel.from_policy(path, self.seed, self.dtype)
+        return model.to(self.device) if trained else model
+
+
+class AdaptedNetworks(Networks):
+    """Makes networks that train an adapter only. Those with the same base share its weights, which stay frozen.
+
+    Each has modules of its own, so nothing is switched on and off: a reference is the base without the policy's
+    adapter, and a critic the base with another one and a head.
+
+    Args:
+        dtype: precision of the weights.
+        device: where they are.
+        seed: of new adapters and heads.
+        lora: of the adapters.
+        half: the precision of autocast, in which the weights of a base are kept if no number depends on it.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, seed: int, lora: LoRA, half: torch.dtype | None
+    ) -> None:
+        super().__init__(dtype, device, seed)
+        self.lora, self.half = lora, half
+        self._bases: dict[str, nn.Module] = {}
+
+    def language_model(self, path: str, setting: str, trained: bool) -> PreTrainedModel:
+        base = check_base(path, setting)
+        model = self._on_base(base, lambda: load_causal_lm(base, setting, self.dtype))
+        self._adapt(model, path, base, setting, trained)
+        if self.half is not None and trained:
+            keep_half(model, self.half, language_model_forward(model))
+        return model
+
+    def scalar_model(self, path: str, setting: str, trained: bool) -> ScalarModel:
+        base, config = check_base(path, setting), load_config(path, setting)
+        if is_classifier(load_config(base, setting)):
+            model = self._on_base(base, lambda: ScalarModel.from_pretrained(base, setting, self.dtype))
+            model.own_head()
+        else:
+            model = _with_head(self._on_base(base, lambda: load_causal_lm(base, setting, self.dtype)), self.seed)
+        model.set_shift(config)
+        self._adapt(model.model, path, base, setting, trained, headless=is_classifier(config))
+        for part in (model.head_weight, model.bias):
+            part.requires_grad_(trained)
+        if self.half is not None and trained:
+            keep_half(model, self.half, scalar_forward(model))
+        return model
+
+    def _on_base(self, base: str, load: Callable[[], M]) -> M:
+        """Copies the modules of a base, but none of its weights, which are loaded once."""
+        folder = os.path.expanduser(base)
+        key = os.path.realpath(folder) if os.path.isdir(folder) else base
+        if key not in self._bases:
+            self._bases[key] = load().to(self.device).requires_grad_(False)
+        model: Any = self._bases[key]
+        kept: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        return copy.deepcopy(model, kept)
+
+    def _adapt(
+        self, model: PreTrainedModel, path: str, base: str, setting: str, trained: bool, headless: bool = False
+    ) -> None:
+        if base != path:
+            load_adapter(model, path, setting, trained, headless)
+        elif trained:
+            add_adapter(model, self.lora, base, self.seed, setting)
+        model.to(self.device)  # type: ignore[arg-type]
+
+
+def _with_head(model: PreTrainedModel, seed: int) -> ScalarModel:
+    """Makes a reward model of the backbone of a language model, over the same weights, and a new head."""
+    from transformers import AutoModelForSequenceClassification
+
+    backbone: Any = backbone_of(model)
+    with torch.device("meta"):
+        whole: Any = AutoModelForSequenceClassification.from_config(
+            classifier_config(model.config), trust_remote_code=trusts_remote_code()
+        )
+    name = next(name for name, child in whole.named_children() if child is backbone_of(whole))
+    setattr(whole, name, backbone)
+    backbone.config.num_labels, whole.config = 1, backbone.config  # one object: it says which attention the layers take
+    scalar = ScalarModel(whole)
+    scalar.own_head()
+    scalar.new_head(seed)
+    return scalar
