@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from rlhf import files
 from rlhf.errors import UserError
 from rlhf.hardware import avoid_plans_of_attention
@@ -154,8 +155,8 @@ def check_base(path: str, setting: str) -> str:
         known = _manifest(root).get(BASES, {}).get(str(folder.relative_to(root)))
         if known is not None and known != model_fingerprint(base, setting):
             raise UserError(
-                f"{setting}: the base {base} of the adapter {path} has changed since the adapter was trained on it; bring "
-                "back the old one, or train the adapter again."
+                f"{setting}: the base {base} of the adapter {path} has changed since the adapter was trained on it; "
+                "bring back the old one, or train the adapter again."
             )
     return base
 

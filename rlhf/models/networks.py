@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from rlhf.models.adapters import LoRA, add_adapter, load_adapter
 from rlhf.models.classifiers import classifier_config
@@ -72,6 +73,7 @@ class AdaptedNetworks(Networks):
         self.lora, self.half = lora, half
         self._bases: dict[str, nn.Module] = {}
 
+    @override
     def language_model(self, path: str, setting: str, trained: bool) -> PreTrainedModel:
         base = check_base(path, setting)
         model = self._on_base(base, lambda: load_causal_lm(base, setting, self.dtype))
@@ -80,6 +82,7 @@ class AdaptedNetworks(Networks):
             keep_half(model, self.half, language_model_forward(model))
         return model
 
+    @override
     def scalar_model(self, path: str, setting: str, trained: bool) -> ScalarModel:
         base, config = check_base(path, setting), load_config(path, setting)
         if is_classifier(load_config(base, setting)):
