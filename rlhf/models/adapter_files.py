@@ -54,7 +54,8 @@ def base_of(path: str, setting: str) -> str:
     folder = os.path.expanduser(base)
     if (os.path.isabs(folder) or base.count("/") != 1) and not os.path.isdir(folder):
         raise UserError(
-            f"{where} belongs to the base {base}, which is not there; set base_model_name_or_path in its {ADAPTER_FILE}."
+            f"{where} belongs to the base {base}, which is not there; bring it back, or set base_model_name_or_path in "
+            f"its {ADAPTER_FILE}."
         )
     if adapter_settings(base) is not None:
         raise UserError(f"{where} belongs to {base}, which is an adapter too; merge that one into its own base first.")

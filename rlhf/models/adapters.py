@@ -1,4 +1,4 @@
-"""Adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): a frozen base, and small matrices beside its own that are trained."""
+"""Adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): small matrices that are trained beside the frozen ones of a base."""
 
 import os
 from pathlib import Path
@@ -137,7 +137,8 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config, weights = model.peft_config[NAME], get_peft_model_state_dict(model)  # type: ignore[index]
+    config: Any = model.peft_config[NAME]  # type: ignore[index]
+    weights = get_peft_model_state_dict(model)
     if _is_classifier(model):
         weights[HEAD] = model.get_parameter(HEAD)
         config.modules_to_save = [*(config.modules_to_save or ()), HEAD.partition(".")[0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class ScalarModel(nn.Module):
         """Replaces head and bias by new tensors, which no other model shares, with the old values if there are any."""
         weight, backbone = self.head_weight, next(self.model.base_model.parameters())
         values = torch.empty_like(weight, device=backbone.device) if weight.is_meta else weight.detach().clone()
-        self.model.score.weight = nn.Parameter(values)
+        head: Any = self.model.score
+        head.weight = nn.Parameter(values)
         self.bias = nn.Parameter(self.bias.detach().to(values.device, copy=True))
 
     @torch.no_grad()

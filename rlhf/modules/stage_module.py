@@ -292,7 +292,7 @@ class StageModule(LightningModule):
         self.log_dict(self.epoch_means.pop(self.reduce_sum), sync_dist=True)
 
     @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Returns all weights; with adapters those that are trained, as the base is not changed."""
         state = super().state_dict(*args, **kwargs)
         if self.lora is None:
