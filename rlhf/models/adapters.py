@@ -1,4 +1,4 @@
-"""Adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): small matrices that are trained beside the frozen ones of a base."""
+"""Adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): small matrices, trained beside the frozen ones of a base."""
 
 import os
 from pathlib import Path
