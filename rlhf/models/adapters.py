@@ -49,7 +49,10 @@ class LoRA:
     @classmethod
     def _off(cls, dropout: float) -> float:
         if dropout:
-            raise ValueError("must be 0: with dropout no log-probability could be computed again (D10)")
+            raise UserError(
+                f"model.lora.dropout is {dropout}: it should be 0, as with dropout no log-probability could be computed "
+                "again (D10)."
+            )
         return dropout
 
     def config(self, base: str, classifier: bool) -> Any:
