@@ -128,7 +128,9 @@ def measured(run: Path) -> dict[str, float]:
 def gold_of(generated: Path) -> float:
     """Computes the mean gold score of responses."""
     table = pd.read_parquet(generated)
-    return statistics.mean(gold_scores(list(table["query"]), list(table["response"]), [*map(json.loads, table["record"])]))
+    return statistics.mean(
+        gold_scores(list(table["query"]), list(table["response"]), [*map(json.loads, table["record"])])
+    )
 
 
 def facts_right(generated: Path) -> float:

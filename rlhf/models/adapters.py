@@ -50,8 +50,8 @@ class LoRA:
     def _off(cls, dropout: float) -> float:
         if dropout:
             raise UserError(
-                f"model.lora.dropout is {dropout}: it should be 0, as with dropout no log-probability could be computed "
-                "again (D10)."
+                f"model.lora.dropout is {dropout}: it should be 0, as with dropout no log-probability could be "
+                "computed again (D10)."
             )
         return dropout
 
