@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ConfigDict, PositiveInt, field_validator
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from rlhf.errors import Positive, UserError
 from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
 from rlhf.models.library_calls import explained, first_line
+from rlhf.models.remote_code import trusts_remote_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NAME = "default"  # that peft gives to the only adapter of a model
 PREFIX = "base_model.model."  # of the names in the file of an adapter
@@ -83,7 +87,7 @@ def add_adapter(model: nn.Module, lora: LoRA, base: str, seed: int, setting: str
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _inject(model, lora.config(base, _is_classifier(model)), setting)
+        _inject(model, lora.config(base, _is_classifier(model)), f"{setting} {base}")
     _as_base(model)
 
 
@@ -114,8 +118,8 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
         config.modules_to_save = [name for name in config.modules_to_save or () if f"{name}.weight" != HEAD] or None
         inside = {name for name, _ in model.named_modules()}
         weights = {name: x for name, x in weights.items() if name.partition(".")[0] in inside}
-    tuner = _inject(model, config, setting)
-    expected = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(model).items()}
+    tuner = _inject(model, config, f"{setting} {config.base_model_name_or_path}")
+    expected = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         name = wrong[0]
@@ -141,7 +145,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
     config: Any = model.peft_config[NAME]  # type: ignore[index]
-    weights = get_peft_model_state_dict(model)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     if _is_classifier(model):
         weights[HEAD] = model.get_parameter(HEAD)
         config.modules_to_save = [*(config.modules_to_save or ()), HEAD.partition(".")[0]]
@@ -155,10 +159,20 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def check_lora(lora: LoRA, path: str, setting: str) -> None:
-    """Refuses settings of an adapter that the adapter of a folder, which is to be trained further, does not have."""
+def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) -> None:
+    """Refuses an adapter that a model has no place for, or other settings than those of one that is trained further.
+
+    Nothing is loaded.
+    """
     found = adapter_settings(path)
     if found is None:
+        model = _without_weights(config)
+        for name, kind in (("target_modules", nn.Linear), ("modules_to_save", nn.Module)):
+            wanted, names = getattr(lora, name), {own for own, part in model.named_modules() if isinstance(part, kind)}
+            for missing in _not_among(names, [] if wanted in (None, ALL_LINEAR) else wanted):
+                known = sorted({own.rpartition(".")[2] for own in names if not own[-1:].isdecimal()} - {""})
+                raise UserError(f"model.lora.{name}: {setting} {path} has no {missing}; it has {', '.join(known)}.")
+        _inject(model, lora.config(path, False), f"{setting} {path}")
         return
     keys = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
     for name, key in keys.items():
@@ -173,19 +187,26 @@ def _is_classifier(model: nn.Module) -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
-def _inject(model: nn.Module, config: Any, setting: str) -> Any:
+def _not_among(names: set[str], wanted: list[str]) -> list[str]:
+    """Returns those of the wanted modules that are not there, by their whole names or the last parts of them."""
+    return [name for name in wanted if not any(own == name or own.endswith(f".{name}") for own in names)]
+
+
+def _without_weights(config: "PreTrainedConfig") -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code())
+
+
+def _inject(model: nn.Module, config: Any, what: str) -> Any:
+    """Puts an adapter into a model, in place; `what` names the model for the user."""
     from peft import LoraModel
 
     try:
         return LoraModel(model, config, NAME)
-    except ValueError as error:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        )
-        raise UserError(
-            f"model.lora does not fit {setting} {config.base_model_name_or_path}: {first_line(error)} Its linear "
-            f"modules are {', '.join(linear)}."
-        ) from error
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"model.lora does not fit {what}: {first_line(error)}") from error
 
 
 def _set_head(model: nn.Module, head: Tensor | None, path: str, setting: str, needed: bool) -> None:

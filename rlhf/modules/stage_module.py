@@ -84,7 +84,7 @@ class StageModule(LightningModule):
         self.model_config = load_config(model_path, "model.model_path")
         rehearse_export(model_path, self.tokenizer)
         if lora is not None:
-            check_lora(lora, model_path, "model.model_path")
+            check_lora(lora, model_path, self.model_config, "model.model_path")
         self.epoch_means = EpochMeans()
 
     @override

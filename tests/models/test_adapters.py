@@ -1,0 +1,210 @@
+"""Adapters: what they change and leave, their folders, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.callbacks.export import write_export
+from rlhf.errors import UserError
+from rlhf.models.actor_critic import response_logprobs
+from rlhf.models.adapters import LoRA
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.networks import AdaptedNetworks
+from rlhf.models.packing import packs
+from rlhf.models.scalar_model import ScalarModel
+from rlhf.modules import RewardModule, SFTModule
+
+IDS = torch.tensor([[5, 7, 9, 11, 13, 15], [3, 6, 2, 8, 4, 1]])
+MASK = torch.ones_like(IDS)
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def logprobs(model: Any) -> Tensor:
+    return response_logprobs(model, IDS[:, :3], MASK[:, :3], IDS[:, 3:], MASK[:, 3:], 0.7)[0]
+
+
+@torch.no_grad()
+def scores(model: ScalarModel) -> Tensor:
+    return model.score(IDS, MASK)
+
+
+def networks(lora: LoRA = LoRA()) -> AdaptedNetworks:
+    return AdaptedNetworks(torch.float32, CPU, 1, lora, None)
+
+
+def trained(module: Any) -> Any:
+    """A module whose trained weights are anything but what they were."""
+    module.configure_model()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+@pytest.fixture
+def sft(model_path: str, tmp_path: Path) -> tuple[SFTModule, str]:
+    """A trained SFT module, and the folder of its adapter."""
+    module = trained(SFTModule(model_path, lora=LoRA(rank=4)))
+    write_export(module, tmp_path / "sft")
+    return module, str(tmp_path / "sft")
+
+
+@pytest.fixture
+def reward(sft: tuple[SFTModule, str], tmp_path: Path) -> tuple[RewardModule, str]:
+    """The same of a reward model, whose adapter goes on from that of SFT."""
+    module = trained(RewardModule(sft[1], lora=LoRA(rank=4)))
+    module.centre = torch.tensor(0.3)
+    write_export(module, tmp_path / "reward")
+    return module, str(tmp_path / "reward")
+
+
+@pytest.mark.parametrize("more", [{}, {"rslora": True}, {"dora": True}, {"target_modules": ["dense", "lm_head"]}])
+def test_a_new_adapter_changes_nothing(model_path: str, more: dict[str, Any]) -> None:
+    lora = LoRA(rank=4, **more)
+    found = logprobs(networks(lora).language_model(model_path, "model", trained=True))
+    expected = logprobs(load_causal_lm(model_path))
+    torch.testing.assert_close(found, expected, atol=1e-6 if len(more) else 0, rtol=0)
+
+
+def test_the_formula(model_path: str, sft: tuple[SFTModule, str]) -> None:
+    """W + alpha / rank B A, and with `rslora` alpha / sqrt(rank), of weights that are read from the file."""
+    written = load_file(Path(sft[1]) / "adapter_model.safetensors")
+    model = load_causal_lm(model_path)
+    names = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in written}
+    assert len(names) == 4 * len(model.gpt_neox.layers)
+    for name in names:
+        a, b = (written[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        model.get_submodule(name).weight.data += 32 / 4 * b @ a
+    expected = logprobs(model)
+    torch.testing.assert_close(logprobs(sft[0].model), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs(load_causal_lm(sft[1])), expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_loads_in_transformers_and_peft(
+    sft: tuple[SFTModule, str], reward: tuple[RewardModule, str]
+) -> None:
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
+
+    for kind in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        with torch.no_grad():
+            logits = kind.from_pretrained(sft[1])(IDS).logits
+            torch.testing.assert_close(logits, sft[0].model(IDS).logits, atol=1e-5, rtol=0)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(reward[1], num_labels=1)
+    model.get_base_model().config.pad_token_id = reward[0].tokenizer.pad_token_id
+    shift = json.loads((Path(reward[1]) / "adapted_config.json").read_text())["reward_shift"]
+    with torch.no_grad():
+        found = model(input_ids=IDS, attention_mask=MASK).logits.squeeze(1) - shift
+    torch.testing.assert_close(found, scores(reward[0].model) - 0.3, atol=1e-5, rtol=0)
+
+
+def test_a_reward_model_merged_and_not(reward: tuple[RewardModule, str]) -> None:
+    expected = scores(reward[0].model) - 0.3
+    torch.testing.assert_close(scores(ScalarModel.from_pretrained(reward[1], "reward")), expected, atol=1e-5, rtol=0)
+    alone = networks(LoRA(rank=4)).scalar_model(reward[1], "reward", trained=False)
+    torch.testing.assert_close(scores(alone), expected, atol=1e-6, rtol=0)
+    assert not any(p.requires_grad for p in alone.parameters())
+
+
+def test_all_networks_share_one_base(sft: tuple[SFTModule, str], reward: tuple[RewardModule, str]) -> None:
+    made = networks(LoRA(rank=4))
+    policy, reference = (made.language_model(sft[1], "model", trained) for trained in (True, False))
+    critic, judge = (made.scalar_model(reward[1], "reward", trained) for trained in (True, False))
+    where = [{p.data_ptr() for name, p in m.named_parameters() if "base_layer" in name} for m in (policy, reference)]
+    where += [{p.data_ptr() for name, p in m.named_parameters() if "base_layer" in name} for m in (critic, judge)]
+    assert where[0]
+    assert where[0] == where[1] == where[2] == where[3]
+    own = [{p.data_ptr() for n, p in m.named_parameters() if "lora_" in n} for m in (policy, reference, critic, judge)]
+    assert len(set.union(*own)) == sum(map(len, own))
+    assert torch.equal(logprobs(policy), logprobs(reference))
+    assert torch.equal(scores(critic), scores(judge))
+    assert packs(policy)
+    assert packs(critic.model)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    torch.testing.assert_close(logprobs(reference), logprobs(load_causal_lm(sft[1])), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("export", ["merged", "both"])
+def test_merged_exports(model_path: str, tmp_path: Path, export: Any) -> None:
+    module = trained(SFTModule(model_path, lora=LoRA(rank=4, export=export)))
+    write_export(module, tmp_path / "export")
+    whole = tmp_path / "export" / ("merged" if export == "both" else "")
+    assert (whole / "model.safetensors").exists()
+    assert (tmp_path / "export" / "adapter_config.json").exists() == (export == "both")
+    shutil.copytree(whole, tmp_path / "alone")
+    torch.testing.assert_close(
+        logprobs(load_causal_lm(str(tmp_path / "alone"))), logprobs(module.model), atol=1e-5, rtol=0
+    )
+
+
+def changed(folder: str, **changes: Any) -> None:
+    file = Path(folder) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_base_that_changed_is_refused(model_path: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_path, base)
+    write_export(trained(SFTModule(str(base), lora=LoRA(rank=4))), tmp_path / "sft")
+    load_causal_lm(str(tmp_path / "sft"))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: x + 0.1 for name, x in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"base .* has changed since the adapter was trained on it"):
+        load_causal_lm(str(tmp_path / "sft"))
+    with pytest.raises(UserError, match=r"base .* has changed since the adapter was trained on it"):
+        networks(LoRA(rank=4)).language_model(str(tmp_path / "sft"), "model", trained=True)
+
+
+def test_adapters_that_do_not_fit(sft: tuple[SFTModule, str], model_path: str, tmp_path: Path) -> None:
+    folder = sft[1]
+    with pytest.raises(
+        UserError, match=r"lora\.target_modules: .* has no q_proj; it has dense, .*query_key_value"
+    ):
+        SFTModule(model_path, lora=LoRA(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"model\.lora\.modules_to_save: .* has no wte; it has .*embed_in"):
+        SFTModule(model_path, lora=LoRA(modules_to_save=["wte"]))
+    with pytest.raises(UserError, match=r"model\.lora\.rank is 8, and the adapter .* has 4"):
+        SFTModule(folder, lora=LoRA(rank=8))
+    with pytest.raises(UserError, match=r"model\.lora\.dropout is 0\.1: it should be 0"):
+        LoRA(dropout=0.1)
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    name = min(weights)
+    save_file({n: x for n, x in weights.items() if n != name}, Path(folder) / "adapter_model.safetensors")
+    (Path(folder) / "rlhf.json").unlink()
+    with pytest.raises(
+        UserError, match=r"does not fit its base .* is missing in the adapter, and \(4, \d+\)"
+    ):
+        load_causal_lm(folder)
+    changed(folder, base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"belongs to the base .*gone, which is not there"):
+        SFTModule(folder)
+    changed(folder, base_model_name_or_path=folder)
+    with pytest.raises(UserError, match="which is an adapter too"):
+        SFTModule(folder)
+    (Path(folder) / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json is no JSON object that can be read"):
+        SFTModule(folder)
+
+
+def test_an_adapter_of_the_output_layer_leaves_the_critic_without(model_path: str, tmp_path: Path) -> None:
+    lora = LoRA(rank=4, target_modules=["dense", "lm_head"])
+    write_export(trained(SFTModule(model_path, lora=lora)), tmp_path / "sft")
+    made, folder = networks(lora), str(tmp_path / "sft")
+    policy = made.language_model(folder, "model", trained=True)
+    torch.testing.assert_close(logprobs(policy), logprobs(load_causal_lm(folder)), atol=1e-5, rtol=0)
+    for start in (model_path, folder):
+        critic = made.scalar_model(start, "model", trained=True)
+        assert {name.split(".")[-4] for name, _ in critic.named_parameters() if "lora_A" in name} == {"dense"}
