@@ -34,6 +34,8 @@ class WaitingPPO(PPOModule):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
+        if self.lora is not None:
+            return
         held = self.trainer.current_epoch < self.ppo.critic_warmup
         weights = load_causal_lm(self.model_path, dtype=self.weights_dtype).parameters()
         pairs = list(zip(weights, self.actor_critic.policy.parameters(), strict=True))

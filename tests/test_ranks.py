@@ -98,9 +98,9 @@ def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: st
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted((run / "export").rglob("model.safetensors"))
+    files = sorted((run / "export").rglob("*.safetensors"))
     tensors = {f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()}
-    for file in (run / "export").rglob("config.json"):
+    for file in (run / "export").rglob("*config.json"):
         tensors[f"{file.parent.name}/shift"] = torch.tensor(json.loads(file.read_text()).get("reward_shift", 0.0))
     return tensors
 
@@ -136,6 +136,13 @@ def test_gradients_and_their_clipping_are_the_same_on_two_processes(fit: Fit, pr
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
 def test_reward_model_and_ppo_give_the_same_weights_on_two_processes(fit: Fit, stage: str, processes: str) -> None:
     assert_same_step(fit(stage, "one"), fit(stage, processes))
+
+
+@pytest.mark.parametrize("processes", ["ddp", "zero2"])
+def test_adapters_get_the_same_weights_on_two_processes(fit: Fit, processes: str) -> None:
+    one, two = (fit("ppo", p, "--model.lora.rank=4", name=f"adapters-{p}") for p in ("one", processes))
+    assert any("lora_B" in name and tensor.any() for name, tensor in weights(one).items())
+    assert_same_step(one, two)
 
 
 @pytest.mark.parametrize("processes", ["ddp", "zero2"])

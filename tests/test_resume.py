@@ -72,6 +72,8 @@ def fit(driver: Driver, inputs: dict[str, list[str]], model_path: str, tmp_path:
     def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:
         last = "--trainer.callbacks+=rlhf.callbacks.last_checkpoint.LastCheckpoint"
         callbacks = [last, "--trainer.callbacks.every_n_steps=1"]
+        stage, _, adapters = stage.partition(" ")
+        words = (*words, "--model.lora.rank=4") if adapters else words
         if stage == "ppo":
             callbacks += ["--trainer.callbacks+=Export", "--trainer.callbacks.best=validation/score"]
         settings = {
@@ -92,9 +94,9 @@ def fit(driver: Driver, inputs: dict[str, list[str]], model_path: str, tmp_path:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted((run / "export").rglob("model.safetensors"))
+    files = sorted((run / "export").rglob("*.safetensors"))
     tensors = {f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()}
-    for file in (run / "export").rglob("config.json"):
+    for file in (run / "export").rglob("*config.json"):
         tensors[f"{file.parent.name}/shift"] = torch.tensor(json.loads(file.read_text()).get("reward_shift", 0.0))
     return tensors
 
@@ -144,6 +146,8 @@ EARLY = ("on_train_batch_start", 4)
         ("sft", "zero2", happens("terminate", *EARLY, rank=0)),
         ("reward", "zero2", [*happens("full_disk_at_last", *EARLY, rank=0), *happens("kill_while_writing", *MIDDLE)]),
         ("ppo", "zero2", [*happens("full_disk", *MIDDLE, rank=1), *happens("kill", "on_train_batch_start", 11)]),
+        ("ppo adapters", "ddp", happens("kill", "on_train_batch_start", 11)),
+        ("ppo adapters", "zero2", happens("kill_while_writing", *MIDDLE)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -163,7 +167,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert ("could not be written" in log.read_text()) == ("full_disk" in str(event))
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert_exported(driver, tmp_path / "run", tmp_path / "exported")
-    if stage == "ppo":  # the resumed run knew which was the best
+    if stage.startswith("ppo"):  # the resumed run knew which was the best
         assert contents(tmp_path / "run" / "export_best") == contents(tmp_path / "whole" / "export_best")
     if (stage, processes) == ("reward", "one"):  # nothing is left to train
         assert fit(stage, processes, "run", "--ckpt_path=last") == [0]

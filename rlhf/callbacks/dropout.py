@@ -137,9 +137,11 @@ class DisableDropout(Callback):
         if found := disable_dropout(pl_module):
             rank_zero_info(f"Dropout: switched off in {found} places.")
         for network in _networks(pl_module):
-            if draws_random_numbers(network) and (noisy := keep_in_evaluation_mode(network)):
-                rank_zero_info(f"Random routing of experts: {noisy} parts stay in evaluation mode.")
-            if draws_random_numbers(network):
+            with trainer.precision_plugin.forward_context():
+                if draws_random_numbers(network) and (noisy := keep_in_evaluation_mode(network)):
+                    rank_zero_info(f"Random routing of experts: {noisy} parts stay in evaluation mode.")
+                draws = draws_random_numbers(network)
+            if draws:
                 raise UserError(
                     f"{type(network).__name__} still draws random numbers in a training forward after all known "
                     "dropout was set to 0; log-probabilities would not be reproducible. Set its dropout to 0 in its "

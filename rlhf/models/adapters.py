@@ -1,5 +1,6 @@
 """Adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): small matrices, trained beside the frozen ones of a base."""
 
+import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,7 +120,9 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
         inside = {name for name, _ in model.named_modules()}
         weights = {name: x for name, x in weights.items() if name.partition(".")[0] in inside}
     tuner = _inject(model, config, f"{setting} {config.base_model_name_or_path}")
-    expected = {name: tuple(x.shape) for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    expected = {
+        name: tuple(x.shape) for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         name = wrong[0]
@@ -144,7 +147,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config: Any = model.peft_config[NAME]  # type: ignore[index]
+    config: Any = copy.copy(model.peft_config[NAME])  # type: ignore[index]
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     if _is_classifier(model):
         weights[HEAD] = model.get_parameter(HEAD)
@@ -174,13 +177,25 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
                 raise UserError(f"model.lora.{name}: {setting} {path} has no {missing}; it has {', '.join(known)}.")
         _inject(model, lora.config(path, False), f"{setting} {path}")
         return
-    keys = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
-    for name, key in keys.items():
-        if getattr(lora, name) != found.get(key, False):
+    known = {
+        "rank": found.get("r"),
+        "alpha": found.get("lora_alpha"),
+        "rslora": found.get("use_rslora", False),
+        "dora": found.get("use_dora", False),
+        "target_modules": _last_parts(found.get("target_modules")),
+        "modules_to_save": sorted({*_last_parts(found.get("modules_to_save"))} - {HEAD.partition(".")[0]}),
+    }
+    for name, value in known.items():
+        own = getattr(lora, name)
+        if own != ALL_LINEAR and (own if name in ("rank", "alpha", "rslora", "dora") else _last_parts(own)) != value:
             raise UserError(
-                f"model.lora.{name} is {getattr(lora, name)}, and the adapter {path} that {setting} trains further has "
-                f"{found.get(key)}; set it to that, or start from a merged model (export --model.lora.export merged)."
+                f"model.lora.{name} is {own}, and the adapter {path} that {setting} trains further has {value}; set it "
+                "to that, or start from a merged model (export --model.lora.export merged)."
             )
+
+
+def _last_parts(names: str | list[str] | None) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in ([names] if isinstance(names, str) else names or ())})
 
 
 def _is_classifier(model: nn.Module) -> bool:

@@ -29,6 +29,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         if getattr(model, "generation_config", None) is not None:
             model.generation_config, _ = _exportable(model.generation_config, tokenizer)
         if is_adapted(model):
+            folder.mkdir(parents=True, exist_ok=True)
             model.config.architectures = [type(model).__name__]
             model.config.to_json_file(folder / CONFIG_FILE)
             if model.can_generate():

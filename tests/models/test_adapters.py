@@ -170,9 +170,7 @@ def test_a_base_that_changed_is_refused(model_path: str, tmp_path: Path) -> None
 
 def test_adapters_that_do_not_fit(sft: tuple[SFTModule, str], model_path: str, tmp_path: Path) -> None:
     folder = sft[1]
-    with pytest.raises(
-        UserError, match=r"lora\.target_modules: .* has no q_proj; it has dense, .*query_key_value"
-    ):
+    with pytest.raises(UserError, match=r"lora\.target_modules: .* has no q_proj; it has dense, .*query_key_value"):
         SFTModule(model_path, lora=LoRA(target_modules=["q_proj"]))
     with pytest.raises(UserError, match=r"model\.lora\.modules_to_save: .* has no wte; it has .*embed_in"):
         SFTModule(model_path, lora=LoRA(modules_to_save=["wte"]))
@@ -184,9 +182,7 @@ def test_adapters_that_do_not_fit(sft: tuple[SFTModule, str], model_path: str, t
     name = min(weights)
     save_file({n: x for n, x in weights.items() if n != name}, Path(folder) / "adapter_model.safetensors")
     (Path(folder) / "rlhf.json").unlink()
-    with pytest.raises(
-        UserError, match=r"does not fit its base .* is missing in the adapter, and \(4, \d+\)"
-    ):
+    with pytest.raises(UserError, match=r"does not fit its base .* is missing in the adapter, and \(4, \d+\)"):
         load_causal_lm(folder)
     changed(folder, base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"belongs to the base .*gone, which is not there"):
