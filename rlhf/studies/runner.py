@@ -351,8 +351,10 @@ class Job(NamedTuple):
     after: str | None = None
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], None]) -> None:
-    """Runs jobs, `processes` at a time, and writes the result of those that are finished.
+def run_jobs(
+    jobs: Sequence[Job], processes: int, write_result: Callable[[], None], so_far: Callable[[], None] | None = None
+) -> None:
+    """Runs jobs, `processes` at a time, calls `so_far` after each, and writes the result of those that are finished.
 
     A job that fails stops only the jobs that come after it, which are listed behind it.
 
@@ -375,9 +377,9 @@ def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], Non
                     except UserError as error:
                         print(f"failed: {error}", flush=True)
                         failed[job.name] = str(error)
-                if running:
-                    with suppress(UserError):  # the last one tells
-                        write_result()
+                if running and so_far:
+                    with suppress(UserError):  # it comes again in the end
+                        so_far()
         finally:
             pool.shutdown(cancel_futures=True)
     for job in jobs:
