@@ -151,7 +151,7 @@ def mean_lengths(table: pd.DataFrame, unit: Unit) -> Panels:
 
 def length_controlled(bins: pd.DataFrame, fits: pd.DataFrame) -> Panels:
     """Shows `lengths.length_bins` and the curves of `lengths.length_fits`, a panel per size."""
-    fits = fits.drop_duplicates(["size", "policy"], keep="last")  # over all seeds
+    fits = fits.drop_duplicates(["size", "policy"], keep="last").dropna(subset="adjusted")  # over all seeds
     made: Panels = {}
     for size, own in bins.groupby("size", sort=False):
         look = drawn_by("policy", own)

@@ -17,6 +17,7 @@ from rlhf import files
 from rlhf.report.headline import headline
 from rlhf.report.model_card import LIBRARIES, settings_that_matter
 from rlhf.report.page import SAMPLES, Page
+from rlhf.report.run_folders import TABLES
 from rlhf.report.runs import Run
 
 COMMANDS = ("report", "pipeline", "scaling")  # of the command line, that end with this page
@@ -60,8 +61,10 @@ def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = 
 
 
 def _named(runs: Sequence[Run]) -> str:
-    sizes, seeds = dict.fromkeys(run.size for run in runs), dict.fromkeys(str(run.seed) for run in runs)
-    return ", ".join(sizes) + f", seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+    tables = [name for run in runs if run.size == TABLES for name in run.policies]
+    seeds = dict.fromkeys(str(run.seed) for run in runs if run.size != TABLES)
+    names = [*dict.fromkeys(run.size for run in runs if run.size != TABLES), *tables]
+    return ", ".join(names) + (f", seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "")
 
 
 def _command() -> str:

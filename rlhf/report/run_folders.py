@@ -157,7 +157,7 @@ def settings_that_differ(runs: Sequence[Run]) -> pd.DataFrame:
             config = _config(folder)
             above = str(config.get("run_dir", folder)).removesuffix(f"/{stage}")
             for key, value in _flat(config):
-                if key not in ("run_dir", "ckpt_path"):
+                if value is not None and key not in ("run_dir", "ckpt_path"):
                     own[stage, key] = json.dumps(value).replace(f"{above}/", "{run}/")
         columns[run.size] = own
     columns = {name: own for name, own in reversed(columns.items()) if own}  # a run of tables alone has none

@@ -81,6 +81,14 @@ def test_a_long_curve_is_thinned_and_keeps_its_last_point() -> None:
     assert shown["value"].tolist() == pytest.approx((shown["step"] / 7).tolist())
 
 
+def test_lengths_without_a_fit_have_their_bins_only() -> None:
+    """A layer without a number makes Vega complain on the console."""
+    bins = pd.DataFrame({"size": "s", "policy": ["a", "b"], "bin": 0.0, "win_rate": 0.5, "low": 0.1, "high": 0.9})
+    fits = pd.DataFrame({"size": "s", "policy": ["a", "b"], "adjusted": [0.5, None], "slope": [1.0, None]})
+    *_, curves = data(charts.length_controlled(bins, fits)["Win rate by length"])
+    assert curves["policy"].unique().tolist() == ["a"]
+
+
 def test_series_are_told_apart_without_colour(rates: pd.DataFrame) -> None:
     spec = charts.mean_lengths(rates.assign(length=3.0, reference_length=4.0), "tokens")
     encoding = spec["Win rate and mean length"].to_dict()["layer"][0]["encoding"]

@@ -199,6 +199,7 @@ def test_tables_of_strangers(tmp_path: Path) -> None:
     main(["report", "--runs", *paths, "--output", str(tmp_path / "out")])
     rates = pd.read_csv(tmp_path / "out" / "report" / "win_rates.csv").set_index("policy")
     assert rates["win_rate"].to_dict() == {"mine": 0.625, "other": 0.5}
+    assert "RLHF report: mine, other, 20" in (tmp_path / "out" / "report.html").read_text()
     assert rates["position_bias"].isna().all()
 
 
