@@ -151,8 +151,8 @@ def networks(config: PreTrainedConfig, stage: str = "ppo", lora: LoRA | None = N
             scalar_model = ScalarModel(
                 AutoModelForSequenceClassification.from_config(labelled, trust_remote_code=trusted)
             )
-    backbone = Network(backbone_of(language_model))
-    return Network(language_model, lora), Network(scalar_model, lora), backbone
+    backbone, language = Network(backbone_of(language_model)), Network(language_model, lora)
+    return language, language if stage == "sft" else Network(scalar_model, lora), backbone
 
 
 def trained_parameters(config: PreTrainedConfig, stage: str, lora: LoRA | None = None) -> int:
