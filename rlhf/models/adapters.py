@@ -169,7 +169,7 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
     """
     found = adapter_settings(path)
     if found is None:
-        model = _without_weights(config)
+        model = without_weights(config)
         for name, kind in (("target_modules", nn.Linear), ("modules_to_save", nn.Module)):
             wanted, names = getattr(lora, name), {own for own, part in model.named_modules() if isinstance(part, kind)}
             for missing in _not_among(names, [] if wanted in (None, ALL_LINEAR) else wanted):
@@ -207,7 +207,8 @@ def _not_among(names: set[str], wanted: list[str]) -> list[str]:
     return [name for name in wanted if not any(own == name or own.endswith(f".{name}") for own in names)]
 
 
-def _without_weights(config: "PreTrainedConfig") -> nn.Module:
+def without_weights(config: "PreTrainedConfig") -> nn.Module:
+    """Makes the modules of a language model, without memory for their weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
