@@ -129,7 +129,7 @@ class AdaptedNetworks(Networks):
             self._bases[key] = load(base, setting, self.dtype, options).to(self.device).requires_grad_(False)
         model: Any = self._bases[key]
         kept = {id(part): part for part in chain(model.parameters(), model.buffers(), beside_weights(model))}
-        return copy.deepcopy(model, kept)  # type: ignore[arg-type]
+        return copy.deepcopy(model, kept)
 
     def _options(self, config: PreTrainedConfig, what: str) -> dict[str, Any]:
         check_base_storage(config, what, True, self.quantization)

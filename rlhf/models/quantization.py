@@ -125,12 +125,13 @@ def settle(model: PreTrainedModel) -> None:
         return
     from bitsandbytes import nn as layers
 
+    layer: Any
     for layer in model.modules():
         if isinstance(layer, layers.Linear4bit):
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, layers.Linear8bitLt):
-            layer.weight.CB = None  # type: ignore[assignment]  # or its memory would stay when the weight is moved
-            layer.forward = MethodType(_eight_bit_forward, layer)  # type: ignore[assignment]
+            layer.weight.CB = None  # or its memory would stay when the weight is moved
+            layer.forward = MethodType(_eight_bit_forward, layer)
 
 
 def beside_weights(model: nn.Module) -> list[Any]:
@@ -150,7 +151,8 @@ class _EightBitProduct(torch.autograd.Function):
     @override
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ _whole(*ctx.saved_tensors, gradient.dtype), None, None
+        weight, scale = ctx.saved_tensors
+        return gradient @ _whole(weight, scale, gradient.dtype), None, None
 
 
 def _whole(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
