@@ -64,7 +64,7 @@ def fault_of(model: PreTrainedModel, reader: type[Reader]) -> str | None:
     Weights in float32 are tested without autocast first, where rounding hides nothing, then as the caller runs them.
     """
     device = model.device.type
-    single = model.dtype == torch.float32
+    single = {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
     tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
     autocast = torch.is_autocast_enabled(device)
     for enabled in sorted({autocast, autocast and not single}):
