@@ -20,7 +20,7 @@ from rlhf.models.adapter_files import ADAPTER_FILE, CLASSIFIER, CONFIG_FILE, ada
 from rlhf.models.adapters import merge_adapter
 from rlhf.models.library_calls import explained, first_line, quiet
 from rlhf.models.probes import is_causal
-from rlhf.models.quantization import settle
+from rlhf.models.quantization import in_full, settle
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.weights import check_weights
 
@@ -231,7 +231,7 @@ def from_pretrained(
         )
     if base != path:
         if quantized:
-            model = model.dequantize(dtype)
+            model = in_full(model, dtype)
         merge_adapter(model, path, setting, headless=new is not None)
     return model
 

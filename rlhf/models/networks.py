@@ -135,9 +135,8 @@ class AdaptedNetworks(Networks):
         check_base_storage(config, what, True, self.quantization)
         if self.quantization is None:
             return {}
-        how = self.quantization, self.half or self.dtype, self.device
-        check_kernels(without_weights(config), *how)
-        return loading_options(*how)
+        check_kernels(without_weights(config), self.quantization, self.half or self.dtype, self.device)
+        return loading_options(self.quantization, self.device)
 
     def _adapt(
         self, model: PreTrainedModel, path: str, base: str, setting: str, trained: bool, headless: bool = False

@@ -94,44 +94,48 @@ def _product(quantization: Quantization, x: Tensor, weight: Tensor) -> Tensor:
     return bnb.matmul_4bit(x, packed, state)
 
 
-def loading_options(quantization: Quantization, compute: torch.dtype, device: torch.device) -> dict[str, Any]:
+def loading_options(quantization: Quantization, device: torch.device) -> dict[str, Any]:
     """Returns what transformers needs to quantise a base while it loads it onto a device.
 
     Output layer, head and embeddings stay as they are.
-
-    Args:
-        compute: the precision of products.
     """
     from transformers import BitsAndBytesConfig
 
     four = quantization == "nf4"
     config = BitsAndBytesConfig(
-        load_in_4bit=four,
-        load_in_8bit=not four,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Makes the layers of bitsandbytes compute the same in training and evaluation, whatever else is in a batch.
+    """Makes the layers of bitsandbytes compute as others do: in the precision of autocast or of their input.
 
-    Its own in 8 bits would round activations, too, but for columns that depend on all rows; and on some CPUs those in
-    4 bits would compute in bfloat16 in evaluation.
+    Its own in 8 bits would round activations, too, but for columns that depend on all rows of a batch, and in training
+    otherwise than in evaluation, as some CPUs would in 4 bits.
     """
     if getattr(model, "quantization_method", None) != "bitsandbytes":
         return
-    from bitsandbytes import nn as layers
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     layer: Any
     for layer in model.modules():
-        if isinstance(layer, layers.Linear4bit):
-            layer.support_avx512bf16_for_cpu = False
-        elif isinstance(layer, layers.Linear8bitLt):
-            layer.weight.CB = None  # or its memory would stay when the weight is moved
-            layer.forward = MethodType(_eight_bit_forward, layer)
+        if isinstance(layer, Linear4bit | Linear8bitLt):
+            layer.forward = MethodType(_forward, layer)
+        if isinstance(layer, Linear8bitLt):
+            layer.weight.CB = None  # the weight again, whose memory it would keep where that is moved
+
+
+def in_full(model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Makes a quantised model one of plain matrices, those that it computes with, which can be saved."""
+    plain = model.dequantize(dtype)
+    kept = [x for x in model._weight_conversions or () if not _of_quantizer(x)]
+    plain._weight_conversions = kept or None  # transformers would reverse those at a save
+    return plain  # type: ignore[no-any-return]
+
+
+def _of_quantizer(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
 
 
 def beside_weights(model: nn.Module) -> list[Any]:
@@ -159,8 +163,13 @@ def _whole(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_(scale.to(weight.device).unsqueeze(1) / 127)
 
 
-def _eight_bit_forward(layer: Any, x: Tensor) -> Tensor:
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    product = _EightBitProduct.apply(x.to(dtype), layer.weight, layer.weight.SCB)
-    return product if layer.bias is None else product + layer.bias.to(dtype)
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    import bitsandbytes as bnb
+
+    device, weight = x.device.type, layer.weight
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, bias = x.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.matmul_4bit(x, weight, bias=bias, quant_state=weight.quant_state)
+    product: Tensor = _EightBitProduct.apply(x, weight, weight.SCB)
+    return product if bias is None else product + bias
