@@ -222,8 +222,9 @@ def from_pretrained(
             f"numbers in its {'weights and its ' if quantized else ''}config.json."
         ) from error
     except Exception as error:  # whatever a model may do that does not take token ids alone
-        if not torch.cuda.is_available():
-            raise UserError(f"{setting}: {path} cannot read a row of token ids: {first_line(error)}") from error
+        if quantized or not torch.cuda.is_available():
+            how = ", quantised, cannot" if quantized else " cannot"
+            raise UserError(f"{setting}: {path}{how} read a row of token ids: {first_line(error)}") from error
         causal = True  # not tested: kernels may need the GPU that the model is moved to later
     if not causal:
         raise UserError(
