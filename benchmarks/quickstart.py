@@ -91,7 +91,7 @@ def run(environment: dict[str, str], seed: int, folder: Path) -> int:
 
 def seconds(run: Path) -> float:
     """Returns how long the stages of a run took together."""
-    return sum(stage["seconds"] for stage in json.loads((run / "pipeline.json").read_text()).values())
+    return sum(stage.get("seconds", 0) for stage in json.loads((run / "pipeline.json").read_text()).values())
 
 
 def measured(run: Path) -> dict[str, float]:
@@ -121,7 +121,7 @@ def measured(run: Path) -> dict[str, float]:
         "facts right, PPO": facts_right(run / "generate_ppo.parquet"),
         "EOS, PPO": summary.loc["PPO", "eos"],
         "highest KL": kl.max(skipna=False),
-        "peak GiB": max(stage["peak_gib"] for stage in stages),
+        "peak GiB": max(stage.get("peak_gib", 0) for stage in stages),
     }
 
 

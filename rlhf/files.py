@@ -22,17 +22,16 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-CURVES = "curves.jsonl"
-TENSORBOARD = "tensorboard"
+CONFIG, CHECKPOINTS, TENSORBOARD = "config.yaml", "checkpoints", "tensorboard"
+CURVES, TOTAL = "curves.jsonl", "total/"  # <TOTAL><stage> is a curve with one point: how many steps there will be
 SUMMARY = "summary.json"  # of a report: findings, summary and claims, as records
 FINDINGS = "findings.json"  # name -> what a run says of itself that a user should know
 EXPORT = "export"
 MANIFEST = "rlhf.json"  # of an export: written last
 WEIGHTS, CHECKSUMS = "*.safetensors", "checksums"  # files of an export whose sums are in its manifest, under a key
 NOTES = ".json"  # the settings of <table> are in <table>.json
-STATE = "pipeline.json"  # of a pipeline: what was run
+STATE, ENDED = "pipeline.json", "--ended"  # of a pipeline: what was run, and an entry once all of it was
+TYPED = "RLHF_TYPED"  # variable of the environment: the command line of the pipeline that a stage belongs to
 PARTS = ".parts"  # the finished rows of an unfinished <table> are in the folder <table>.parts
 LOCK, OWNER = ".lock", ".owner.json"  # in a folder that one command at a time writes into: which one
 

@@ -93,7 +93,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands of a pipeline's stages, which are not run."""
 
     def run(words: list[str], log: Path | None) -> Ended:
-        commands.append(words)
+        if "--runs" not in words:  # that of what there is after a stage
+            commands.append(words)
         return Ended(0, 0.0, 0.0)
 
     commands: list[list[str]] = []
@@ -261,7 +262,7 @@ def test_the_study_runs_on_small_models_and_data(
     words = [f"--config={configs}/scaling.yaml", f"--config_dir={configs}", f"--run_dir={out}"]
     main(["scaling", *words, "--sizes=[1b, 2.8b]", "--seeds=[44413]"])
     assert (out / "report.md").is_file()
-    assert [(star.name, star.win_rate) for star in seen] == [("OpenAI 1.3B PPO", 0.7)]
+    assert {(star.name, star.win_rate) for star in seen} == {("OpenAI 1.3B PPO", 0.7)}
     assert (out / "2.8b" / "seed-44413" / "judge_2.parquet").is_file()
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from rlhf import files
+from rlhf.protocols import stage, stage_data
 
 
 class CurveLogger(Logger):
@@ -63,6 +64,7 @@ class Curves(Callback):
     def __init__(self) -> None:
         self._file = Path()
         self._size: int | None = None  # when the checkpoint was written
+        self._total = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,17 +74,23 @@ class Curves(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"size": self._file.stat().st_size if self._file.is_file() else 0}
+        return {"size": self._file.stat().st_size if self._file.is_file() else 0, "total": self._total}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._size = state_dict["size"]
+        self._size, self._total = state_dict["size"], state_dict.get("total", 0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not where nothing is left to train: nobody would write again what came after the last checkpoint
         if self._size is not None and trainer.is_global_zero and self._file.is_file():
             os.truncate(self._file, min(self._size, self._file.stat().st_size))
+        module = stage(pl_module)
+        total = module.total_schedule_steps() * (stage_data(trainer).batch_size if module.kind == "ppo" else 1)
+        if total != self._total:
+            self._total = total
+            for logger in (logger for logger in trainer.loggers if isinstance(logger, CurveLogger)):
+                logger.log_metrics({f"{files.TOTAL}{module.kind}": total}, 0)
 
 
 def log_table(trainer: Trainer, name: str, table: pd.DataFrame) -> None:

@@ -37,7 +37,7 @@ class Learning(Callback):
 
     def _reset(self) -> None:
         self.found: dict[str, str] = {}
-        self.parameters, self.learning_rate = 0, 0.0
+        self.parameters, self.learning_rate, self.adapters = 0, 0.0, False
         self._first: list[dict[str, Any]] = []  # micro-batches of the first step, of rank 0
         self._losses: list[float] = []  # of their rows, before it
         self._counts = [0.0, 0.0]  # validation: successes, out of
@@ -66,9 +66,14 @@ class Learning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = trainer.optimizers[0].param_groups
         if all("betas" in group for group in groups):  # AdamW, or one of its family
-            self.parameters = sum(p.numel() for p in stage(pl_module).parameter_groups()[0])
+            self.adapters = stage(pl_module).lora is not None
+            trained = stage(pl_module).parameter_groups()[0]
+            whole = pl_module.parameters() if self.adapters else trained
+            self.parameters = sum(p.numel() for p in whole)
             self.learning_rate = max(group.get("initial_lr", group["lr"]) for group in groups)
-            self.judge("learning_rate", symptoms.unusual_learning_rate(self.learning_rate, self.parameters))
+            self.judge(
+                "learning_rate", symptoms.unusual_learning_rate(self.learning_rate, self.parameters, self.adapters)
+            )
             self._write(trainer)
 
     @override

@@ -188,8 +188,9 @@ def _finding_rows(invariants: Invariants) -> Iterator[Row]:
 
 def _learning_rows(learning: Learning) -> Iterator[Row]:
     if learning.parameters:
-        rate, proposed = learning.learning_rate, proposed_learning_rate(learning.parameters)
-        text = f"{rate:.1e}; usual for {learning.parameters:,} parameters: about {proposed:.1e}"
+        proposed = proposed_learning_rate(learning.parameters, learning.adapters)
+        of, rate = "adapters of " * learning.adapters, learning.learning_rate
+        text = f"{rate:.1e}; usual for {of}{learning.parameters:,} parameters: about {proposed:.1e}"
         yield Row("learning", "learning rate", text, "look" if "learning_rate" in learning.found else "ok")
 
 

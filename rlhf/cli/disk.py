@@ -26,14 +26,18 @@ class Disks:
     def add(self, name: str, run: Path, module: StageModule, trainer: Trainer) -> None:
         """Adds a stage that is still to run.
 
-        A checkpoint holds each value with AdamW's two moments, and lies beside the one before it while it is written.
-        An export holds each value. Both are in float32.
+        A checkpoint holds each trained value with AdamW's two moments, and lies beside the one before it while it is
+        written. An export holds each value, or those of the adapter, or both. All are in float32.
         """
         if files.is_complete(run / files.EXPORT):
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        size = FLOAT32 * trained_parameters(module.model_config, module.kind)
-        checkpoint = 3 * size if any(isinstance(c, LastCheckpoint) for c in callbacks) else 0
+        trained = FLOAT32 * trained_parameters(module.model_config, module.kind, module.lora)
+        size = trained if module.lora is None else 0
+        if module.lora is not None:
+            size += trained * (module.lora.export != "merged")
+            size += FLOAT32 * trained_parameters(module.model_config, module.kind) * (module.lora.export != "adapter")
+        checkpoint = 3 * trained if any(isinstance(c, LastCheckpoint) for c in callbacks) else 0
         every = next((c.every_n_epochs for c in callbacks if isinstance(c, Export)), 0)
         between = max(trainer.max_epochs or 0, 0) // every if every else 0
         there = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())

@@ -32,7 +32,7 @@ VERBS = {  # each is a function of the same name in a module
     "generate": ("rlhf.evaluation.generate", "write the responses of a policy to every query of a split"),
     "judge": ("rlhf.evaluation.pairwise", "ask a judge which of two responses to each query is better"),
     "margins": ("rlhf.evaluation.margins", "write the reward model's margin of every comparison"),
-    "report": ("rlhf.report.report", "write a page with figures and tables from judged tables"),
+    "report": ("rlhf.report.report", "write one page of runs, finished or not, or of judged tables"),
     "rehearse": ("rlhf.cli.rehearsal", ""),  # for rlhf.studies.preflight only, so the help leaves it out
     "scaling": ("rlhf.studies.scaling", "run stages for several model sizes and seeds, and write one report"),
     "ablate": ("rlhf.studies.ablation", "run PPO with small changes and plot each against the default"),

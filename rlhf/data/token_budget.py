@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory
+from rlhf.models.adapter_files import base_name
 from rlhf.models.memory import Workload, estimate
 from rlhf.protocols import PPOStage, Stage
 from rlhf.strategies import Zero2Strategy
@@ -50,6 +51,9 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
         ppo = cast(PPOStage, module)
         reference, reward = ppo.placements
         extra |= {"reference": reference, "reward": reward if ppo.reward_path else None}
+        if ppo.reward_path is not None:
+            paths = (ppo.model_path, "model.model_path"), (ppo.reward_path, "model.reward_path")
+            extra["bases"] = len({base_name(*path) for path in paths})
     if isinstance(strategy, Zero2Strategy):
         assert strategy.config is not None
         zero = strategy.config["zero_optimization"]
@@ -64,5 +68,6 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
         query_length=longest - response,
         response_length=response,
         activation_checkpointing=module.activation_checkpointing,
+        lora=module.lora,
         **extra,
     )

@@ -62,6 +62,13 @@ def base_of(path: str, setting: str) -> str:
     return base
 
 
+def base_name(path: str, setting: str) -> str:
+    """Returns the one name of a base, whether a path leads to it or to an adapter of it."""
+    base = base_of(path, setting)
+    folder = os.path.expanduser(base)
+    return os.path.realpath(folder) if os.path.isdir(folder) else base
+
+
 def holder(path: str, setting: str, *names: str) -> str:
     """Returns where the files of some names are: in the folder of an adapter, or else with its base."""
     folder = Path(path).expanduser()

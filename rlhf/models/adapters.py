@@ -179,7 +179,7 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
                 raise UserError(f"model.lora.{name}: {setting} {path} has no {missing}; it has {', '.join(known)}.")
         _inject(model, lora.config(path, False), f"{setting} {path}")
         return
-    known = {
+    own_values: dict[str, Any] = {
         "rank": found.get("r"),
         "alpha": found.get("lora_alpha"),
         "rslora": found.get("use_rslora", False),
@@ -187,7 +187,7 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
         "target_modules": _last_parts(found.get("target_modules")),
         "modules_to_save": sorted({*_last_parts(found.get("modules_to_save"))} - {HEAD.partition(".")[0]}),
     }
-    for name, value in known.items():
+    for name, value in own_values.items():
         own = getattr(lora, name)
         if own != ALL_LINEAR and (own if name in ("rank", "alpha", "rslora", "dora") else _last_parts(own)) != value:
             raise UserError(
@@ -215,6 +215,15 @@ def without_weights(config: "PreTrainedConfig") -> nn.Module:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code())
+
+
+def train_adapter_only(model: nn.Module, lora: LoRA) -> None:
+    """Gives a model without weights, on the device `meta`, an adapter, so that its parameters can be counted."""
+    model.requires_grad_(False)
+    with torch.device("meta"):
+        _inject(model, lora.config("", _is_classifier(model)), "the model")
+    if _is_classifier(model):
+        model.get_parameter(HEAD).requires_grad_(True)
 
 
 def _inject(model: nn.Module, config: Any, what: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
+from rlhf.models.adapters import LoRA, train_adapter_only
 from rlhf.models.classifiers import classifier_config
 from rlhf.models.frozen import Placement
 from rlhf.models.probes import backbone_of
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 FLOAT32, BFLOAT16 = 4, 2
 ZERO3_PREFETCH = 50_000_000  # values that DeepSpeed gathers before their use (stage3_prefetch_bucket_size)
 TRAINED = {"sft": slice(0, 1), "reward": slice(1, 2), "ppo": slice(0, 2)}  # of what `networks` returns
+QUANTISED = {
+    None: 0.0,
+    "int8": 1.0,
+    "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
+}  # bytes per value, with the blocks' constants
 AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the backward pass (measured)
 
 
@@ -46,6 +52,9 @@ class Workload:
     activation_checkpointing: bool = False
     bucket_size: int = 200_000_000  # values that ZeRO reduces at a time, at most those of the model
     gradient_as_bucket_view: bool = False  # DDP's setting of that name
+    lora: LoRA | None = None  # adapters are trained in place of all weights
+    quantization: Literal["nf4", "int8"] | None = None  # of the base of the adapters
+    bases: int = 1  # of policy and critic: 2, if the reward model is no adapter on the policy's base
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     pairs = 2 if workload.stage == "reward" else 1
     micro, rows = pairs * workload.micro_batch, pairs * workload.inference_batch
     # Beside the two moments of each value ZeRO keeps a float32 master copy of each rank's share.
-    always = Phase(f.stored * f.parameters, (3 if f.zero else 2) * f.moments, f.frozen("device"))
+    always = Phase(f.stored * f.parameters + f.base(), (3 if f.zero else 2) * f.moments, f.frozen("device"))
     stepped = replace(always, gradients=FLOAT32 * f.own, buffers=0 if f.zero else f.reduction())
     # Without ZeRO gradients live until the next forward of training; PPO frees them before its rollout.
     between = always if f.zero or workload.stage == "ppo" else stepped
@@ -108,19 +117,25 @@ def pinned(config: PreTrainedConfig, workload: Workload) -> int:
 
 
 class Network:
-    """Values of a model: all, those of its largest weight, of each matrix but embeddings, of all untied matrices."""
+    """Values of a model: all, of each matrix but embeddings, of all untied matrices, all trained ones and most at once.
 
-    def __init__(self, model: nn.Module) -> None:
+    The model has no weights, and gets an adapter if there is one.
+    """
+
+    def __init__(self, model: nn.Module, lora: LoRA | None = None) -> None:
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.largest = max(p.numel() for p in model.parameters())
         tied = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         layers = [(name, m) for name, m in model.named_modules() if not isinstance(m, nn.Embedding)]
         own = [(f"{name}.{key}", p) for name, m in layers for key, p in m.named_parameters(recurse=False)]
         self.matrices = {name: p.numel() for name, p in own if p.dim() == 2}
         self.untied = sum(p.numel() for _, p in own if p.dim() == 2 and p not in tied)
+        if lora is not None:
+            train_adapter_only(model.model if isinstance(model, ScalarModel) else model, lora)
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        self.trained, self.largest = sum(trained), max(trained)
 
 
-def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, ...]:
+def networks(config: PreTrainedConfig, stage: str = "ppo", lora: LoRA | None = None) -> tuple[Network, ...]:
     """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded.
 
     SFT, which some types allow alone, gets the language model twice.
@@ -136,12 +151,13 @@ def networks(config: PreTrainedConfig, stage: str = "ppo") -> tuple[Network, ...
             scalar_model = ScalarModel(
                 AutoModelForSequenceClassification.from_config(labelled, trust_remote_code=trusted)
             )
-    return Network(language_model), Network(scalar_model), Network(backbone_of(language_model))
+    backbone = Network(backbone_of(language_model))
+    return Network(language_model, lora), Network(scalar_model, lora), backbone
 
 
-def trained_parameters(config: PreTrainedConfig, stage: str) -> int:
+def trained_parameters(config: PreTrainedConfig, stage: str, lora: LoRA | None = None) -> int:
     """Counts the values that a stage trains. Nothing is loaded."""
-    return sum(network.parameters for network in networks(config, stage)[TRAINED[stage]])
+    return sum(network.trained for network in networks(config, stage, lora)[TRAINED[stage]])
 
 
 class _Formula:
@@ -149,12 +165,12 @@ class _Formula:
 
     def __init__(self, config: PreTrainedConfig, run: Workload) -> None:
         self.run, self.config = run, config.get_text_config()
-        measured = networks(config, run.stage)
+        measured = networks(config, run.stage, run.lora)
         self.language_model, self.scalar_model, self.backbone = measured
         self.trained = measured[TRAINED[run.stage]]
         self.zero = run.strategy == "zero2"
         self.mixed = run.precision == "bf16-mixed"
-        self.parameters = sum(network.parameters for network in self.trained)
+        self.parameters = sum(network.trained for network in self.trained)
         self.own = math.ceil(self.parameters / run.world_size) if self.zero else self.parameters
         self.compute = BFLOAT16 if self.mixed else FLOAT32
         self.stored = self.compute if self.zero else FLOAT32
@@ -162,6 +178,18 @@ class _Formula:
         self.tokens = run.query_length + run.response_length
         # States per row that the output layer reads.
         self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage]
+
+    def base(self) -> int:
+        # Frozen weights below adapters, once for all networks. What autocast would cast is kept in that precision.
+        if self.run.lora is None:
+            return 0
+        model, quantised = self.language_model, self.backbone.untied if self.run.quantization else 0
+        kept = self.held(model.parameters - quantised, model.untied - quantised)
+        return self.run.bases * (kept + int(QUANTISED[self.run.quantization] * quantised))
+
+    def held(self, values: int, untied: int) -> int:
+        # What autocast would cast is kept in that precision, but for what is tied to an embedding.
+        return self.stored * values - (FLOAT32 - BFLOAT16) * (self.mixed and not self.zero) * untied
 
     def reduction(self) -> int:
         # DDP copies all gradients into buckets. ZeRO fills two in turn, and a larger weight has one of its own; with
@@ -176,15 +204,17 @@ class _Formula:
     def copies(self, networks: Sequence[Network]) -> int:
         # Autocast casts the matrices that it multiplies with; its cache keeps the copies in rollouts and validation.
         cast = self.mixed and not self.zero
+        if self.run.lora is not None:  # the base is kept so
+            return BFLOAT16 * sum(network.trained for network in networks) if cast else 0
         return BFLOAT16 * sum(sum(network.matrices.values()) for network in networks) if cast else 0
 
     def copied_output(self) -> int:
         # The output layer is cast once more where log-probabilities are read.
-        return self.copies([self.language_model]) - self.copies([self.backbone])
+        return 0 if self.run.lora else self.copies([self.language_model]) - self.copies([self.backbone])
 
     def copies_in_training(self) -> int:
         # The backward pass needs them all; with activation checkpointing those of the output layer and of a layer.
-        if not self.run.activation_checkpointing:
+        if not self.run.activation_checkpointing or self.run.lora is not None:
             return self.copies(self.trained)
         output = 0 if self.run.stage == "reward" else self.copied_output()
         return output + self.copies([self.backbone]) // self.config.num_hidden_layers
@@ -223,7 +253,8 @@ class _Formula:
         # It adds to the peak of training its logits, later its gradient (under autocast also cast), at a time when no
         # other layer is at work.
         size = self.compute + (FLOAT32 if self.mixed and not self.zero else 0)
-        gradient = 0 if self.run.stage == "reward" else size * self.config.vocab_size * self.config.hidden_size
+        trained = self.run.stage != "reward" and self.run.lora is None
+        gradient = 0 if not trained else size * self.config.vocab_size * self.config.hidden_size
         return max(0, max(self.logits(rows), gradient + self.logits(rows) // 3) - self.in_backward(rows))
 
     def kv_cache(self, rows: int) -> int:
@@ -241,9 +272,9 @@ class _Formula:
         return [model for where, model in held if where == placement and self.run.stage == "ppo"]
 
     def sizes(self, placement: Placement) -> list[int]:
-        # What autocast would cast is kept in that precision, but for what is tied to an embedding.
-        halves = (FLOAT32 - BFLOAT16) * (self.mixed and not self.zero)
-        return [self.stored * model.parameters - halves * model.untied for model in self.placed(placement)]
+        if self.run.lora is not None:  # adapters, if it has any, on the base of the trained networks
+            return [self.stored * model.trained for model in self.placed(placement)]
+        return [self.held(model.parameters, model.untied) for model in self.placed(placement)]
 
     def frozen(self, placement: Placement) -> int:
         # `device`: models that stay. `cpu`: the larger one that is copied. `zero3`: the weight in use and the next.

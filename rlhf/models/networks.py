@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from rlhf.models.adapter_files import base_of
+from rlhf.models.adapter_files import base_name, base_of
 from rlhf.models.adapters import LoRA, add_adapter, load_adapter, without_weights
 from rlhf.models.classifiers import classifier_config
 from rlhf.models.half_weights import keep_half, language_model_forward, scalar_forward
@@ -122,8 +121,7 @@ class AdaptedNetworks(Networks):
 
     def _on_base(self, base: str, setting: str, load: Callable[..., M]) -> M:
         """Copies the modules of a base, but none of its weights, which are loaded once."""
-        folder = os.path.expanduser(base)
-        key = os.path.realpath(folder) if os.path.isdir(folder) else base
+        key = base_name(base, "the base")
         if key not in self._bases:
             options = self._options(load_config(base, setting), f"{setting}: {base}")
             self._bases[key] = load(base, setting, self.dtype, options).to(self.device).requires_grad_(False)

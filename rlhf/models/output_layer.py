@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf.hardware import sent
 from rlhf.models.backbone import hidden_states
-from rlhf.models.probes import backbone_of, exactly
+from rlhf.models.probes import backbone_of, plain_precision
 from rlhf.ops.logprobs import linear_logprobs
 from rlhf.ops.sequences import causal_inputs, token_logprobs
 
@@ -77,7 +77,7 @@ def _is_plain(model: PreTrainedModel, layer: nn.Linear) -> bool:
 
     hook = layer.register_forward_hook(give_large)
     try:
-        with exactly(model):
+        with plain_precision(model):
             logits = model(input_ids=ids, use_cache=False).logits
             hidden = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     finally:

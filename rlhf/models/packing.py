@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.hardware import sent
 from rlhf.models.library_calls import quiet
-from rlhf.models.probes import backbone_of, near
+from rlhf.models.probes import backbone_of, near, plain_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,8 +178,9 @@ def _keeps_rows_apart(model: PreTrainedModel) -> bool:
         inputs = packed(ids, torch.ones_like(ids), first=torch.zeros_like(ids[:, 0]))
         return backbone(**inputs, use_cache=False).last_hidden_state[0, 3:].float()
 
-    autocast = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # its kernel takes half precision only
-    with torch.autocast(device.type, enabled=autocast):
+    # A GPU's kernel takes half precision only.
+    own = device.type != "cpu" and torch.is_autocast_enabled(device.type)
+    with nullcontext() if own else plain_precision(model):
         try:
             behind, behind_another = states(0, 1, 1), states(1, 0, 0)  # no token is the same: a leak may be of any
         except (TypeError, ValueError, RuntimeError):  # it takes no extra arguments, other masks, or other rows' tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -71,17 +70,23 @@ def takes_left_padding(model: PreTrainedModel, device: torch.device) -> bool:
         backbone: Any = backbone_of(model)
         row = torch.tensor([[0, 1, 0, 0, 1, 1]], device=device)
         inputs = model_inputs(F.pad(row, (3, 0)), F.pad(torch.ones_like(row), (3, 0)))
-        with exactly(model):
+        with plain_precision(model):
             behind, alone = (backbone(**x, use_cache=False).last_hidden_state for x in (inputs, {"input_ids": row}))
         _left[model] = near(behind[0, 3:].float(), alone[0].float())
     return _left[model]
 
 
-def exactly(model: nn.Module) -> AbstractContextManager[Any]:
-    """Returns the context of a short forward: without autocast, unless it is what some weights are kept for."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    device = next(model.parameters()).device
-    return nullcontext() if len(kinds) > 1 else torch.autocast(device.type, enabled=False)
+def half_kept(model: nn.Module) -> torch.dtype | None:
+    """Returns the half precision that some weights of a model are kept in for autocast, while others are float32."""
+    dtypes = {p.dtype for p in model.parameters()}
+    half = dtypes & {torch.bfloat16, torch.float16}
+    return half.pop() if half and torch.float32 in dtypes else None
+
+
+def plain_precision(model: nn.Module) -> torch.autocast:
+    """Returns the context in which a model computes in the precision of its weights: without autocast, if it can."""
+    device, half = next(model.parameters()).device.type, half_kept(model)
+    return torch.autocast(device, enabled=False) if half is None else torch.autocast(device, half)
 
 
 def near(states: Tensor, others: Tensor, tolerance: float = TOLERANCE) -> bool:

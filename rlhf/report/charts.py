@@ -42,15 +42,19 @@ def chart(table: pd.DataFrame) -> alt.Chart:
 def drawn_by(series: str, table: pd.DataFrame, second: str = "strokeDash") -> dict[str, Any]:
     """Tells series apart by colour and also by dashes or shape; one series alone has no legend.
 
-    All layers of a chart take the same, or Vega-Lite makes a legend of each.
+    Runs of several sizes and seeds have the colour of their size and the dashes of their seed. All layers of a chart
+    take the same, or Vega-Lite makes a legend of each.
     """
-    names = list(map(str, table[series].unique()))
-    columns = 1 if max(map(len, names)) > 16 else 3
+    sized = series == "run" and _seeds_of_sizes(table)
     line: Any = {"symbolType": "stroke", "symbolStrokeWidth": 2, "symbolSize": 300} if second == "strokeDash" else {}
-    legend = alt.Legend(orient="top", title=None, columns=columns, labelLimit=300, **line) if len(names) > 1 else None
-    look = {"color": alt.Color, second: {"strokeDash": alt.StrokeDash, "shape": alt.Shape}[second]}
-    scale = alt.Scale(domain=names)
-    return {name: make(f"{series}:N", scale=scale, legend=legend) for name, make in look.items()}
+    look: dict[str, Any] = {}
+    for name, column in (("color", "size" if sized else series), (second, "seed" if sized else series)):
+        names = table[column].unique().tolist()
+        columns = 1 if max(len(str(name)) for name in names) > 16 else 3
+        legend = alt.Legend(orient="top", title=column if sized else None, columns=columns, labelLimit=300, **line)
+        make = {"color": alt.Color, "strokeDash": alt.StrokeDash, "shape": alt.Shape}[name]
+        look[name] = make(f"{column}:N", scale=alt.Scale(domain=names), legend=legend if len(names) > 1 else None)
+    return look
 
 
 def number(column: str, title: str, axis: Any = alt.X) -> Any:
@@ -147,7 +151,7 @@ def mean_lengths(table: pd.DataFrame, unit: Unit) -> Panels:
 
 def length_controlled(bins: pd.DataFrame, fits: pd.DataFrame) -> Panels:
     """Shows `lengths.length_bins` and the curves of `lengths.length_fits`, a panel per size."""
-    fits = fits.drop_duplicates(["size", "policy"], keep="last")  # over all seeds
+    fits = fits.drop_duplicates(["size", "policy"], keep="last").dropna(subset="adjusted")  # over all seeds
     made: Panels = {}
     for size, own in bins.groupby("size", sort=False):
         look = drawn_by("policy", own)
@@ -200,7 +204,7 @@ def course(table: pd.DataFrame) -> Panels:
     for name in measures(table):
         title = titles.get(name, name.replace("_", " ").capitalize())
         own = _named(table).rename(columns={name: "value"})
-        own = own[["run", "update", "sqrt_kl", "value"]].sort_values("update")
+        own = own[[*_of_run(own), "update", "sqrt_kl", "value"]].sort_values("update")
         made[f"{title} and KL"] = _lines(own, "sqrt_kl", "√KL (√nats)", title, "run", alt.Order("update:Q"))
     return made
 
@@ -215,7 +219,7 @@ def curves(table: pd.DataFrame, panels: Mapping[str, Sequence[str]], x_label: st
         if len(part):
             place = part.groupby(["run", "curve"], sort=False).cumcount(ascending=False)
             every = -(-part.groupby(["run", "curve"], sort=False)["step"].transform("size") // POINTS)
-            part = part[place % every == 0][["run", "curve", "step", "value"]]
+            part = part[place % every == 0][[*_of_run(part), "curve", "step", "value"]]
             made[title] = _lines(part, "step", x_label, "", "run" if several(table) else "curve")
     return made
 
@@ -227,6 +231,14 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(run=table["size"].astype(str) + seeds)
 
 
+def _seeds_of_sizes(table: pd.DataFrame) -> bool:
+    return "size" in table and 1 < table["size"].nunique() < table["run"].nunique()
+
+
+def _of_run(table: pd.DataFrame) -> list[str]:
+    return ["run", "size", "seed"] if _seeds_of_sizes(table) else ["run"]
+
+
 def _lines(
     table: pd.DataFrame, x: str, x_label: str, y_label: str, series: str, order: Any = None
 ) -> alt.TopLevelMixin:
@@ -235,14 +247,39 @@ def _lines(
     axes: Any = {"x": number(x, x_label), "y": number("value", y_label, alt.Y)}
     line: Any = {"order": order} if order is not None else {}
     base, look = chart(table).encode(**axes), drawn_by(series, table)  # one copy of the numbers for both layers
-    points = base.mark_point(clip=True, **dots).encode(**look, tooltip=hover(table))
+    shown = hover(table.drop(columns=["size", "seed"], errors="ignore"))  # which stand in `run`
+    points = base.mark_point(clip=True, **dots).encode(**look, tooltip=shown)
     return alt.layer(base.mark_line(clip=True).encode(**look, **line), points)
 
 
-def save_png(panels: Mapping[str, Any], file: Path) -> None:
-    """Writes charts as one PNG, three in a row."""
+def ablations(points: pd.DataFrame, default: str, metrics: Sequence[str]) -> Panels:
+    """Shows each ablation in colour over the default in grey: a panel per ablation and metric.
+
+    A line is the mean over seeds, a band reaches from the lowest to the highest seed. Points are rows of `ablation`
+    (`default` is one), `seed`, `metric`, `episodes` and `value`; metrics without points are left out.
+    """
+    kinds = alt.Scale(domain=["default", "ablation"], range=[LEVEL["color"], COLOURS[1]])
+    made: Panels = {}
+    for name in [name for name in points["ablation"].unique() if name != default] or [default]:
+        for metric in metrics:
+            known = points[points["metric"] == metric]
+            own = known[known["ablation"].isin([default, name])][["ablation", "episodes", "value"]]
+            own = own.assign(ablation=own["ablation"].map({default: "default"}).fillna("ablation"))
+            ends = [known["value"].min(), known["value"].max()]
+            y: Any = {"title": metric, "scale": alt.Scale(domain=ends)}  # the same for all ablations
+            legend = None if made else alt.Legend(orient="top-left", title=None)
+            base = chart(own).encode(x=number("episodes", "episodes"))
+            base = base.encode(color=alt.Color("ablation:N", scale=kinds, legend=legend))
+            band = base.mark_area(opacity=0.25).encode(y=alt.Y("min(value):Q", **y), y2="max(value):Q")
+            line = base.mark_line().encode(y=alt.Y("mean(value):Q", **y))
+            made[f"{name.replace('_', ' ')}: {metric}"] = alt.layer(band, line)
+    return made
+
+
+def save_png(panels: Mapping[str, Any], file: Path, columns: int = 3) -> None:
+    """Writes charts as one PNG, some in a row."""
     charts = [made.properties(title=title, width=280, height=200) for title, made in panels.items()]
-    whole = alt.concat(*charts, columns=3).resolve_scale(
+    whole = alt.concat(*charts, columns=columns).resolve_scale(
         color="independent", shape="independent", strokeDash="independent"
     )
     whole.configure(**CONFIG, background="white").save(str(file), format="png", scale_factor=1.6)

@@ -33,7 +33,13 @@ def claims_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         "seed_agreement": seeds_agree,
     }
     given = [name for name in tests if name in tables and (name not in RISING or _sized(tables[name]))]
-    return pd.DataFrame([claim for name in given for claim in tests[name](tables[name])])
+    claims = [claim for name in given for claim in tests[name](tables[name])]
+    sizes = {size for table in tables.values() if "size" in table for size in table["size"]}
+    if len(sizes) == 1:  # of which nothing need be told
+        claims = [claim._replace(claim=claim.claim.replace(f" at size {min(sizes)}", "")) for claim in claims]
+    elif not any(_sized(table) for table in tables.values() if "parameters" in table):
+        claims = [claim._replace(claim=claim.claim.replace(" at size ", " in ")) for claim in claims]
+    return pd.DataFrame(claims)
 
 
 def _sized(table: pd.DataFrame) -> bool:

@@ -1,11 +1,13 @@
 """report.html: one file that needs neither a network nor a server."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from time import strftime
 from typing import Any
 
 import yaml
@@ -15,9 +17,10 @@ from rlhf import files
 from rlhf.report.headline import headline
 from rlhf.report.model_card import LIBRARIES, settings_that_matter
 from rlhf.report.page import SAMPLES, Page
+from rlhf.report.run_folders import TABLES
 from rlhf.report.runs import Run
 
-COMMANDS = (["report"], ["pipeline"], ["scaling"])  # of the command line, that end with this page
+COMMANDS = ("report", "pipeline", "scaling")  # of the command line, that end with this page
 
 
 def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = None) -> str:
@@ -50,10 +53,24 @@ def render(page: Page, runs: Sequence[Run], samples: Mapping[str, Any] | None = 
         specs=specs,
         samples=samples,
         settings=list(saved_settings(runs)),
+        about=f"{_named(runs)}, {strftime('%Y-%m-%d %H:%M')}",
         versions={"rlhf": rlhf.__version__, **{name: version(name) for name in LIBRARIES}},
-        command=shlex.join(["python", "train.py", *sys.argv[1:]]) if sys.argv[1:2] in COMMANDS else "",
+        command=_command(),
         libraries=Markup(_libraries()),
     )
+
+
+def _named(runs: Sequence[Run]) -> str:
+    tables = [name for run in runs if run.size == TABLES for name in run.policies]
+    seeds = dict.fromkeys(str(run.seed) for run in runs if run.size != TABLES)
+    names = [*dict.fromkeys(run.size for run in runs if run.size != TABLES), *tables]
+    return ", ".join(names) + (f", seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "")
+
+
+def _command() -> str:
+    """Returns the command line that the user typed: of a pipeline, not that of its last stage."""
+    typed = [os.environ.get(files.TYPED, ""), shlex.join(sys.argv[1:])]
+    return next((f"python train.py {words}" for words in typed if words.startswith(COMMANDS)), "")
 
 
 @cache

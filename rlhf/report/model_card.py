@@ -19,7 +19,9 @@ WHAT = {
     "reward": "A reward model with one label: the reward is its score less `reward_shift` of `config.json`.",
     "ppo": "A language model after reinforcement learning from human feedback with PPO. Its critic is in `critic`.",
 }
-NO_RESULTS = ("seconds/*", "memory/*", "tokens_per_second/*", "invariants/*", "eps", "epoch", "lr", "*_step")
+NO_RESULTS = (
+    "seconds/*", "memory/*", "tokens_per_second/*", "invariants/*", f"{files.TOTAL}*", "eps", "epoch", "lr", "*_step",
+)  # fmt: skip
 OF_THE_TRAINER = ("max_epochs", "precision", "strategy", "devices", "num_nodes", "gradient_clip_val")
 LIBRARIES = ("torch", "transformers", "lightning")
 PAPER = "[The N+ Implementation Details of RLHF with PPO](https://arxiv.org/abs/2403.17031)"

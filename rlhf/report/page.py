@@ -41,11 +41,14 @@ class Page:
     """Collects a page; its tables are written as they come, the page itself at the end.
 
     It replaces an earlier page in the same folder: tables and figures of that page that this one lacks are deleted.
-    A table that is not among `tables` counts as empty.
+    A table that is not among `tables` counts as empty. Where there is one size or seed only, no table shows it.
     """
 
     def __init__(self, folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
         self.folder, self.tables = folder, defaultdict(pd.DataFrame, tables)
+        found = {name: _values(tables, name) for name in ("size", "seed")}
+        self._alike = ["parameters", *(name for name, values in found.items() if len(values) <= 1)]
+        self._heads = {} if _values(tables, "parameters") - {1} else {"size": "run"}  # sizes are mere names
         (folder / FILES).mkdir(parents=True, exist_ok=True)
         self._sections: list[Section] = []
         self._written: list[str] = []
@@ -63,10 +66,11 @@ class Page:
         write_table(self.tables[name], self._file(f"{name}.csv"))
 
     def table(self, name: str, *intro: str, columns: Sequence[str] = (), short: bool = False) -> None:
-        """Writes a table as `<name>.csv` and shows it (by default without `parameters`), unless it is empty."""
+        """Writes a table as `<name>.csv` and shows it, or some of its columns, unless it is empty."""
         table = self.tables[name]
         if len(table):
-            shown = table[list(columns)] if columns else table.drop(columns="parameters", errors="ignore")
+            shown = table[list(columns)] if columns else table
+            shown = shown.drop(columns=self._alike, errors="ignore").rename(columns=self._heads)
             self.numbers(name)
             self._sections[-1].blocks.append(Block(short, "\n\n".join(intro), name, *texts(shown)))
 
@@ -110,6 +114,10 @@ class Page:
     def _file(self, name: str) -> Path:
         self._written.append(name)
         return self.folder / FILES / name
+
+
+def _values(tables: Mapping[str, pd.DataFrame], column: str) -> set[Any]:
+    return set().union(*(table[column] for table in tables.values() if column in table))
 
 
 def texts(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

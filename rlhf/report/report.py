@@ -13,13 +13,14 @@ from rlhf.errors import UserError
 from rlhf.report.analysis import analyse, gather
 from rlhf.report.lengths import Unit
 from rlhf.report.page import SAMPLES, Page, markdown
-from rlhf.report.run_folders import NOTHING_YET, finished, resolved, signature
+from rlhf.report.run_folders import NothingYetError, finished, resolved, signature
 from rlhf.report.runs import Baseline, Run, ordered
 from rlhf.report.sample_browser import sample_data
 from rlhf.report.summary import sample_responses
 
 PRINTED = ("run_differences", "claims")  # below the summary
 POLL = 5.0  # seconds between two looks at the files of a run
+PATIENCE = 60.0  # seconds for another report into the same folder: a pipeline that is watched writes its own
 
 
 def report(
@@ -49,28 +50,25 @@ def report(
         try:
             _make(output, resolved(runs), baselines, lengths, samples)
             print(f"{strftime('%H:%M:%S')} {Path(output) / 'report.html'} made; waiting for the next validation")
-        except UserError as error:
-            if NOTHING_YET not in str(error):
-                raise
+        except NothingYetError as error:
             print(f"{strftime('%H:%M:%S')} {error} Waiting.")
         while signature(runs) == before:
             sleep(POLL)
-    return _make(output, resolved(runs), baselines, lengths, samples)
+    tables = _make(output, resolved(runs), baselines, lengths, samples)
+    _show(tables)
+    return tables
 
 
 def _make(
     output: str, runs: Sequence[Run], baselines: Sequence[Baseline], lengths: Unit, samples: int
 ) -> dict[str, pd.DataFrame]:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from rlhf.report import sections  # which imports Altair
     from rlhf.report.html_page import render
 
     check_runs(runs, baselines)
     evidence = gather(runs)
     out = Path(output)
-    with files.owned(out / "report.md", "output", beside=True):
+    with files.owned(out / "report.md", "output", PATIENCE, beside=True):
         tables = analyse(evidence, lengths)
         page = Page(out, tables)
         sections.add_findings(page)
@@ -93,6 +91,13 @@ def _make(
         parts = [name for name in ("findings", "summary", "claims") if name in tables]
         records = {name: json.loads(tables[name].to_json(orient="records")) for name in parts}
         files.write_text(out / files.SUMMARY, json.dumps({"findings": []} | records, indent=2) + "\n")
+    return tables
+
+
+def _show(tables: dict[str, pd.DataFrame]) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     for text in tables["findings"]["finding"] if "findings" in tables else ():
         print(f"warning: {text}")
     if "summary" in tables:
@@ -102,7 +107,6 @@ def _make(
     else:
         shown = [tables["progress"]]
     Console().print(Markdown("\n\n".join(map(markdown, shown))))
-    return tables
 
 
 def check_runs(given: Sequence[str | Run], baselines: Sequence[Baseline]) -> list[Run]:

@@ -6,58 +6,51 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlhf.evaluation.statistics import NOTHING, paired_difference
+from rlhf.evaluation.statistics import NOTHING, paired_difference, seed_means
 from rlhf.evaluation.tables import read_notes
 from rlhf.report.runs import Run
 
 MEASURES = {"win rate": "outcome", "score": "a_score", "gold": "a_gold"}
+OTHERS = {"win rate": "judges", "score": "reward models"}
 COLUMNS = ["policy", "measure", "run", "baseline", "queries", "difference", "low", "high", "note"]
 
 
 def run_differences(runs: Sequence[Run], rows: pd.DataFrame) -> pd.DataFrame:
     """Computes what each policy of each run has more than the same policy of the first run that has it.
 
-    Win rate, score and gold score are paired by query, with the interval of the paired bootstrap. Win rates of
-    different judges and scores of different reward models are not compared; `note` says so.
+    Win rate, score and gold score are averaged over the seeds of a run and paired by query, with the interval of the
+    paired bootstrap. Win rates of different judges and scores of different reward models are not compared; `note` says
+    so.
 
     Args:
-        runs: in the order of the report.
+        runs: in the order of the report; those of the same `size` are seeds of one run.
         rows: their judged rows.
     """
     table = []
     for policy in dict.fromkeys(label for run in runs for label in run.policies):
-        base, *others = (run for run in runs if policy in run.policies)
-        first = _of(rows, base, policy)
-        for run in others:
-            own = _of(rows, run, policy)
-            for measure, column in MEASURES.items():
-                note = ""
-                if (before := _measured_by(base, policy, first, measure)) != _measured_by(run, policy, own, measure):
-                    note = f"not compared: the runs have other {'judges' if before[0] == 'judge' else 'reward models'}"
-                found, queries = paired_difference(own[column], first[column])
+        names = list(dict.fromkeys(run.size for run in runs if policy in run.policies))
+        own = {name: rows[(rows["size"] == name) & (rows["policy"] == policy)] for name in names}
+        for measure, column in MEASURES.items():
+            means = {name: seed_means(part, column) for name, part in own.items()}
+            by = {name: _measured_by(runs, name, policy, own[name], measure) for name in names}
+            for name in names[1:]:
+                found, queries = paired_difference(means[name], means[names[0]])
+                same = by[name] == by[names[0]] and len(by[name]) == 1
+                note = "" if same else f"not compared: the runs have other {OTHERS[measure]}"
                 if queries:
-                    shown = NOTHING if note else found
-                    table.append((policy, measure, _name(run, runs), _name(base, runs), queries, *shown, note))
+                    table.append((policy, measure, name, names[0], queries, *(found if same else NOTHING), note))
     return pd.DataFrame(table, columns=COLUMNS)
 
 
-def _of(rows: pd.DataFrame, run: Run, policy: str) -> pd.DataFrame:
-    same = (rows["size"] == run.size) & (rows["seed"] == run.seed) & (rows["policy"] == policy)
-    return rows[same].set_index("query")
-
-
-def _name(run: Run, runs: Sequence[Run]) -> str:
-    return run.size if sum(other.size == run.size for other in runs) == 1 else run.name
-
-
-def _measured_by(run: Run, policy: str, rows: pd.DataFrame, measure: str) -> tuple[str, str]:
-    """Returns who measured: the judge, or the reward model, as far as the notes beside the table say."""
-    table = Path(run.policies[policy])
-    if measure == "win rate":
-        known = read_notes(table).get("settings", {}).get("judge")
-        names = rows["judge"].dropna().unique() if "judge" in rows else []
-        return "judge", json.dumps(known, sort_keys=True) if known else ", ".join(map(str, names))
-    if measure == "score":
+def _measured_by(runs: Sequence[Run], name: str, policy: str, rows: pd.DataFrame, measure: str) -> set[str]:
+    """Returns who measured: judges, or reward models, as far as the notes beside the tables say."""
+    if measure == "gold":
+        return {""}
+    found = set()
+    for table in (Path(run.policies[policy]) for run in runs if run.size == name and policy in run.policies):
         responses = table.with_name(table.name.replace("judge_", "generate_", 1))
-        return "reward", str(read_notes(responses).get("settings", {}).get("reward"))
-    return "gold", ""
+        notes, setting = (table, "judge") if measure == "win rate" else (responses, "reward")
+        found.add(json.dumps(read_notes(notes).get("settings", {}).get(setting), sort_keys=True))
+    if measure == "win rate" and found == {"null"} and "judge" in rows:
+        return set(map(str, rows["judge"].dropna().unique())) or {""}
+    return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,11 +20,20 @@ from rlhf.report.runs import PPO, SFT, STAGES, Run, StageName
 TABLES = "tables"  # the size of a run that is made of tables alone
 LABELS = {"sft": SFT, "ppo": PPO}
 KINDS: dict[StageName, str] = {"ppo": "objective/", "reward": "loss/reward", "sft": "loss/sft"}  # starts of its curves
-FINISHED, NOTHING_YET = "finished", "has nothing to show yet"
+FINISHED = "finished"
+ENDS = {"report", files.ENDED}  # what is in the state of a pipeline of which nothing more is to come
+SEED = re.compile(r"seed-(\d+)")  # a run's folder in that of a study, or of ablations
+
+
+class NothingYetError(UserError):
+    """All runs have begun, but logged nothing yet."""
 
 
 def resolved(runs: Sequence[str | Run]) -> list[Run]:
-    """Replaces folders and judged tables by runs; the tables are policies of one run, named by their files."""
+    """Replaces folders and judged tables by runs; the tables are policies of one run, named by their files.
+
+    Runs that have logged nothing yet are left out, unless there is nothing else.
+    """
     paths = [os.path.normpath(given) for given in runs if isinstance(given, str)]
     if twice := [path for index, path in enumerate(paths) if path in paths[:index]]:
         raise UserError(f"runs: {twice[0]} is given twice.")
@@ -40,14 +50,24 @@ def resolved(runs: Sequence[str | Run]) -> list[Run]:
     if len(policies) < len(tables):
         raise UserError(f"runs: two of the tables {', '.join(tables)} have the same name; give one another.")
     folders = [path for path in paths if path not in tables]
-    names = _names([os.path.abspath(path) for path in folders])
-    found = [run_of(Path(path), name) for path, name in zip(folders, names, strict=True)]
+    places = [_place(Path(os.path.abspath(path))) for path in folders]
+    names = dict(zip(dict.fromkeys(places), _names([str(place) for place in dict.fromkeys(places)]), strict=True))
+    found = [run_of(Path(path), names[place]) for path, place in zip(folders, places, strict=True)]
+    if folders and not (any(found) or tables or len(paths) < len(runs)):
+        raise NothingYetError(f"runs: nothing to show yet in {', '.join(folders)}: no curves and no judged tables.")
     stranger = [Run(TABLES, None, 0, policies)] if policies else []
-    return [*(run for run in runs if isinstance(run, Run)), *found, *stranger]
+    return [*(run for run in runs if isinstance(run, Run)), *filter(None, found), *stranger]
 
 
-def run_of(folder: Path, name: str) -> Run:
+def _place(folder: Path) -> Path:
+    """Returns the folder that a run is called by: several seeds are in the folder of their size, or ablation."""
+    return folder.parent if SEED.fullmatch(folder.name) else folder
+
+
+def run_of(folder: Path, name: str) -> Run | None:
     """Finds what a pipeline, or one stage of it, has left in a folder so far: judged tables, margins and curves.
+
+    Returns nothing for a run that has begun, but logged nothing yet.
 
     Args:
         folder: of a pipeline, or the run folder of one training stage.
@@ -60,33 +80,44 @@ def run_of(folder: Path, name: str) -> Run:
     if _has_curves(folder) and not stages and (kind := _kind(folder)):
         stages = {kind: str(folder)}
     if not judged and not stages:
-        begun = [stage for stage in STAGES if (folder / stage / files.CONFIG).is_file()]
-        if begun or (folder / files.STATE).is_file():
-            raise UserError(f"runs: {folder} {NOTHING_YET}: no curves and no judged tables.")
+        if _begun(folder):
+            return None
+        inner = f"; its runs are {folder}/*/seed-*" if any(folder.glob("*/seed-*")) else ""
         raise UserError(
             f"runs: {folder} is no run: it has no judge_*.parquet and no {files.CURVES}, neither itself nor in "
-            f"{', '.join(STAGES)}."
+            f"{', '.join(STAGES)}{inner}."
         )
+    seed = SEED.fullmatch(folder.name)
     seeds = [config["seed_everything"] for place in stages.values() if (config := _config(place))]
     return Run(
         size=name,
         parameters=None,
-        seed=next((seed for seed in reversed(seeds) if type(seed) is int), 0),
+        seed=next((seed for seed in reversed(seeds) if type(seed) is int), 0) if seed is None else int(seed[1]),
         policies={LABELS.get(key, key): judged[key] for key in labels},
         margins=str(margins) if margins.is_file() else None,
         stages=stages,
     )
 
 
+def _begun(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (files.STATE, files.CONFIG, files.OWNER))
+
+
 def progress(runs: Sequence[Run]) -> pd.DataFrame:
-    """Says how far the stages of runs are: `size`, `seed`, `stage`, `state`, the last `step` (episodes in PPO)."""
+    """Says how far the stages of runs are: `size`, `seed`, `stage`, `state`, and the `steps` so far `of` all.
+
+    Steps are episodes in PPO.
+    """
     rows = []
     for run in runs:
         for stage, folder in run.stages.items():
-            steps = [curve.index[-1] for curve in read_curves(folder).values() if len(curve)]
+            curves = read_curves(folder)
+            total = curves.pop(f"{files.TOTAL}{stage}", pd.Series([None])).iloc[-1]
             state = FINISHED if files.is_complete(Path(folder) / files.EXPORT) else "not finished"
-            rows.append((run.size, run.seed, stage, state, int(max(steps, default=0))))
-    return pd.DataFrame(rows, columns=["size", "seed", "stage", "state", "step"])
+            last = max((int(curve.index[-1]) for curve in curves.values()), default=0)
+            steps = last if stage == "ppo" else last + 1  # optimizer steps are counted from 0
+            rows.append((run.size, run.seed, stage, state, steps, total))
+    return pd.DataFrame(rows, columns=["size", "seed", "stage", "state", "steps", "of"]).astype({"of": "Int64"})
 
 
 def finished(given: str | Run) -> bool:
@@ -97,8 +128,8 @@ def finished(given: str | Run) -> bool:
     state = folder / files.STATE
     if state.is_file():
         entries = json.loads(state.read_text())
-        return bool(entries) and "report" in entries and all(entry.get("finished", False) for entry in entries.values())
-    return files.is_complete(folder / files.EXPORT) or not (folder / files.CONFIG).is_file()
+        return not ENDS.isdisjoint(entries) and all(entry.get("finished", False) for entry in entries.values())
+    return files.is_complete(folder / files.EXPORT) or not _begun(folder)
 
 
 def signature(runs: Sequence[str | Run]) -> list[object]:
@@ -117,28 +148,24 @@ def signature(runs: Sequence[str | Run]) -> list[object]:
 def settings_that_differ(runs: Sequence[Run]) -> pd.DataFrame:
     """Compares the saved configs of runs: `stage`, `setting`, and a column per run; what is alike is left out.
 
-    Paths within a run's own folder count as alike.
+    Paths within a run's own folder count as alike. Of the seeds of a run the first one stands for all.
     """
-    columns = {}
-    for run in runs:
+    columns: dict[str, dict[tuple[str, str], str]] = {}
+    for run in {run.size: run for run in reversed(runs)}.values():
         own: dict[tuple[str, str], str] = {}
         for stage, folder in run.stages.items():
             config = _config(folder)
             above = str(config.get("run_dir", folder)).removesuffix(f"/{stage}")
             for key, value in _flat(config):
-                if key not in ("run_dir", "ckpt_path"):
+                if value is not None and key not in ("run_dir", "ckpt_path"):
                     own[stage, key] = json.dumps(value).replace(f"{above}/", "{run}/")
-        columns[f"{run.size}, seed {run.seed}" if _twice(run, runs) else run.size] = own
-    columns = {name: own for name, own in columns.items() if own}  # a run of tables alone has none
+        columns[run.size] = own
+    columns = {name: own for name, own in reversed(columns.items()) if own}  # a run of tables alone has none
     if len(columns) < 2:
         return pd.DataFrame()
     table = pd.DataFrame(columns).rename_axis(["stage", "setting"])
     differs = table.nunique(axis=1, dropna=False) > 1
     return table[differs].reset_index().fillna("")
-
-
-def _twice(run: Run, runs: Sequence[Run]) -> bool:
-    return sum(other.size == run.size for other in runs) > 1
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -158,7 +185,8 @@ def _has_curves(folder: Path) -> bool:
 
 def _kind(folder: Path) -> StageName | None:
     names = read_curves(folder)
-    return next((stage for stage, start in KINDS.items() if any(name.startswith(start) for name in names)), None)
+    starts = {stage: (start, f"{files.TOTAL}{stage}") for stage, start in KINDS.items()}
+    return next((stage for stage, start in starts.items() if any(name.startswith(start) for name in names)), None)
 
 
 def _config(folder: str | Path) -> dict[str, Any]:

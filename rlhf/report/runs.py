@@ -13,12 +13,15 @@ from rlhf.errors import Fraction, UserError
 from rlhf.evaluation.tables import read_table
 
 SFT, PPO = "SFT", "PPO"  # labels of the policies that the paper compares
+REFERENCE = "reference"
 StageName = Literal["sft", "reward", "ppo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RUN = ["size", "parameters", "seed"]
 NEEDED = ("query", "a", "b", "outcome")
 WORDS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # an outcome in words
 NUMBERS = ("a_tokens", "b_tokens", "a_score", "b_score", "a_gold", "b_gold", "a_has_eos")
+TEXTS = ("query", "a", "b")
+OTHERS = ("b_name", "judge", "a_first", "b_first", "asked")  # what else a report looks at
 MARGINS = ("split", "batch", "confidence", "margin")
 
 
@@ -88,17 +91,19 @@ def judged_rows(runs: Iterable[Run], key: Literal["policy", "update"] = "policy"
     """Reads the judged tables of policies, or of checkpoints, into one.
 
     Returns:
-        `size`, `parameters` (1 where unknown), `seed`, the key, and the columns of judged tables, among them all of
-        NUMBERS (NaN where a table has none).
+        `size`, `parameters` (1 where unknown), `seed`, the key, TEXTS, `outcome`, all of NUMBERS (NaN where a table has
+        none), and those of OTHERS that the tables have.
     """
     parts = []
     for run in runs:
         for label, path in (run.policies if key == "policy" else run.checkpoints).items():
             setting = f"runs: {key} {label} of {run.name}"
             table = read_table(path, setting, NEEDED)
-            table = table.assign(outcome=_outcomes(table["outcome"], f"{setting}: {path}"))
-            table = table.assign(**{name: np.nan for name in NUMBERS if name not in table})
-            parts.append(_labelled(table.astype(dict.fromkeys(NUMBERS, float)), run, **{key: label}))
+            known = {name: table[name].fillna("").astype(str) for name in TEXTS}
+            known["outcome"] = _outcomes(table["outcome"], f"{setting}: {path}")
+            known |= {name: _numbers(table, name, f"{setting}: {path}") for name in NUMBERS}
+            known |= {name: table[name] for name in OTHERS if name in table}
+            parts.append(_labelled(pd.DataFrame(known), run, **{key: label}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -112,6 +117,20 @@ def _outcomes(given: pd.Series, table: str) -> pd.Series:
             f"{str(bad.iloc[0])[:40]!r}."
         )
     return found
+
+
+def _numbers(table: pd.DataFrame, name: str, path: str) -> pd.Series:
+    """Takes a column of numbers; NaN where a table has none."""
+    try:
+        return table.get(name, pd.Series(np.nan, table.index)).astype(float)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has a value in {name} that is not a number: {error}.") from error
+
+
+def reference_name(rows: pd.DataFrame) -> str:
+    """Returns what the judged tables call the text that all policies are compared with."""
+    names = rows["b_name"].dropna().unique() if "b_name" in rows else []
+    return str(names[0]) if len(names) == 1 and names[0] not in set(rows["policy"]) else REFERENCE
 
 
 def margin_rows(runs: Iterable[Run]) -> pd.DataFrame:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS
+from rlhf.report.runs import TEXTS, reference_name
 
 LIMIT = 18_000_000  # bytes of samples in a page, which has at most 20 MB in all
 ROW = 120  # bytes that the numbers of a row take
-TEXTS = ["query", "a", "b"]
 MEASURES = (
     "outcome", "a_score", "b_score", "a_gold", "b_gold", "a_length", "b_length", "a_has_eos", "distance", "disagree",
 )  # fmt: skip
@@ -25,19 +25,18 @@ def sample_data(rows: pd.DataFrame) -> dict[str, Any] | None:
 
     Returns:
         `texts`; `queries` and the columns `query`, `a`, `b` of `tables`, which are indices into them; `ids`, the
-        hash of each query; `total`, the number of queries before some were left out; `unit`, that of lengths; and
-        `prefix`, the number of characters that all queries begin with.
+        hash of each query; `total`, the number of queries before some were left out; `reference`, its name; `unit`,
+        that of lengths; and `prefix`, the number of characters that all queries begin with.
     """
     if rows.empty:
         return None
     import hashlib
 
     rows = rows.reset_index(drop=True)
-    rows[TEXTS] = rows[TEXTS].fillna("").astype(str)
     unit, rows = _with_measures(rows)
     order, queries = pd.factorize(rows["query"])
     rows = _fitting(rows.iloc[order.argsort(kind="stable")]).sort_index()
-    codes, texts = pd.factorize(rows[TEXTS].to_numpy(dtype=object).ravel())
+    codes, texts = pd.factorize(rows[[*TEXTS]].to_numpy(dtype=object).ravel())
     rows = rows.assign(**dict(zip(TEXTS, codes.reshape(-1, 3).T, strict=True)))
     shown = list(dict.fromkeys(rows["query"].tolist()))
     several = [name for name in ("size", "seed") if rows[name].nunique() > 1]
@@ -53,6 +52,7 @@ def sample_data(rows: pd.DataFrame) -> dict[str, Any] | None:
         "ids": [hashlib.sha256(texts[code].encode(errors="surrogatepass")).hexdigest()[:12] for code in shown],
         "tables": tables,
         "total": len(queries),
+        "reference": reference_name(rows),
         "unit": unit,
         "prefix": _alike([texts[code] for code in shown]),
     }
@@ -83,7 +83,7 @@ def _fitting(rows: pd.DataFrame) -> pd.DataFrame:
     """Keeps the first queries, with all their rows, that fit into LIMIT; at least one. Rows are sorted by query."""
     from jinja2.utils import htmlsafe_json_dumps
 
-    codes, texts = pd.factorize(rows[TEXTS].to_numpy(dtype=object).ravel())
+    codes, texts = pd.factorize(rows[[*TEXTS]].to_numpy(dtype=object).ravel())
     last = np.maximum.accumulate(codes.reshape(-1, 3).max(axis=1))  # text that a row brings, numbered as they come
     size = np.cumsum([len(htmlsafe_json_dumps(text)) + 2 for text in texts])[last] + ROW * np.arange(1, len(rows) + 1)
     number = pd.factorize(rows["query"])[0]

@@ -11,7 +11,7 @@ from rlhf.report.lengths import ENOUGH, Unit
 from rlhf.report.page import FILES, Page
 from rlhf.report.rouge_means import ROUGE
 from rlhf.report.run_folders import FINISHED
-from rlhf.report.runs import Baseline
+from rlhf.report.runs import REFERENCE, Baseline, reference_name
 from rlhf.report.summary import ppo_gains
 
 STAGES = {
@@ -39,13 +39,14 @@ def add_findings(page: Page) -> None:
 
 def add_summary(page: Page, rows: pd.DataFrame) -> None:
     """Adds a row for each policy and the reference, what PPO gained, and the verdicts on the paper's claims."""
-    page.section(f"{', '.join(rows['policy'].unique())} and the reference")
+    name = f"the {REFERENCE}" if (given := reference_name(rows)) == REFERENCE else given
+    page.section(f"{', '.join(rows['policy'].unique())} and {name}")
     page.table("summary", short=True)
     gains = ppo_gains(rows)
     page.add("\n".join(f"- {line}" for line in gains) if len(gains) > 1 else "".join(gains), short=True)
     judges = ", ".join(map(str, rows["judge"].dropna().unique())) if "judge" in rows else ""
     page.add(
-        f"Win rates are against the reference{f', judge: {judges}' if judges else ''}. A win counts 1, a tie one half; "
+        f"Win rates are against {name}{f', judge: {judges}' if judges else ''}. A win counts 1, a tie one half; "
         "intervals are 95%, Wilson's. Invalid rows, on which the judge gave no answer, count in no rate. Position bias "
         "is 0 for a judge that looks at the texts alone and 1 for one that always prefers the first text."
     )
@@ -81,7 +82,9 @@ def add_progress(page: Page) -> None:
         page.add("No policy is judged yet: what follows is what training has logged so far.", short=True)
     if "progress" in page.tables and (page.tables["progress"]["state"] != FINISHED).any():
         page.table(
-            "progress", "`step` is the last one logged, in episodes for PPO.", short="summary" not in page.tables
+            "progress",
+            "Steps that are logged so far, of all; those of PPO are episodes:",
+            short="summary" not in page.tables,
         )
 
 

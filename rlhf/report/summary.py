@@ -3,9 +3,8 @@
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, win_rates
-from rlhf.report.runs import PPO, RUN, SFT, per_group
+from rlhf.report.runs import PPO, RUN, SFT, per_group, reference_name
 
-REFERENCE = "reference"
 FINAL_MEANS = {"objective/kl": "KL", "rollout/response_length": "length", "rollout/eos_share": "EOS share"}
 
 
@@ -17,7 +16,7 @@ def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     policies = _means(rows.assign(rougeL=scores["rougeL"]), "a", rougeL=("rougeL", "mean"), eos=("a_has_eos", "mean"))
     first = rows[rows["policy"] == rows.groupby(["size", "seed"])["policy"].transform("first")]
     table = policies.merge(win_rates(rows)[[*KEYS, "win_rate", "low", "high"]], on=KEYS)
-    table = pd.concat([table, _means(first.assign(policy=REFERENCE), "b")], ignore_index=True)
+    table = pd.concat([table, _means(first.assign(policy=reference_name(rows)), "b")], ignore_index=True)
     order = table.groupby(RUN, sort=False).ngroup()
     table = table.loc[order.to_numpy().argsort(kind="stable")].reset_index(drop=True)
     columns = ["score", "score_std", "gold", "win_rate", "low", "high", "rougeL", "eos", "length"]
@@ -84,7 +83,7 @@ def sample_responses(rows: pd.DataFrame, count: int) -> str:
             score = "" if pd.isna(row.a_score) else f" ({row.a_score:.2f})"
             lines.append(f"- **{name}**{score}: {_item(row.a)}")
         quoted = "> " + "\n> ".join(query.strip().splitlines())
-        blocks.append("\n".join([quoted, "", *lines, f"- **{REFERENCE}**: {_item(part['b'].iloc[0])}"]))
+        blocks.append("\n".join([quoted, "", *lines, f"- **{reference_name(rows)}**: {_item(part['b'].iloc[0])}"]))
     return "\n\n".join(blocks)
 
 

@@ -14,6 +14,7 @@ from rlhf.errors import UserError
 from rlhf.models.arguments import accepted
 from rlhf.models.finite import check_logits
 from rlhf.models.library_calls import quiet
+from rlhf.models.probes import half_kept
 from rlhf.sampling.token_readers import KeyValueReader, Reader, StateReader, WholeReader
 
 if TYPE_CHECKING:
@@ -64,13 +65,14 @@ def fault_of(model: PreTrainedModel, reader: type[Reader]) -> str | None:
     Weights in float32 are tested without autocast first, where rounding hides nothing, then as the caller runs them.
     """
     device = model.device.type
-    single = {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    half = half_kept(model)
+    single = model.dtype == torch.float32 and half is None
     tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.is_autocast_enabled(device) or half is not None
     for enabled in sorted({autocast, autocast and not single}):
         exact = single and not enabled and not tf32
         try:
-            with quiet(), torch.autocast(device, enabled=enabled):
+            with quiet(), torch.autocast(device, half, enabled=enabled):
                 error = _error(model, reader, torch.float32 if exact else torch.bfloat16)
         except (torch.OutOfMemoryError, UserError):
             raise

@@ -129,11 +129,12 @@ def _mean_and_range(values: pd.Series) -> str:
 
 def write_result(points: pd.DataFrame, out: Path) -> None:
     """Writes ablations.csv, ablations.png and ablations.md of points with the default among them."""
-    from rlhf.report.figures import plot_ablations
+    from rlhf.report import charts  # which imports Altair
 
     finals = final_values(points)
     write_table(points, out / "ablations.csv")
-    plot_ablations(points, DEFAULT, PANELS, out / "ablations.png")
+    metrics = [name for name in PANELS if name in finals]
+    charts.save_png(charts.ablations(points, DEFAULT, metrics), out / "ablations.png", len(metrics))
     sections = ["# Ablations", markdown_table(finals), NOTE]
     seeds = finals.groupby("ablation").size()
     if (single := seeds == 1).any():

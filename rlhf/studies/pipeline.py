@@ -1,5 +1,6 @@
 """The pipeline: from a model and data to a report, each stage in a process of its own."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ class Result(NamedTuple):
     Attributes:
         run: its folder.
         exports: stage -> folder of the model that it trained.
-        report: the page; None where nothing was evaluated.
-        summary: the table on top of the page, a row per policy.
+        report: the page; None where nothing was trained.
+        summary: the table on top of the page, a row per policy; None where nothing was evaluated.
         findings: what speaks against the run, such as a policy that has learnt nothing; empty if nothing does.
     """
 
@@ -178,6 +179,8 @@ def run_stages(
             return _result(run, stages)
         for number, stage in enumerate(stages, 1):
             runner.run_stage(stage, f"[{number}/{len(stages)}]")
+            if stage.command == "fit" and stage in left:
+                _report_so_far(run)
         runner.finish()
     result = _result(run, stages)
     print(f"Pipeline finished in {time.monotonic() - started:.0f} s: {run}")
@@ -186,6 +189,13 @@ def run_stages(
     for finding in result.findings:
         print(f"Finding: {finding}")
     return result
+
+
+def _report_so_far(run: Path) -> None:
+    """Writes the report of what there is, to look at while the next stage runs."""
+    ended = stage_processes.run(["report", "--runs", str(run), "--output", str(run)], Path(os.devnull))
+    if not ended.status:
+        print(f"Report so far: {run / 'report.html'}\n", flush=True)
 
 
 def _preflight(stages: Sequence[Stage], runner: Runner, base: str) -> None:

@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from rlhf import files
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -136,6 +139,7 @@ def _main(words: list[str], log: Path | None, peak: Any) -> None:
         os.dup2(file, 2)
         if "datasets" in sys.modules:  # it looked for a terminal when it was imported
             sys.modules["datasets"].disable_progress_bars()
+    os.environ[files.TYPED] = shlex.join(sys.argv[1:])  # multiprocessing hands on those of the pipeline
     sys.argv[1:] = words  # Lightning starts further processes with them
     try:
         runpy.run_module("rlhf", run_name="__main__", alter_sys=True)

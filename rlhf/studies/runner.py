@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -147,8 +147,9 @@ class Runner:
         )
 
     def finish(self) -> None:
-        """Records that all stages are finished, so that `redo` means a new time again."""
-        self._write({name: entry for name, entry in self._recorded.items() if name != REDO})
+        """Records that all stages are finished: nothing more is to come, and `redo` means a new time again."""
+        recorded = {name: entry for name, entry in self._recorded.items() if name != REDO}
+        self._write(recorded | {files.ENDED: {"finished": True}})
 
     def _begun(self, stages: Sequence[Stage]) -> dict[str, Any]:
         settings = [self._made_from(stage)["settings"] for stage in stages]
@@ -192,6 +193,7 @@ class Runner:
         def run() -> None:
             for stage in stages:
                 self.run_stage(stage, f"{name}:")
+            self.finish()
 
         return Job(name, run, after)
 
@@ -317,7 +319,8 @@ class Runner:
 
     def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
         with self._lock:
-            self._write({**self._recorded, stage.name: entry})
+            kept = {name: known for name, known in self._recorded.items() if name != files.ENDED or entry["finished"]}
+            self._write({**kept, stage.name: entry})
 
     def _write(self, recorded: dict[str, dict[str, Any]]) -> None:
         self._recorded = recorded
@@ -348,8 +351,10 @@ class Job(NamedTuple):
     after: str | None = None
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], None]) -> None:
-    """Runs jobs, `processes` at a time, and writes the result of those that are finished.
+def run_jobs(
+    jobs: Sequence[Job], processes: int, write_result: Callable[[], None], so_far: Callable[[], None] | None = None
+) -> None:
+    """Runs jobs, `processes` at a time, calls `so_far` after each, and writes the result of those that are finished.
 
     A job that fails stops only the jobs that come after it, which are listed behind it.
 
@@ -372,6 +377,9 @@ def run_jobs(jobs: Sequence[Job], processes: int, write_result: Callable[[], Non
                     except UserError as error:
                         print(f"failed: {error}", flush=True)
                         failed[job.name] = str(error)
+                if running and so_far:
+                    with suppress(UserError):  # it comes again in the end
+                        so_far()
         finally:
             pool.shutdown(cancel_futures=True)
     for job in jobs:

@@ -92,13 +92,21 @@ def scaling(
                 members.append(_Member(size, seed, runner, own, exports))
                 jobs.append(runner.job(f"{size}/seed-{seed}", members[-1].every_stage(), after=f"{size}/{BASE}"))
 
-        def write_report() -> None:
-            finished = [member for member in members if all(map(member.runner.finished, member.stages))]
-            if finished:
-                report(str(out), [member.result(policies) for member in finished], baselines, lengths, samples)
-                print(f"Report:  {out / 'report.html'}, of {len(finished)} of {len(members)} runs")
+        def finished() -> list[Run]:
+            over = (member for member in members if all(map(member.runner.finished, member.stages)))
+            return [member.result(policies) for member in over]
 
-        run_jobs(jobs, processes, write_report)
+        def write_report(known: list[Run] | None = None) -> None:
+            if (runs := finished()) and runs != known:
+                report(str(out), runs, baselines, lengths, samples)
+                print(f"Report:  {out / 'report.html'}, of {len(runs)} of {len(members)} runs")
+
+        def write_so_far() -> None:
+            write_report(shown[-1])
+            shown.append(finished())
+
+        shown = [finished()]
+        run_jobs(jobs, processes, write_report, write_so_far)
 
 
 def _check_names(sizes: list[str], seeds: list[int], groups: dict[str, list[Stage]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rlhf import files
 from rlhf.callbacks.curves import CurveLogger, Curves
 from rlhf.cli.main import main
 from rlhf.report.curve_files import read_curves
@@ -102,10 +103,13 @@ def test_a_logger_that_is_not_installed_or_refuses_is_one_sentence(
 
 def test_a_resumed_run_continues_its_file_where_the_checkpoint_was(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(loggers=[], default_root_dir=tmp_path, is_global_zero=True)
-    before, module = Curves(), None
+    before = Curves()
+    module = SimpleNamespace(kind="sft", total_schedule_steps=lambda: 9)
+    trainer.datamodule = SimpleNamespace(batch_size=4)
     before.setup(trainer, module, "fit")  # type: ignore[arg-type]
     [logger] = trainer.loggers
     assert isinstance(logger, CurveLogger)
+    before.on_train_start(trainer, module)  # type: ignore[arg-type]
     logger.log_metrics({"a": 1.0}, 1)
     state = before.state_dict()
     logger.log_metrics({"a": 2.0, "abandoned": 2.0}, 2)
@@ -117,4 +121,9 @@ def test_a_resumed_run_continues_its_file_where_the_checkpoint_was(tmp_path: Pat
     resumed.load_state_dict(state)
     resumed.on_train_start(trainer, module)  # type: ignore[arg-type]
     trainer.loggers[0].log_metrics({"a": 2.5}, 2)
-    assert {name: curve.to_dict() for name, curve in read_curves(tmp_path).items()} == {"a": {1: 1.0, 2: 2.5}}
+    found = {name: curve.to_dict() for name, curve in read_curves(tmp_path).items()}
+    assert found == {"a": {1: 1.0, 2: 2.5}, f"{files.TOTAL}sft": {0: 9}}
+    assert logger.file.read_text().count(files.TOTAL) == 1  # as it was
+    module.kind = "ppo"
+    resumed.on_train_start(trainer, module)  # type: ignore[arg-type]
+    assert read_curves(tmp_path)[f"{files.TOTAL}ppo"].to_dict() == {0: 9 * 4}  # in episodes

@@ -83,7 +83,7 @@ def test_own_model_and_own_files_in_one_command(
         "--response_length=4", "--validation=0.5", "--trainer.accelerator=cpu", "--sft.model.resize_embeddings=true",
         *small, "--ppo.trainer.max_epochs=1", "--ppo.trainer.check_val_every_n_epoch=1",
     ])  # fmt: skip
-    assert [words[0] for words in commands[:4]] == ["rehearse", "fit", "fit", "fit"]
+    assert [words[0] for words in commands[:6]] == ["rehearse", "fit", "report", "fit", "report", "fit"]
     assert commands[-1][0] == "report"
     for stage in ("sft", "reward", "ppo"):
         folder = tmp_path / "runs" / stage

@@ -14,6 +14,7 @@ from filelock import FileLock
 from rlhf.cli.main import main
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
+from rlhf.report import report as report_file
 from rlhf.synthetic.posts import comparisons, demonstrations
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +71,13 @@ def inside(folder: Path) -> set[Path]:
 
 @pytest.mark.parametrize("command", OUTPUTS)
 def test_an_output_that_another_process_writes_is_refused(
-    command: str, words: dict[str, list[str]], folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    words: dict[str, list[str]],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(report_file, "PATIENCE", 0.1)
     place = folder / OUTPUTS[command]
     place.parent.mkdir(exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):

@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf.models import backbone
 from rlhf.models.actor_critic import ActorCritic, response_logprobs
+from rlhf.models.adapters import LoRA
 from rlhf.models.half_weights import keep_half
 from rlhf.models.loading import checkpoint_activations
 from rlhf.models.memory import Phase, Workload, estimate, networks, pinned
+from rlhf.models.networks import AdaptedNetworks
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.ops.sequences import model_inputs
@@ -185,6 +187,31 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(kind: str, stage:
     assert found.weights == sum(p.nbytes for p in trained.parameters())
     assert found.gradients == sum(p.grad.nbytes for p in trained.parameters() if p.grad is not None)
     assert found.optimizer_states == sum(v.nbytes for v in states)
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_with_adapters_the_base_is_there_once(kind: str, stage: str, how: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config, lora = CONFIGS[kind](), LoRA(rank=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    dtype, half = torch.bfloat16 if how == BFLOAT16 else torch.float32, torch.bfloat16 if how == AUTOCAST else None
+    made = AdaptedNetworks(dtype, torch.device("cpu"), 1, lora, half)
+    policy, critic = (make(str(tmp_path), "", trained=True) for make in (made.language_model, made.scalar_model))
+    trained: Any = {"sft": [policy], "reward": [critic], "ppo": [policy, critic]}[stage]
+    weights = {p: p for model in trained for p in model.parameters()}  # each once
+    adapters = [p for p in weights if p.requires_grad]
+    found = estimate(config, workload(stage, how, lora=lora))
+    more = policy.get_output_embeddings().weight.nbytes if stage == "reward" else 0  # which a reward model has not
+    bias = 2 if how == BFLOAT16 and stage != "sft" else 0  # is float32 until DeepSpeed casts it
+    expected = sum(p.nbytes for p in weights) + more - bias
+    assert found["training"].weights == pytest.approx(expected, rel=0.005 if how == AUTOCAST else 0)
+    assert found["training"].gradients == 4 * sum(p.numel() for p in adapters)
+    assert found["training"].optimizer_states == (3 if how == BFLOAT16 else 2) * found["training"].gradients
+    frozen = found["scoring"].frozen_models
+    assert frozen < 0.2 * found["training"].weights if stage == "ppo" else not frozen
 
 
 @pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
+from PIL import Image, ImageColor
 
 from rlhf.report import charts
 from rlhf.report.runs import Baseline
@@ -35,8 +34,8 @@ def test_win_rate_against_size_has_every_seed_their_means_and_every_star(rates: 
     assert stars.iloc[0].tolist() == ["GPT", 2 * 10**9, 0.7]
     charts.save_png(panels, tmp_path / "x.png")
     for colour in charts.COLOURS[:2]:
-        picture = imread(tmp_path / "x.png")[..., :3]
-        assert (np.abs(picture - to_rgb(colour)).max(-1) < 0.02).any()
+        picture = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"), int)
+        assert (np.abs(picture - ImageColor.getrgb(colour)).max(-1) < 5).any()
 
 
 def test_only_one_seed_per_size_has_intervals(rates: pd.DataFrame) -> None:
@@ -58,6 +57,21 @@ def test_curves_of_one_run_share_a_panel_and_those_of_several_do_not() -> None:
     assert data(made["both: kl"])[0]["run"].unique().tolist() == ["1b, seed 1", "1b, seed 2"]
 
 
+def test_runs_of_several_sizes_and_seeds_have_the_colour_of_their_size_and_the_dashes_of_their_seed() -> None:
+    rows = [(size, seed, "kl", step, 1.0) for size in ("1b", "7b") for seed in (1, 2) for step in (1, 2)]
+    table = pd.DataFrame(rows, columns=["size", "seed", "curve", "step", "value"])
+
+    def look(table: pd.DataFrame) -> dict[str, Any]:
+        [panel] = charts.curves(table, {"KL": ["kl"]}, "episodes").values()
+        return {
+            name: each["field"] for name, each in panel.to_dict()["layer"][0]["encoding"].items() if "scale" in each
+        }
+
+    assert look(table) == {"x": "step", "y": "value", "color": "size", "strokeDash": "seed"}
+    one_seed = table[(table["seed"] == 1) | (table["size"] == "7b")]
+    assert look(one_seed[one_seed["seed"] == 1]) == {"x": "step", "y": "value", "color": "run", "strokeDash": "run"}
+
+
 def test_a_long_curve_is_thinned_and_keeps_its_last_point() -> None:
     steps = np.arange(1, 2500)
     table = pd.DataFrame({"size": "1b", "seed": 1, "curve": "kl", "step": steps, "value": steps / 7})
@@ -65,6 +79,14 @@ def test_a_long_curve_is_thinned_and_keeps_its_last_point() -> None:
     assert len(shown) == 500  # every fifth
     assert shown["step"].iloc[-1] == 2499
     assert shown["value"].tolist() == pytest.approx((shown["step"] / 7).tolist())
+
+
+def test_lengths_without_a_fit_have_their_bins_only() -> None:
+    """A layer without a number makes Vega complain on the console."""
+    bins = pd.DataFrame({"size": "s", "policy": ["a", "b"], "bin": 0.0, "win_rate": 0.5, "low": 0.1, "high": 0.9})
+    fits = pd.DataFrame({"size": "s", "policy": ["a", "b"], "adjusted": [0.5, None], "slope": [1.0, None]})
+    *_, curves = data(charts.length_controlled(bins, fits)["Win rate by length"])
+    assert curves["policy"].unique().tolist() == ["a"]
 
 
 def test_series_are_told_apart_without_colour(rates: pd.DataFrame) -> None:

@@ -44,6 +44,22 @@ def test_what_is_short_is_in_markdown_and_all_numbers_are_written(tmp_path: Path
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "report" / "more.csv"), table)
 
 
+def test_what_is_the_same_everywhere_is_not_shown_and_names_are_not_called_sizes(tmp_path: Path) -> None:
+    table = pd.DataFrame({"size": ["x"], "parameters": [1], "seed": [3], "value": ["v"]})
+
+    def heads(**tables: pd.DataFrame) -> list[str]:
+        page = Page(tmp_path, tables)
+        page.section("All")
+        page.table("one")
+        return list(page.sections()[0].blocks[0].heads)
+
+    assert heads(one=table) == ["value"]
+    assert heads(one=table, other=table.assign(seed=4)) == ["seed", "value"]
+    assert heads(one=table, other=table.assign(size="y")) == ["run", "value"]
+    assert heads(one=table, other=table.assign(size="y", parameters=5)) == ["size", "value"]
+    assert list(pd.read_csv(tmp_path / "report" / "one.csv")) == ["size", "parameters", "seed", "value"]
+
+
 MEANS = pd.DataFrame(
     {"size": "1b", "seed": 1, "policy": ["PPO"], "length": 3.0, "reference_length": 4.0, "win_rate": 0.5}
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -15,15 +18,18 @@ from rlhf.callbacks.curves import CurveLogger
 from rlhf.cli.main import main
 from rlhf.evaluation.tables import write_notes, write_table
 from rlhf.report import report as report_file
-from rlhf.report.run_folders import resolved
+from rlhf.report.report import report
+from rlhf.report.run_folders import NothingYetError, finished, resolved
 from rlhf.report.runs import judged_rows
 
 QUERIES = 40
+ROOT = Path(__file__).parents[2]
 
 
 def folder(path: Path, win: float, judge: str = "Gold", judged: bool = True, kl: float = 0.05) -> Path:
     """A pipeline's run folder with PPO, as far as a report reads it."""
     logger = CurveLogger(path / "ppo")
+    logger.log_metrics({f"{files.TOTAL}ppo": 256}, 0)
     logger.log_metrics({"objective/kl": 1.0, "objective/scores": 0.5, "validation/score": 0.4}, 64)
     config = {"seed_everything": 7, "run_dir": f"{path}/ppo", "model": {"init_args": {"ppo": {"kl_coefficient": kl}}}}
     config["model"]["init_args"]["model_path"] = f"{path}/sft/export"
@@ -61,6 +67,49 @@ def test_runs_by_their_folders_are_compared_with_the_first(tmp_path: Path) -> No
     assert "Stages so far" not in text
 
 
+def test_seeds_of_a_run_are_averaged_before_they_are_compared(tmp_path: Path) -> None:
+    """Folders such as those of a study or of ablations: a name, and in it `seed-<n>`."""
+    wins = {"b/seed-1": 0.5, "b/seed-2": 0.7, "a/seed-1": 0.9, "a/seed-2": 1.0}
+    paths = [folder(tmp_path / name, win) for name, win in wins.items()]
+    main(["report", "--runs", *map(str, paths), "--output", str(tmp_path / "out")])
+    found = pd.read_csv(tmp_path / "out" / "report" / "run_differences.csv").set_index("measure")
+    assert found[["run", "baseline"]].to_numpy().tolist() == [["a", "b"]] * 3
+    assert found["difference"].to_dict() == pytest.approx({"win rate": 0.35, "score": 0.35, "gold": 0.7})
+    rates = pd.read_csv(tmp_path / "out" / "report" / "win_rates.csv")
+    assert list(zip(rates["size"], rates["seed"], strict=True)) == [("b", 1), ("b", 2), ("a", 1), ("a", 2)]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>PPO&#39;s responses are preferred over the reference 60% of the time in b, 95% in a</h1>" in page
+    assert "RLHF report: b, a, seeds 1, 2" in page
+    assert '<th scope="col">run</th><th scope="col">seed</th>' in page
+
+
+def test_a_run_without_anything_to_show_is_left_out_beside_others(tmp_path: Path) -> None:
+    folder(tmp_path / "a", 0.5)
+    for name in ("b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / files.OWNER).write_text("{}")
+    paths = [str(tmp_path / name) for name in "abc"]
+    assert [run.size for run in resolved(paths)] == ["a"]
+    with pytest.raises(NothingYetError, match=r"nothing to show yet in .*/b, .*/c:"):
+        resolved(paths[1:])
+
+
+def test_when_nothing_more_is_to_come_from_a_run(tmp_path: Path) -> None:
+    run, done = folder(tmp_path / "a", 0.5), {"finished": True}
+    for state, over in (
+        ({"ppo": done}, False),  # the next stage is about to begin
+        ({"ppo": done, files.ENDED: done}, True),  # one of a study, which has no report of its own
+        ({"ppo": done, "report": done}, True),
+        ({"ppo": {"finished": False}, "report": done}, False),  # it is run again
+    ):
+        (run / files.STATE).write_text(json.dumps(state))
+        assert finished(str(run)) == over, state
+    assert finished(str(run / "ppo"))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / files.OWNER).write_text("{}")
+    assert not finished(str(tmp_path / "begun"))
+
+
 def test_win_rates_of_other_judges_are_not_compared(tmp_path: Path) -> None:
     paths = [folder(tmp_path / "a", 0.5), folder(tmp_path / "b", 0.75, judge="Mine")]
     main(["report", "--runs", *map(str, paths), "--output", str(tmp_path / "out")])
@@ -75,9 +124,12 @@ def test_a_run_that_is_not_finished_shows_what_there_is(tmp_path: Path) -> None:
     main(["report", "--runs", str(run), "--output", str(tmp_path / "out")])
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No policy is judged yet" in text
-    assert "| a | 7 | ppo | not finished | 64 |" in text
+    assert "| stage | state | steps | of |" in text
+    assert "| ppo | not finished | 64 | 256 |" in text
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h1>Nothing is judged yet</h1>" in page
+    assert "<h1>PPO: 64 of 256 episodes; nothing is judged yet</h1>" in page
+    assert re.search(r'<dt>KL</dt><dd class="value">1.00</dd><dd class="note">at first 1.00</dd>', page)
+    assert "RLHF report: a, seed 7, 20" in page
     assert "<h2>PPO</h2>" in page
 
 
@@ -97,9 +149,44 @@ def test_watching_ends_when_the_run_is_finished(
     monkeypatch.setattr(report_file, "sleep", lambda _: next(changes)())
     main(["report", "--runs", str(run), "--watch", "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert said.index("has nothing to show yet") < said.index("made; waiting")
+    assert said.index(f"nothing to show yet in {run}") < said.index("made; waiting")
     assert said.count("made; waiting") == 1
     assert pd.read_csv(tmp_path / "out" / "report" / "summary.csv")["win_rate"].iloc[0] == 0.5
+
+
+def test_the_page_follows_a_run_while_it_trains(
+    tmp_path: Path, model_path: str, demonstration_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT waits after each validation until the page shows it."""
+    run, page, log, seen = tmp_path / "run", tmp_path / "out" / "report.html", CurveLogger.log_metrics, list[str]()
+
+    def log_and_look(self: CurveLogger, metrics: dict[str, float], step: int | None = None) -> None:
+        log(self, metrics, step)
+        deadline = time.monotonic() + 60
+        if "validation/loss" in metrics and step is not None:
+            row = f"<td>sft</td><td>not finished</td><td>{step + 1}</td><td>4</td>"
+            while not (page.is_file() and row in page.read_text()):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            seen.append(row)
+
+    monkeypatch.setattr(CurveLogger, "log_metrics", log_and_look)
+    monkeypatch.setattr(report_file, "POLL", 0.02)
+    found: list[dict[str, pd.DataFrame]] = []
+    run.mkdir()
+    (run / files.OWNER).write_text("{}")  # it has begun
+    watcher = Thread(target=lambda: found.append(report(str(page.parent), [str(run)], watch=True)), daemon=True)
+    watcher.start()
+    data = f"{{'path': '{demonstration_file}', 'split': 'train', 'limit': 8}}"
+    main([
+        "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={run}", f"--model.model_path={model_path}",
+        "--model.response_length=2", f"--data.train={data}", f"--data.validation={data}", "--data.batch_size=4",
+        "--data.micro_batch_size=4", "--trainer.max_epochs=2",
+    ])  # fmt: skip
+    watcher.join(60)
+    assert len(seen) == 2
+    assert found[0]["progress"][["state", "steps", "of"]].to_numpy().tolist() == [["finished", 4, 4]]
+    assert "not finished" not in page.read_text()
 
 
 def test_tables_of_strangers(tmp_path: Path) -> None:
@@ -112,16 +199,38 @@ def test_tables_of_strangers(tmp_path: Path) -> None:
     main(["report", "--runs", *paths, "--output", str(tmp_path / "out")])
     rates = pd.read_csv(tmp_path / "out" / "report" / "win_rates.csv").set_index("policy")
     assert rates["win_rate"].to_dict() == {"mine": 0.625, "other": 0.5}
+    assert "RLHF report: mine, other, 20" in (tmp_path / "out" / "report.html").read_text()
     assert rates["position_bias"].isna().all()
+
+
+def test_a_strangers_table_may_have_any_other_columns_and_gaps(tmp_path: Path) -> None:
+    table = pd.DataFrame({
+        "query": [1, 2, 3], "a": ["x", None, "z"], "b": ["y", "y", None], "outcome": ["A", None, "b"], "size": "large",
+        "seed": "x", "win_rate": 0.5, "length": 3, "bin": 1, "log_ratio": "?", "policy": "p",
+        "b_name": "SFT",
+    })  # fmt: skip
+    write_table(table, tmp_path / "mine.parquet")
+    main(["report", "--runs", str(tmp_path / "mine.parquet"), "--output", str(tmp_path / "out")])
+    summary = pd.read_csv(tmp_path / "out" / "report" / "summary.csv").set_index("policy")
+    assert summary["win_rate"]["mine"] == 0.5
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>mine&#39;s responses are preferred over SFT 50% of the time</h1>" in page
+    assert "<h2>mine and SFT</h2>" in page
 
 
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
         ("words.csv", "query,a,b,outcome\nq,x,y,win\n", "nor one of the words a, tie, b: 'win'"),
+        (
+            "scores.csv",
+            "query,a,b,outcome,a_score\nq,x,y,a,high\n",
+            "scores.csv has a value in a_score that is not a number",
+        ),
         ("notes.txt", "x", "neither the folder of a run nor a table in .parquet or .csv"),
         ("empty", None, "empty is no run: it has no judge_*.parquet and no curves.jsonl"),
-        ("begun", None, "begun has nothing to show yet"),
+        ("begun", None, "nothing to show yet in"),
+        ("study/", None, "its runs are"),
         ("nowhere", None, "neither a folder nor a table"),
     ],
 )
@@ -132,6 +241,8 @@ def test_what_is_no_run_gets_one_sentence(
         (tmp_path / name).write_text(text)
     elif name != "nowhere":
         (tmp_path / name).mkdir()
+    if name == "study/":
+        (tmp_path / name / "w64" / "seed-1").mkdir(parents=True)
     if name == "begun":
         (tmp_path / name / files.STATE).write_text("{}")
     with pytest.raises(SystemExit):

@@ -247,6 +247,16 @@ def test_what_differs_between_two_texts_is_marked_and_both_stay_as_they_are(
     assert "only in reference of PPO" in page.inner_text("#samples .legend")
 
 
+def test_an_empty_response_is_called_so_and_the_other_side_has_its_name(
+    tmp_path: Path, open_file: Callable[..., Any]
+) -> None:
+    page = open_file(write(tmp_path, judged("PPO", 1).assign(a="", b_name="SFT")))
+    empty = page.locator("#samples .written").last
+    assert empty.evaluate("each => getComputedStyle(each, '::after').content") == '"(empty)"'
+    assert page.locator("#samples .response h3").first.inner_text() == "SFT"
+    assert page.get_by_label("Compare").locator("option").all_inner_texts() == ["SFT", "PPO"]
+
+
 def test_text_that_looks_like_html_is_shown_as_text(tmp_path: Path, open_file: Callable[..., Any]) -> None:
     rows = both(count=3).assign(query=lambda rows: rows["query"] + HOSTILE, b=HOSTILE)
     rows = rows.assign(a=rows["a"] + HOSTILE, policy=rows["policy"] + HOSTILE)
@@ -287,8 +297,11 @@ def test_keys_go_to_the_next_and_the_previous_sample_but_not_while_typing(opened
     assert page.locator("#samples .count").inner_text() == "0 of 25 samples"
     field(page, "text").fill("")
     page.locator("h1").click()
-    page.keyboard.press("j")  # the focus is elsewhere
-    assert is_open(page) == 0
+    page.keyboard.press("j")  # nothing has the focus, and the sample can be seen
+    assert is_open(page) == 1
+    page.get_by_role("link", name="How it was made").focus()
+    page.keyboard.press("j")
+    assert is_open(page) == 1
 
 
 def test_a_link_opens_its_sample(opened: Callable[..., Any]) -> None:

@@ -43,12 +43,28 @@ def quickstart(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_from_nothing_to_a_report(
-    quickstart: dict[str, Any], commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quickstart: dict[str, Any],
+    commands: list[list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    run, inner, pages = tmp_path / "run", stage_processes.run, list[str]()
+
+    def look(words: list[str], log: Path | None = None) -> Ended:
+        pages.append((run / "report.html").read_text() if (run / "report.html").is_file() else "")
+        return inner(words, log)
+
+    monkeypatch.setattr(stage_processes, "run", look)
     pipeline(**quickstart)
-    run = tmp_path / "run"
+    for page, there, missing in (
+        (pages[2], "", "html"), (pages[4], "Supervised fine-tuning", "Training of the reward model"),
+        (pages[6], "Training of the reward model", "<h2>PPO</h2>"), (pages[8], "<h2>PPO</h2>", "Samples"),
+    ):  # fmt: skip
+        assert there in page  # to look at while the next stage runs
+        assert missing not in page
     evaluated = ["generate", "generate", "judge", "judge", "margins", "report"]
-    assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit", "fit", "fit", *evaluated]
+    assert [words[0] for words in commands] == ["rehearse", "synthesize", *["fit", "report"] * 3, *evaluated]
     report = (run / "report.md").read_text()
     page = (run / "report.html").read_text()
     for heading in ("SFT, PPO and the reference", "Reward model", "PPO", "Samples"):
@@ -84,7 +100,7 @@ def test_from_nothing_to_a_report(
 
     shutil.rmtree(run / "ppo")
     pipeline(**quickstart)
-    assert [words[0] for words in commands] == ["rehearse", "fit", "generate", "judge", "report"]
+    assert [words[0] for words in commands] == ["rehearse", "fit", "report", "generate", "judge", "report"]
 
 
 def test_a_stopped_pipeline_goes_on(
@@ -105,7 +121,7 @@ def test_a_stopped_pipeline_goes_on(
     monkeypatch.setattr(stage_processes, "run", inner)
     commands.clear()
     pipeline(**few)
-    assert [words[0] for words in commands] == ["rehearse", "fit"]
+    assert [words[0] for words in commands] == ["rehearse", "fit", "report"]
     assert commands[1][-2:] == ["--ckpt_path", "last"]
     manifest = json.loads((tmp_path / "run" / "sft" / "export" / "rlhf.json").read_text())
     assert manifest["epochs"] == 2
@@ -126,7 +142,7 @@ def test_a_run_goes_on_where_it_was_moved_to(
     """Fingerprints know what a config says and which stages are taken, not where they are."""
     few = quickstart | FEW
     pipeline(**few)
-    assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit"]
+    assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit", "report"]
     commands.clear()
     monkeypatch.chdir(tmp_path)
     pipeline(**few | {"run_dir": "run", "config_dir": "configs"})
@@ -263,9 +279,11 @@ def test_jobs_run_side_by_side_and_after_each_other() -> None:
         return Job(name, run, after)
 
     jobs = [job("a", meets=True), job("b", "a"), job("c", "b"), job("x", meets=True)]
-    run_jobs(jobs, 2, lambda: ended.append("result"))
+    so_far: list[int] = []
+    run_jobs(jobs, 2, lambda: ended.append("result"), lambda: so_far.append(len(ended)))
     assert sorted(ended[:-1]) == ["a", "b", "c", "x"]
     assert [name for name in ended if name != "x"] == ["a", "b", "c", "result"]
+    assert 1 <= so_far[0] < 4
 
 
 def test_a_failed_job_stops_what_comes_after_it_and_nothing_else() -> None:

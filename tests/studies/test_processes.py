@@ -59,6 +59,15 @@ def test_several_threads_can_run_stages(tmp_path: Path) -> None:
     assert "unknown command 'nonsense'" in (tmp_path / "wrong.log").read_text()
 
 
+def test_the_page_of_a_pipeline_names_what_the_user_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.csv").write_text("query,a,b,outcome\nq,x,y,a\nr,x,y,b\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", "pipeline", "--config", "my config.yaml"])
+    words = ["report", "--runs", str(tmp_path / "mine.csv"), "--output", str(tmp_path / "out")]
+    assert StageProcesses().run(words, tmp_path / "log").status == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<pre>python train.py pipeline --config &#39;my config.yaml&#39;</pre>" in page
+
+
 def owner(folder: Path) -> int:
     """The number of the process that owns a folder, once there is one."""
     deadline = time.monotonic() + 120

@@ -96,10 +96,16 @@ def place(words: list[str], root: Path) -> str:
 
 
 def test_two_sizes_and_two_seeds_from_nothing_to_a_report(
-    study: list[str], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: list[str],
+    commands: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     main(study)
     out = tmp_path / "out"
+    said = capsys.readouterr().out
+    assert [number for number in range(1, 5) if f"of {number} of 4 runs" in said][-2:] == [3, 4]  # and those so far
     assert "# Report" in (out / "report.md").read_text()
     assert sum(words[0] == "fit" for words in commands) == 2 * (1 + 2 * 3)
     tokenizers = {(out / path / "tokenizer.json").read_bytes() for path in (

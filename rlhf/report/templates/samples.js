@@ -1,7 +1,7 @@
 "use strict";
 (() => {
-const PER_PAGE = 10, FEW = 4, REFERENCE = "reference";
-const data = JSON.parse(document.getElementById("samples-data").textContent);
+const PER_PAGE = 10, FEW = 4;
+const data = JSON.parse(document.getElementById("samples-data").textContent), REFERENCE = data.reference;
 const place = document.querySelector("#samples .browser"), find = selector => place.querySelector(selector);
 const form = find("form"), fields = form.elements, list = find("ol");
 const segmenter = new Intl.Segmenter(undefined, {granularity: "word"});
@@ -217,7 +217,9 @@ function follow() {
 place.addEventListener("click", event => {
   if (event.target.dataset.step) move(step(event.target.dataset.step), false);
 });
-place.addEventListener("keydown", event => {
+addEventListener("keydown", event => {
+  const {top, bottom} = place.getBoundingClientRect(), seen = top < innerHeight && bottom > 0;
+  if (!(place.contains(event.target) || event.target === document.body && seen)) return;
   if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
   const inList = list.contains(event.target), more = inList ? {ArrowDown: 1, ArrowUp: -1} : {};
   const by = {j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1, ...more}[event.key];
