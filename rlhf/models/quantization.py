@@ -121,9 +121,10 @@ def settle(model: PreTrainedModel) -> None:
     layer: Any
     for layer in model.modules():
         if isinstance(layer, Linear4bit | Linear8bitLt):
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
         if isinstance(layer, Linear8bitLt):
-            layer.weight.CB = None  # the weight again, whose memory it would keep where that is moved
+            # The weight again, whose memory it would keep where that is moved.
+            layer.weight.CB = None  # type: ignore[attr-defined]
 
 
 def in_full(model: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -131,7 +132,7 @@ def in_full(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     plain = model.dequantize(dtype)
     kept = [x for x in model._weight_conversions or () if not _of_quantizer(x)]
     plain._weight_conversions = kept or None  # transformers would reverse those at a save
-    return plain  # type: ignore[no-any-return]
+    return plain
 
 
 def _of_quantizer(conversion: Any) -> bool:
