@@ -247,9 +247,7 @@ def test_what_differs_between_two_texts_is_marked_and_both_stay_as_they_are(
     assert "only in reference of PPO" in page.inner_text("#samples .legend")
 
 
-def test_an_empty_response_is_called_so_and_the_other_side_has_its_name(
-    tmp_path: Path, open_file: Callable[..., Any]
-) -> None:
+def test_an_empty_response_is_called_so(tmp_path: Path, open_file: Callable[..., Any]) -> None:
     page = open_file(write(tmp_path, judged("PPO", 1).assign(a="", b_name="SFT")))
     empty = page.locator("#samples .written").last
     assert empty.evaluate("each => getComputedStyle(each, '::after').content") == '"(empty)"'
