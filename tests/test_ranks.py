@@ -138,9 +138,10 @@ def test_reward_model_and_ppo_give_the_same_weights_on_two_processes(fit: Fit, s
     assert_same_step(fit(stage, "one"), fit(stage, processes))
 
 
-@pytest.mark.parametrize("processes", ["ddp", "zero2"])
-def test_adapters_get_the_same_weights_on_two_processes(fit: Fit, processes: str) -> None:
-    one, two = (fit("ppo", p, "--model.lora.rank=4", name=f"adapters-{p}") for p in ("one", processes))
+@pytest.mark.parametrize(("processes", "bits"), [("ddp", "null"), ("zero2", "null"), ("zero2", "int8")])
+def test_adapters_get_the_same_weights_on_two_processes(fit: Fit, processes: str, bits: str) -> None:
+    words = ("--model.lora.rank=4", f"--model.quantization={bits}")
+    one, two = (fit("ppo", p, *words, name=f"adapters-{bits}-{p}") for p in ("one", processes))
     assert any("lora_B" in name and tensor.any() for name, tensor in weights(one).items())
     assert_same_step(one, two)
 

@@ -169,8 +169,10 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
     """
     found = adapter_settings(path)
     if found is None:
-        model = _without_weights(config)
-        for name, kind in (("target_modules", nn.Linear), ("modules_to_save", nn.Module)):
+        from transformers.pytorch_utils import Conv1D
+
+        model = without_weights(config)
+        for name, kind in (("target_modules", nn.Linear | Conv1D), ("modules_to_save", nn.Module)):
             wanted, names = getattr(lora, name), {own for own, part in model.named_modules() if isinstance(part, kind)}
             for missing in _not_among(names, [] if wanted in (None, ALL_LINEAR) else wanted):
                 known = sorted({own.rpartition(".")[2] for own in names if not own[-1:].isdecimal()} - {""})
@@ -207,7 +209,8 @@ def _not_among(names: set[str], wanted: list[str]) -> list[str]:
     return [name for name in wanted if not any(own == name or own.endswith(f".{name}") for own in names)]
 
 
-def _without_weights(config: "PreTrainedConfig") -> nn.Module:
+def without_weights(config: "PreTrainedConfig") -> nn.Module:
+    """Makes the modules of a language model, without memory for their weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -227,6 +230,10 @@ def _inject(model: nn.Module, config: Any, what: str) -> Any:
     """Puts an adapter into a model, in place; `what` names the model for the user."""
     from peft import LoraModel
 
+    for name, parameter in model.named_parameters():
+        whole = next((x for x in config.modules_to_save or () if f".{x}." in f".{name}"), None)
+        if whole is not None and not parameter.is_floating_point():
+            raise UserError(f"model.lora.modules_to_save: {whole} of {what} is quantised and cannot be trained whole.")
     try:
         return LoraModel(model, config, NAME)
     except (ValueError, NotImplementedError) as error:

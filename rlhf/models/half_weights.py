@@ -60,7 +60,7 @@ def keep_half(model: nn.Module, dtype: torch.dtype, forward: Forward) -> None:
         with _Uses(dtype) as uses:
             forward(ids, mask)
         alone = uses.cast - uses.read
-        frozen = (p for p in model.parameters() if not p.requires_grad)
+        frozen = (p for p in model.parameters() if not p.requires_grad and p.is_floating_point())  # not quantised
         whole = {p: p.data for p in frozen if p.untyped_storage()._cdata in alone}
         for parameter in whole:
             parameter.data = parameter.data.to(dtype)

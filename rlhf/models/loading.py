@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from rlhf.models.adapter_files import ADAPTER_FILE, CLASSIFIER, CONFIG_FILE, ada
 from rlhf.models.adapters import merge_adapter
 from rlhf.models.library_calls import explained, first_line, quiet
 from rlhf.models.probes import is_causal
+from rlhf.models.quantization import in_full, settle
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.weights import check_weights
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 CLASSIFIER_SUFFIX = "ForSequenceClassification"  # of the classes of reward models
 BASES = "bases"  # in the manifest of an export: fingerprints of the bases of its adapters
+NONE: Mapping[str, Any] = MappingProxyType({})
 SHIFT = "reward_shift"  # in the configuration of a reward model: what is subtracted from the scores of transformers
 
 
@@ -161,17 +165,29 @@ def check_base(path: str, setting: str) -> str:
     return base
 
 
-def load_causal_lm(path: str, setting: str = "model.model_path", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_causal_lm(
+    path: str,
+    setting: str = "model.model_path",
+    dtype: torch.dtype = torch.float32,
+    options: Mapping[str, Any] = NONE,
+) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode. `dtype` replaces that of the stored weights."""
-    return from_pretrained("AutoModelForCausalLM", path, check_language_model(path, setting), setting, dtype)
+    config = check_language_model(path, setting)
+    return from_pretrained("AutoModelForCausalLM", path, config, setting, dtype, options=options)
 
 
 def from_pretrained(
-    kind: str, path: str, config: PreTrainedConfig, setting: str, dtype: torch.dtype, new: str | None = None
+    kind: str,
+    path: str,
+    config: PreTrainedConfig,
+    setting: str,
+    dtype: torch.dtype,
+    new: str | None = None,
+    options: Mapping[str, Any] = NONE,
 ) -> PreTrainedModel:
     """Loads a model by the name of its `Auto...` class, with all its weights but a `new` one, an adapter merged.
 
-    transformers would initialise other weights that are missing, too.
+    transformers would initialise other weights that are missing, too; it takes further `options`.
     """
     import transformers
 
@@ -190,24 +206,33 @@ def from_pretrained(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused by name below
             trust_remote_code=trusts_remote_code(),
+            **options,
         )
+    settle(model)
+    quantized = bool(getattr(model, "is_quantized", False))
+    if "quantization_config" in options:  # it says how weights are stored; these are not
+        del model.config.quantization_config
     with explained(cannot):
         check_weights(model, report, base, setting, new)
     try:
         causal = is_causal(model)
     except FloatingPointError as error:
         raise UserError(
-            f"{setting}: {path} computes NaN or infinity from finite weights: look at the numbers in its config.json."
+            f"{setting}: {path} computes NaN or infinity{'' if quantized else ' from finite weights'}: look at the "
+            f"numbers in its {'weights and its ' if quantized else ''}config.json."
         ) from error
     except Exception as error:  # whatever a model may do that does not take token ids alone
-        if not torch.cuda.is_available():
-            raise UserError(f"{setting}: {path} cannot read a row of token ids: {first_line(error)}") from error
+        if quantized or not torch.cuda.is_available():
+            how = ", quantised, cannot" if quantized else " cannot"
+            raise UserError(f"{setting}: {path}{how} read a row of token ids: {first_line(error)}") from error
         causal = True  # not tested: kernels may need the GPU that the model is moved to later
     if not causal:
         raise UserError(
             f"{setting}: {path} is no causal language model: in {type(model).__name__} a token depends on later ones."
         )
     if base != path:
+        if quantized:
+            model = in_full(model, dtype)
         merge_adapter(model, path, setting, headless=new is not None)
     return model
 

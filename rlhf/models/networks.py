@@ -11,19 +11,27 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from rlhf.models.adapter_files import base_name
-from rlhf.models.adapters import LoRA, add_adapter, load_adapter
+from rlhf.models.adapter_files import base_name, base_of
+from rlhf.models.adapters import LoRA, add_adapter, load_adapter, without_weights
 from rlhf.models.classifiers import classifier_config
 from rlhf.models.half_weights import keep_half, language_model_forward, scalar_forward
 from rlhf.models.loading import check_base, is_classifier, load_causal_lm, load_config
 from rlhf.models.probes import backbone_of
+from rlhf.models.quantization import (
+    Quantization,
+    beside_weights,
+    check_base_storage,
+    check_kernels,
+    loading_options,
+)
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.scalar_model import ScalarModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
+HOW_STORED = ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")  # peft reads them
 
 
 class Networks:
@@ -40,11 +48,17 @@ class Networks:
 
     def language_model(self, path: str, setting: str, trained: bool) -> PreTrainedModel:
         """Makes a policy or reference."""
+        self._check_stored(path, setting, trained)
         model: Any = load_causal_lm(path, setting, self.dtype)
         return model.to(self.device) if trained else model
 
+    def _check_stored(self, path: str, setting: str, trained: bool) -> None:
+        if trained and base_of(path, setting) == path:  # an adapter makes its base a whole one
+            check_base_storage(load_config(path, setting), f"{setting}: {path}", False, None)
+
     def scalar_model(self, path: str, setting: str, trained: bool) -> ScalarModel:
         """Makes a critic or reward model: from a language model, which gets a new head, or from a reward model."""
+        self._check_stored(path, setting, trained)
         if is_classifier(load_config(path, setting)):
             model = ScalarModel.from_pretrained(path, setting, self.dtype)
         else:
@@ -64,19 +78,26 @@ class AdaptedNetworks(Networks):
         seed: of new adapters and heads.
         lora: of the adapters.
         half: the precision of autocast, in which the weights of a base are kept if no number depends on it.
+        quantization: of the matrices of bases.
     """
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, seed: int, lora: LoRA, half: torch.dtype | None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        lora: LoRA,
+        half: torch.dtype | None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__(dtype, device, seed)
-        self.lora, self.half = lora, half
+        self.lora, self.half, self.quantization = lora, half, quantization
         self._bases: dict[str, nn.Module] = {}
 
     @override
     def language_model(self, path: str, setting: str, trained: bool) -> PreTrainedModel:
         base = check_base(path, setting)
-        model = self._on_base(base, lambda: load_causal_lm(base, setting, self.dtype))
+        model = self._on_base(base, setting, load_causal_lm)
         self._adapt(model, path, base, setting, trained)
         if self.half is not None and trained:
             keep_half(model, self.half, language_model_forward(model))
@@ -86,10 +107,10 @@ class AdaptedNetworks(Networks):
     def scalar_model(self, path: str, setting: str, trained: bool) -> ScalarModel:
         base, config = check_base(path, setting), load_config(path, setting)
         if is_classifier(load_config(base, setting)):
-            model = self._on_base(base, lambda: ScalarModel.from_pretrained(base, setting, self.dtype))
+            model = self._on_base(base, setting, ScalarModel.from_pretrained)
             model.own_head()
         else:
-            model = _with_head(self._on_base(base, lambda: load_causal_lm(base, setting, self.dtype)), self.seed)
+            model = _with_head(self._on_base(base, setting, load_causal_lm), self.seed)
         model.set_shift(config)
         self._adapt(model.model, path, base, setting, trained, headless=is_classifier(config))
         for part in (model.head_weight, model.bias):
@@ -98,14 +119,22 @@ class AdaptedNetworks(Networks):
             keep_half(model, self.half, scalar_forward(model))
         return model
 
-    def _on_base(self, base: str, load: Callable[[], M]) -> M:
+    def _on_base(self, base: str, setting: str, load: Callable[..., M]) -> M:
         """Copies the modules of a base, but none of its weights, which are loaded once."""
         key = base_name(base, "the base")
         if key not in self._bases:
-            self._bases[key] = load().to(self.device).requires_grad_(False)
+            options = self._options(load_config(base, setting), f"{setting}: {base}")
+            self._bases[key] = load(base, setting, self.dtype, options).to(self.device).requires_grad_(False)
         model: Any = self._bases[key]
-        kept: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        kept = {id(part): part for part in chain(model.parameters(), model.buffers(), beside_weights(model))}
         return copy.deepcopy(model, kept)
+
+    def _options(self, config: PreTrainedConfig, what: str) -> dict[str, Any]:
+        check_base_storage(config, what, True, self.quantization)
+        if self.quantization is None:
+            return {}
+        check_kernels(without_weights(config), self.quantization, self.half or self.dtype, self.device)
+        return loading_options(self.quantization, self.device)
 
     def _adapt(
         self, model: PreTrainedModel, path: str, base: str, setting: str, trained: bool, headless: bool = False
@@ -128,6 +157,7 @@ def _with_head(model: PreTrainedModel, seed: int) -> ScalarModel:
         )
     name = next(name for name, child in whole.named_children() if child is backbone_of(whole))
     setattr(whole, name, backbone)
+    vars(whole).update({key: value for key, value in vars(model).items() if key in HOW_STORED})
     backbone.config.num_labels, whole.config = 1, backbone.config  # one object: it says which attention the layers take
     scalar = ScalarModel(whole)
     scalar.own_head()

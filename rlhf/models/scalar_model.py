@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rlhf.models.adapter_files import adapter_settings
 from rlhf.models.adapters import HEAD
 from rlhf.models.backbone import hidden_states
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config, register_classifier
-from rlhf.models.loading import SHIFT, check_reward_model, from_pretrained, load_config
+from rlhf.models.loading import NONE, SHIFT, check_reward_model, from_pretrained, load_config
 from rlhf.models.probes import takes_left_padding
 from rlhf.models.saving import save_pretrained
 from rlhf.ops.sequences import last_real_token, model_inputs, move_padding, right_padded
@@ -49,12 +50,14 @@ class ScalarModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path: str, setting: str, dtype: torch.dtype = torch.float32) -> ScalarModel:
-        """Loads a trained reward model or critic."""
+    def from_pretrained(
+        cls, path: str, setting: str, dtype: torch.dtype = torch.float32, options: Mapping[str, Any] = NONE
+    ) -> ScalarModel:
+        """Loads a trained reward model or critic; `options` are for transformers."""
         config = check_reward_model(path, setting)
         register_classifier(config, setting)
         new = HEAD if adapter_settings(path) else None  # which its adapter has
-        return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new))
+        return cls(from_pretrained(AUTO_CLASS, path, config, setting, dtype, new, options))
 
     def own_head(self) -> None:
         """Replaces head and bias by new tensors, which no other model shares, with the old values if there are any."""

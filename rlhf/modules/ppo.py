@@ -20,6 +20,7 @@ from rlhf.models.actor_critic import Evaluation, join, response_logprobs
 from rlhf.models.adapters import LoRA
 from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel, Placement
+from rlhf.models.quantization import Quantization
 from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
@@ -65,9 +66,9 @@ class PPOModule(StageModule):
         pad_token: token to pad with; by default the tokenizer's own.
         eos_tokens: tokens that end a response, the first one behind demonstrations; by default the tokenizer's own and
             those of the model's `generation_config.json`.
-        activation_checkpointing: of policy and critic: compute activations again in the backward pass instead of
-            keeping them.
+        activation_checkpointing: of policy and critic: compute activations again in the backward pass; keep none.
         lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
+        quantization: with `lora`, store the matrices of the base in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes.
     """
 
     kind = "ppo"
@@ -88,13 +89,12 @@ class PPOModule(StageModule):
         eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora, quantization)
         check_reward_functions(reward_function=reward_function, evaluation_function=evaluation_function)
-        self.reward_path = reward_path
-        self.reward_function = reward_function
-        self.evaluation_function = evaluation_function
-        self.reference_path = reference_path or model_path
+        self.reward_path, self.reference_path = reward_path, reference_path or model_path
+        self.reward_function, self.evaluation_function = reward_function, evaluation_function
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
         self.ppo = ppo
         self.reward_tokenizer = check_models(model_path, self.reference_path, reward_path, self.tokenizer)

@@ -16,6 +16,7 @@ from rlhf.models.adapters import LoRA
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.finite import check_finite
 from rlhf.models.loading import checkpoint_activations
+from rlhf.models.quantization import Quantization
 from rlhf.models.tokenizers import check_pad_in_embedding
 from rlhf.modules.settings import Optimization
 from rlhf.modules.stage_module import StageModule
@@ -37,6 +38,7 @@ class RewardModule(StageModule):
             those of the model's `generation_config.json`.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
         lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
+        quantization: with `lora`, store the matrices of the base in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes.
     """
 
     kind = "reward"
@@ -50,8 +52,9 @@ class RewardModule(StageModule):
         eos_tokens: list[str] | None = None,
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora, quantization)
         self.centering = centering
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
         register_classifier(self.model_config, "model.model_path")  # refuses types of which there is no reward model

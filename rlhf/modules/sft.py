@@ -17,6 +17,7 @@ from rlhf.hardware import sent
 from rlhf.models.adapters import LoRA
 from rlhf.models.loading import check_language_model, checkpoint_activations
 from rlhf.models.output_layer import logprobs_at
+from rlhf.models.quantization import Quantization
 from rlhf.models.saving import save_pretrained
 from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids
 from rlhf.modules.settings import Optimization
@@ -45,6 +46,7 @@ class SFTModule(StageModule):
         resize_embeddings: add rows to the embedding if PAD has none. The paper does not need it.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
         lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
+        quantization: with `lora`, store the matrices of the base in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes.
     """
 
     kind = "sft"
@@ -62,8 +64,9 @@ class SFTModule(StageModule):
         resize_embeddings: bool = False,
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
-        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora)
+        super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora, quantization)
         self.loss_on = loss_on
         self.assistant_turns = assistant_turns
         self.response_length = response_length

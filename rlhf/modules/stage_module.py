@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,13 @@ from rlhf.callbacks.invariants import Invariants
 from rlhf.callbacks.learning import Learning
 from rlhf.errors import UserError
 from rlhf.hardware import accumulator_dtype, bound_primitive_cache, keep_freed_memory
+from rlhf.models.adapter_files import base_of
 from rlhf.models.adapters import LoRA, check_lora
 from rlhf.models.finite import check_finite
 from rlhf.models.frozen import FrozenModel
 from rlhf.models.loading import load_config
 from rlhf.models.networks import AdaptedNetworks, Networks
+from rlhf.models.quantization import Quantization, check_base_storage, check_quantization
 from rlhf.models.saving import rehearse_export
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
@@ -60,6 +63,7 @@ class StageModule(LightningModule):
             third more computation for far less memory.
         lora: train adapters, and leave all other weights as they are; null: train all weights. With it a `model_path`
             may be the folder of an adapter, which is trained further; without it such an adapter is merged first.
+        quantization: store the matrices of a base that adapters are trained on in 4 bits (`nf4`) or 8 (`int8`).
     """
 
     kind: Literal["sft", "reward", "ppo"]
@@ -73,9 +77,11 @@ class StageModule(LightningModule):
         activation_checkpointing: bool,
         eos_tokens: list[str] | None = None,
         lora: LoRA | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
-        self.lora = lora
+        check_quantization(quantization, lora is not None)
+        self.lora, self.quantization = lora, quantization
         self.model_path = model_path
         self.optimization = optimization
         self.activation_checkpointing = activation_checkpointing
@@ -83,6 +89,8 @@ class StageModule(LightningModule):
         self.tokenizer = load_tokenizer(model_path, pad_token, eos_tokens=eos_tokens)
         self.model_config = load_config(model_path, "model.model_path")
         rehearse_export(model_path, self.tokenizer)
+        if lora is not None or base_of(model_path, "model.model_path") == model_path:
+            check_base_storage(self.model_config, f"model.model_path: {model_path}", lora is not None, quantization)
         if lora is not None:
             check_lora(lora, model_path, self.model_config, "model.model_path")
         self.epoch_means = EpochMeans()
@@ -165,7 +173,7 @@ class StageModule(LightningModule):
         if self.lora is None:
             return Networks(*where)
         half = None if self._trainer is None else self.half_precision
-        return AdaptedNetworks(*where, self.lora, half)
+        return AdaptedNetworks(*where, self.lora, half, self.quantization)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -297,9 +305,9 @@ class StageModule(LightningModule):
         state = super().state_dict(*args, **kwargs)
         if self.lora is None:
             return state
-        frozen = tuple(name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad)
-        extras = tuple(f"{name}." for name in frozen)  # what describes a quantised weight
-        return {name: x for name, x in state.items() if name not in frozen and not name.startswith(extras)}
+        known = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+        changed = {name for name, x in known if x.requires_grad or not isinstance(x, nn.Parameter)}
+        return {name: x for name, x in state.items() if name in changed}  # nor what describes a quantised weight
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -56,6 +56,7 @@ def pipeline(
     learning_rate: Positive | Literal["auto"] | None = None,
     best: str | None = None,
     lora: Settings | None = None,
+    quantization: str | None = None,
     devices: int | str | None = None,
     trainer: Settings | None = None,
     seed: Seed | None = None,
@@ -103,6 +104,7 @@ def pipeline(
             the size of the model.
         best: a curve of PPO, such as `validation/score`, by which the best export is kept beside the last one.
         lora: train adapters in all three stages, with these settings of `model.lora`, such as `rank`.
+        quantization: `nf4` or `int8`: with adapters, store the matrices of their base in 4 or 8 bits.
         devices: how many devices train.
         trainer: settings of the Trainer that the trained stages share, such as `strategy` and `precision`.
         seed: seed of the data and of every training stage.
@@ -126,7 +128,8 @@ def pipeline(
     every = {"trainer": trainer or {}} if devices is None else {"trainer": {**(trainer or {}), "devices": devices}}
     shared = Shared(
         model, demonstrations, comparisons, prompts, validation, validation_seed, reward_model, reward_function, judge,
-        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, lora, **every,
+        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, lora,
+        quantization, **every,
     )  # fmt: skip
     sections = {
         "synthesize": synthesize, "sft": sft, "reward": reward, "ppo": ppo, "generate": generate, "margins": margins,

@@ -43,6 +43,7 @@ class Shared:
     learning_rate: float | str | None = None
     best: str | None = None
     lora: Settings | None = None
+    quantization: str | None = None
     trainer: Settings = field(default_factory=dict)
 
 
@@ -169,6 +170,7 @@ class Recipe:
             "model.optimization.learning_rate": self.learning_rate,
             "model.pad_token": shared.pad_token,
             "model.eos_tokens": shared.eos_tokens,
+            "model.quantization": shared.quantization,
             "model.reward_function": shared.reward_function if name == "ppo" else None,
             "model.response_length": shared.response_length if name == "sft" else None,
             "data.text.max_response_length": shared.response_length if name == "sft" else None,

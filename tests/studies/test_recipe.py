@@ -52,6 +52,12 @@ def test_stages_are_those_that_there_is_something_to_learn_from(
     assert list(found)[len(stages) :] == [*evaluated, *margins, "report"]
 
 
+def test_adapters_and_their_quantised_base_are_of_all_stages_that_train(tmp_path: Path) -> None:
+    found = words(tmp_path, BOTH | {"lora": {"rank": 4}, "quantization": "nf4"})
+    for name, line in found.items():
+        assert ({"--model.lora.rank=4", "--model.quantization=nf4"} <= set(line)) == (name in ("sft", "reward", "ppo"))
+
+
 def test_models_are_handed_on(tmp_path: Path) -> None:
     found = words(tmp_path, BOTH)
     assert "--model.model_path=base" in found["sft"]
