@@ -35,7 +35,8 @@ ROUNDINGS: dict[str, tuple[dict[str, str], int]] = {
 # column -> between what a result that holds lies in every run; and the least of PPO's mean win rate
 BOUNDS = {
     "win rate, SFT": (0.20, 0.50), "win rate, PPO": (0.60, 1.0), "gold, PPO - reference": (0.001, 7.0),
-    "gain of adapters / gain of PPO": (0.8, 1.5), "agreement": (0.75, 1.0), "EOS, PPO": (0.95, 1.0), "highest KL": (0.0, 1e3), "peak GiB": (0.0, 1.2),
+    "gain of adapters / gain of PPO": (0.8, 1.5), "agreement": (0.75, 1.0), "EOS, PPO": (0.95, 1.0),
+    "highest KL": (0.0, 1e3), "peak GiB": (0.0, 1.2),
 }  # fmt: skip
 LEAST_MEAN = 0.70
 

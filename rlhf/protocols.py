@@ -28,6 +28,7 @@ class Stage(Protocol):
     model_config: PreTrainedConfig
     activation_checkpointing: bool
     lora: LoRA | None
+    quantization: Literal["nf4", "int8"] | None
 
     @property
     def kind(self) -> Literal["sft", "reward", "ppo"]: ...

@@ -19,6 +19,7 @@ import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.data.loaders import accumulation
 from rlhf.data.token_budget import ROOM
+from rlhf.models.adapters import LoRA
 from rlhf.models.memory import Workload, estimate
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
@@ -118,7 +119,11 @@ def test_a_pipeline_runs_its_three_stages_with_a_seed_and_evaluates(
     assert f'"size": "{size}", "seed": 55513' in commands[-1][-1]
 
 
-MACHINES = [("one_h100", "1b"), *(("eight_h100", size) for size in SIZES)]
+MACHINES = [  # files after pipeline.yaml, size, GiB of a GPU
+    (["tldr/one_h100"], "1b", 79.0), *((["tldr/eight_h100"], size, 79.0) for size in SIZES),
+    (["lora/one_80gb"], "6.9b", 79.0), (["lora/one_80gb", "lora/one_24gb"], "6.9b", 23.0),
+]  # fmt: skip
+ADAPTERS = ("lora", "quantization", "reference_placement", "reward_placement")
 FITTING = {"data.init_args.max_tokens_per_micro_batch", "data.init_args.rollout_batch_size"}
 
 
@@ -136,16 +141,19 @@ def needed(stage: str, size: str, config: dict[str, Any], rows: int) -> dict[str
     inference = max(data["eval_batch_size"], data.get("rollout_batch_size", 0))
     strategy: Any = {"auto": "single", "zero2": "zero2"}[trainer["strategy"]]
     lengths = 512, 126 if stage == "reward" else 53
-    run = Workload(stage, strategy, "bf16-mixed", int(trainer["devices"]), rows, inference, *lengths, **frozen)  # type: ignore[arg-type]
+    adapters = {"lora": LoRA(**model["lora"]) if model["lora"] else None, "quantization": model["quantization"]}
+    shapes = int(trainer["devices"]), rows, inference, *lengths
+    run = Workload(stage, strategy, "bf16-mixed", *shapes, **frozen, **adapters)  # type: ignore[arg-type]
     pythia = GPTNeoXConfig(hidden_size=hidden, intermediate_size=4 * hidden, **shape)
     return {name: phase.total / 2**30 for name, phase in estimate(pythia, run).items()}
 
 
-@pytest.mark.parametrize(("machine", "size"), MACHINES)
+@pytest.mark.parametrize(("machine", "size", "memory"), MACHINES)
 def test_other_machines_change_no_result_and_have_room(
-    machine: str, size: str, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Micro-batches as `auto` makes them, which are at least the paper's, leave a tenth of 79 GiB in every phase."""
+    machine: list[str], size: str, memory: float, tmp_path: Path, commands: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Micro-batches as `auto` makes them, at least as large as the paper's, leave a tenth of the memory free."""
 
     def config_of(line: list[str]) -> dict[str, Any]:
         with pytest.raises(SystemExit, match="0"):
@@ -154,20 +162,25 @@ def test_other_machines_change_no_result_and_have_room(
 
     words = ["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", f"--run_dir={tmp_path}"]
     main(words)
-    main([*words, f"--config={FOLDER}/{machine}.yaml"])
+    main([*words, *(f"--config={FOLDER.parent}/{name}.yaml" for name in machine)])
     capsys.readouterr()
     half = len(commands) // 2
-    changing = FITTING | ({"trainer.devices", "trainer.strategy"} if machine == "one_h100" else set())
+    changing = FITTING | ({"trainer.devices", "trainer.strategy"} if "one" in machine[0] else set())
+    if "lora" in machine[0]:
+        changing |= {f"model.init_args.{name}" for name in (*ADAPTERS, "optimization.learning_rate")}
+        changing.add("data.init_args.eval_batch_size")
     for stage, before, after in zip(STAGES, commands[:half], commands[half:], strict=False):
         paper, config = dict(dotted(config_of(before))), config_of(after)
-        assert {key for key, value in dotted(config) if value != paper[key]} <= changing
+        changed = {key for key, value in dotted(config) if value != paper.get(key)}
+        assert {key for key in changed if ".lora." not in key} <= changing
+        assert any(".lora." in key for key in changed) == ("lora" in machine[0])
         data = config["data"]["init_args"]
         assert data["max_tokens_per_micro_batch"] == "auto"
         fits = partial(needed, stage, size, config)
         share = data["batch_size"] // int(config["trainer"]["devices"])
-        rows = bisect_right(range(1, share + 1), ROOM * 79, key=lambda rows, fits=fits: fits(rows)["training"])
+        rows = bisect_right(range(1, share + 1), ROOM * memory, key=lambda rows, fits=fits: fits(rows)["training"])
         assert rows >= data["micro_batch_size"]
-        assert max(fits(rows).values()) < 0.9 * 79
+        assert max(fits(rows).values()) < 0.9 * memory
 
 
 def test_the_study_is_the_pipelines_over_sizes_and_seeds() -> None:

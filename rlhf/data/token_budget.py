@@ -69,5 +69,6 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
         response_length=response,
         activation_checkpointing=module.activation_checkpointing,
         lora=module.lora,
+        quantization=module.quantization,
         **extra,
     )

@@ -34,7 +34,7 @@ def run(kind: str, checkpointing: bool = False, reduce_max: Any = lambda x: x) -
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cpu")), num_devices=2, world_size=2, precision="32-true"
     )
-    module = SimpleNamespace(lora=None, 
+    module = SimpleNamespace(lora=None, quantization=None, 
         kind=kind, model_config=CONFIG, reduce_max=reduce_max, activation_checkpointing=checkpointing,
         response_room=16, placements=("device", "cpu"), reward_path="reward",
     )  # fmt: skip

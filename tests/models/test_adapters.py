@@ -204,3 +204,24 @@ def test_an_adapter_of_the_output_layer_leaves_the_critic_without(model_path: st
     for start in (model_path, folder):
         critic = made.scalar_model(start, "model", trained=True)
         assert {name.split(".")[-4] for name, _ in critic.named_parameters() if "lora_A" in name} == {"dense"}
+
+
+def test_dropout_in_an_adapter_of_others_is_off(sft: tuple[SFTModule, str]) -> None:
+    """As that of models is (D10)."""
+    changed(sft[1], lora_dropout=0.5)
+    module = SFTModule(sft[1], lora=LoRA(rank=4))
+    module.configure_model()
+    assert not [m for name, m in module.named_modules() if "lora_dropout" in name and getattr(m, "p", 0)]
+    assert torch.equal(logprobs(module.model.train()), logprobs(sft[0].model))
+
+
+def test_an_adapter_folder_without_configuration_and_tokenizer_takes_those_of_its_base(
+    sft: tuple[SFTModule, str], model_path: str
+) -> None:
+    for file in Path(sft[1]).iterdir():
+        if file.name not in ("adapter_config.json", "adapter_model.safetensors"):
+            file.unlink()
+    module = SFTModule(sft[1], lora=LoRA(rank=4))
+    module.configure_model()
+    assert module.tokenizer.get_vocab() == SFTModule(model_path).tokenizer.get_vocab()
+    assert torch.equal(logprobs(module.model), logprobs(sft[0].model))
