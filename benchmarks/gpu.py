@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 SECONDS = 480.0  # of a part; a case that it cuts short says so
 FOLDERS = ["tests/ops", "tests/models", "tests/sampling", "tests/modules"]
 BANDWIDTH = {"H200": 4800.0, "H100": 3350.0, "A100": 2039.0}  # GB/s, from their data sheets
+ADAPTERS = ("--lora", '{"rank": 16}')
 NO_GRAPHS = '{"cuda_graphs": false}'
 
 
@@ -69,13 +70,16 @@ def ppo_row(output: str) -> str:
 
 def estimated_gib(settings: dict[str, Any]) -> float:
     """Returns the estimated peak of an update by `benchmarks/ppo_throughput.py` on one device."""
+    from rlhf.models.adapters import LoRA
     from rlhf.models.memory import Workload, estimate
 
     shape, data = SHAPES[settings["shape"]], {"micro_batch_size": settings["micro"], "rollout_batch_size": 64}
     data |= settings["data"]
     rows = [min(data[f"{kind}_batch_size"], settings["batch"]) for kind in ("micro", "rollout")]
     longest = max(prompt_lengths(settings["batch"]))
-    run = Workload("ppo", "single", settings["precision"], 1, *rows, longest, settings["response_length"])
+    lora = settings.get("lora")
+    adapters = {"lora": None if lora is None else LoRA(**lora), "quantization": settings.get("quantization")}
+    run = Workload("ppo", "single", settings["precision"], 1, *rows, longest, settings["response_length"], **adapters)
     return max(phase.total for phase in estimate(config_of(shape), run).values()) / 2**30
 
 
@@ -108,18 +112,23 @@ def placements_row(output: str) -> str:
     return "\n".join(line for line in output.splitlines() if line.startswith("|"))
 
 
-def update(name: str, *words: str, batch: int = 64, rows: int = 16, updates: int = 3, sides: str = "ours") -> Case:
-    """Returns the case of some updates of PPO at the 1B shape."""
+def update(
+    name: str, *words: str, batch: int = 64, rows: int = 16, updates: int = 3, sides: str = "ours", shape: str = "1b"
+) -> Case:
+    """Returns the case of some updates of PPO."""
     command = [
         "benchmarks/ppo_throughput.py", "--sides", *sides.split(), "--updates", str(updates), "--regime", "full",
         *words,
     ]  # fmt: skip
     full = [
-        "--shape", "1b", "--device", "cuda", "--precision", "bf16-mixed", "--batch", str(batch), "--micro", "16",
+        "--shape", shape, "--device", "cuda", "--precision", "bf16-mixed", "--batch", str(batch), "--micro", "16",
         "--peak_bandwidth", bandwidth(), "--data", f'{{"micro_batch_size": {rows}, "rollout_batch_size": 64}}',
     ]  # fmt: skip
     tiny = ["--shape", "test", "--batch", "4", "--micro", "2", "--updates", "1", "--threads", "1"]
-    return Case(name, [*command, *full], [*command, *tiny], ppo_row, "trl" if "trl" in sides else None)
+    quantised = "--quantization" in words  # in 8 bits, as not all CPUs have nf4 for matrices as small as these
+    tiny += ["--quantization", "int8"] if quantised else []
+    needs = "trl" if "trl" in sides else "bitsandbytes" if quantised else None
+    return Case(name, [*command, *full], [*command, *tiny], ppo_row, needs)
 
 
 def draws(name: str, *words: str) -> Case:
@@ -141,6 +150,14 @@ def parts() -> dict[str, list[Case]]:
             update("64 episodes, without cuda_graphs", "--ppo", NO_GRAPHS),
             update("64 episodes, micro-batches of 32", rows=32),
             update("512 episodes, micro-batches of 32", batch=512, rows=32, updates=1),
+        ],
+        "lora": [
+            update("1b, all weights", updates=2),
+            *(
+                update(f"{shape}, {what}", *ADAPTERS, *words, rows=rows, updates=updates, shape=shape)
+                for shape, rows, updates in (("1b", 16, 2), ("6.9b", 8, 1))
+                for what, words in (("adapters", ()), ("adapters on nf4", ("--quantization", "nf4")))
+            ),
         ],
         "sampling": [draws("bf16", "--precision", "bf16"), draws("fp32", "--precision", "fp32", "--rows", "16")],
         "training": [

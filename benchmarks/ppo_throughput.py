@@ -5,6 +5,7 @@
     python benchmarks/ppo_throughput.py --shape 1b --device cuda --precision bf16-mixed --batch 512 --rounds 3
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --lengths --batch 8 --updates 2   # over lengths
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --profile trace.json
+    python benchmarks/ppo_throughput.py --shape 160m --threads 2 --batch 4 --lora '{"rank": 16}'   # adapters, ours alone
 
 Needs `pip install rlhf[bench]`: TRL removed PPO in 1.13, so 1.12.0 is the last release that can be measured. Models are
 random ones of a Pythia's shape, prompts are as long as TL;DR's, responses run to 53 tokens (regime `full`) or end early
@@ -79,7 +80,8 @@ def profile(options: argparse.Namespace, regime: str) -> None:
 
 def task_of(options: argparse.Namespace, folder: str) -> PPOTask:
     """Returns what both sides do."""
-    return turns.task_of(PPOTask, options, folder, ppo=options.ppo)
+    ours = {name: getattr(options, name) for name in ("ppo", "lora", "quantization")}
+    return turns.task_of(PPOTask, options, folder, **ours)
 
 
 def parse() -> argparse.Namespace:
@@ -88,12 +90,14 @@ def parse() -> argparse.Namespace:
     turns.add_options(parser)
     parser.add_argument("--regime", choices=["full", "early", "both"], default="both")
     parser.add_argument("--ppo", type=json.loads, default={}, help='JSON: settings of our PPO, {"cuda_graphs": false}')
+    parser.add_argument("--lora", type=json.loads, help='JSON: settings of adapters on one base, {"rank": 16}')
+    parser.add_argument("--quantization", choices=["nf4", "int8"], help="of the base of the adapters")
     parser.add_argument("--peak_tflops", type=float, default=989.0, help="of the GPU (default: H100 SXM, bf16)")
     parser.add_argument("--peak_bandwidth", type=float, default=3350.0, help="GB/s of the GPU (default: H100 SXM)")
     parser.add_argument("--lengths", action="store_true", help="our cost over query and response lengths instead")
     parser.add_argument("--profile", metavar="FILE", help="profile one of our updates instead; FILE: a Chrome trace")
     options = parser.parse_args()
-    if options.lengths or options.profile:
+    if options.lengths or options.profile or options.lora is not None:
         options.sides = ["ours"]
     turns.check(parser, options, INSTALL)
     if "trl" in options.sides and not turns.has_ppo():

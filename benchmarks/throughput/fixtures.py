@@ -57,6 +57,7 @@ SHAPES = {
     "160m": Shape(768, 12, 12),
     "410m": Shape(1024, 24, 16),
     "1b": Shape(2048, 16, 8),
+    "6.9b": Shape(4096, 32, 32, 50432),
 }
 
 
@@ -77,29 +78,39 @@ def response_lengths(count: int) -> list[int]:
     return [12 + 40 * n // max(count - 1, 1) for n in range(count)]
 
 
-def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> None:
+def write(
+    folder: Path, shape: Shape, regime: Regime, lengths: list[int], lora: dict[str, Any] | None = None
+) -> None:
     """Writes `policy`, `reward` (both with the tokenizer) and one record for each length of a prompt.
 
     `prompts.jsonl` has the prompts, `demonstrations.jsonl` and `comparisons.jsonl` the same with responses.
 
     Args:
         lengths: tokens of the prompts; their words are random.
+        lora: settings of an adapter on the policy, which then is the reward model.
     """
     import torch
     from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, logging
 
     logging.disable_progress_bar()
     tokenizer = _tokenizer(shape)
+
+    def save(model: Any, name: str) -> None:
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 1B numbers in half a minute
         torch.manual_seed(0)
         policy = GPTNeoXForCausalLM(config_of(shape))
         with torch.no_grad():
             _set_length(policy, shape, regime)
+        save(policy, "policy")
+        del policy
         torch.manual_seed(1)
-        reward = GPTNeoXForSequenceClassification(config_of(shape))
-    for name, model in (("policy", policy), ("reward", reward)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        if lora is None:
+            save(GPTNeoXForSequenceClassification(config_of(shape)), "reward")
+    if lora is not None:
+        _write_adapter(folder, lora, tokenizer)
     random = torch.Generator().manual_seed(2)
 
     def text(length: int) -> str:
@@ -115,6 +126,16 @@ def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int]) -> Non
     _write_records(folder / "prompts.jsonl", **columns)
     _write_records(folder / "demonstrations.jsonl", **columns, completion=responses())
     _write_records(folder / "comparisons.jsonl", **columns, chosen=responses(), rejected=responses())
+
+
+def _write_adapter(folder: Path, lora: dict[str, Any], tokenizer: Any) -> None:
+    import torch
+
+    from rlhf.models.adapters import LoRA
+    from rlhf.models.networks import AdaptedNetworks
+
+    networks = AdaptedNetworks(torch.float32, torch.device("cpu"), 1, LoRA(**lora), None)
+    networks.scalar_model(str(folder / "policy"), "policy", trained=True).save(folder / "reward", tokenizer)
 
 
 def _write_records(file: Path, **columns: list[str]) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
+from rlhf.models.adapters import LoRA
 from rlhf.modules.ppo import PPOModule
 from rlhf.modules.settings import Optimization, PPOSettings
 from throughput.clock import TrainingClock, quiet_trainer
@@ -83,6 +84,8 @@ def measure(task: PPOTask, begin: Callable[[], None], end: Callable[[Row], None]
         reward_path=str(folder / "reward"),
         ppo=ppo,
         optimization=Optimization(learning_rate=task.learning_rate, schedule="linear"),
+        lora=None if task.lora is None else LoRA(**task.lora),
+        quantization=task.quantization,
     )
     data = RolloutDataModule(
         Source(str(folder / "prompts.jsonl")),

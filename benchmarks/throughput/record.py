@@ -54,10 +54,14 @@ class PPOTask(Task):
 
     Attributes:
         ppo: settings of our `PPOSettings` beside those that both sides share.
+        lora: settings of our `LoRA`; None: all weights are trained.
+        quantization: of the base of the adapters.
         response_length, temperature, ppo_epochs: the paper's, on both sides.
     """
 
     ppo: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    quantization: Literal["nf4", "int8"] | None = None
     response_length: int = 53
     temperature: float = 0.7
     ppo_epochs: int = 4

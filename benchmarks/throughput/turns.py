@@ -68,7 +68,8 @@ def environment(task: Task) -> dict[str, str]:
 
 def make_fixtures(task: Task, shape: str, regime: str, lengths: list[int]) -> None:
     """Writes the fixtures, in a process of its own: this one stays small."""
-    settings = json.dumps({"shape": asdict(SHAPES[shape]), "regime": regime, "lengths": lengths})
+    lora = getattr(task, "lora", None)
+    settings = json.dumps({"shape": asdict(SHAPES[shape]), "regime": regime, "lengths": lengths, "lora": lora})
     command = [sys.executable, "-m", "throughput.fixtures", task.folder, settings]
     subprocess.run(command, check=True, env=environment(task))
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from rlhf.errors import Positive, UserError
+from rlhf.errors import NonNegative, Positive, UserError
 from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
@@ -51,7 +51,7 @@ class LoRA:
     modules_to_save: list[str] | None = None
     rslora: bool = False
     dora: bool = False
-    dropout: float = 0.0
+    dropout: NonNegative = 0.0
     export: Literal["adapter", "merged", "both"] = "adapter"
 
     @field_validator("dropout")
