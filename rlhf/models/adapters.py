@@ -107,7 +107,7 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
     Returns:
         peft's object, which can merge it.
     """
-    from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights
 
     model.requires_grad_(False)
     folder = os.path.expanduser(path)
@@ -127,9 +127,8 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
         inside = {name for name, _ in model.named_modules()}
         weights = {name: x for name, x in weights.items() if name.partition(".")[0] in inside}
     tuner = _inject(model, config, f"{setting} {config.base_model_name_or_path}")
-    expected = {
-        name: tuple(x.shape) for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tuple(x.shape) for name, x in own.items()}
     found = {name: tuple(x.shape) for name, x in weights.items()}
     if wrong := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         name = wrong[0]
@@ -139,7 +138,11 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
         )
     if broken := first_not_finite(weights.items()):
         raise UserError(f"{setting}: the adapter {path} is not finite: there is NaN or infinity in {broken}.")
-    set_peft_model_state_dict(model, weights)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(
+                weight
+            )  # peft would take the names of some types for older ones, and leave their weights out
     _as_base(model)
     return tuner
 

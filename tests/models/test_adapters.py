@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.callbacks.export import write_export
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import response_logprobs
-from rlhf.models.adapters import LoRA
+from rlhf.models.adapters import LoRA, save_adapter
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.networks import AdaptedNetworks
 from rlhf.models.packing import packs
@@ -106,6 +106,24 @@ def test_all_linear_takes_matrices_of_which_the_product_is_all_that_is_used(
         gradients = {name.split(".")[-4]: p.grad for name, p in model.named_parameters() if "lora_B" in name}
         assert gradients.keys() == linear
         assert all(gradient is not None and gradient.any() for gradient in gradients.values())
+
+
+def test_all_weights_of_a_type_with_renamed_experts_are_read_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """peft takes Laguna's names for older ones."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from model_types import tiny_model
+
+    tiny_model("laguna").save_pretrained(tmp_path / "base")
+    model = networks().language_model(str(tmp_path / "base"), "a", True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+    save_adapter(model, tmp_path / "adapter")
+    again = networks().language_model(str(tmp_path / "adapter"), "a", False)
+    assert torch.equal(logprobs(again), logprobs(model))
+    torch.testing.assert_close(logprobs(load_causal_lm(str(tmp_path / "adapter"))), logprobs(model), atol=1e-5, rtol=0)
 
 
 def test_the_formula(model_path: str, sft: tuple[SFTModule, str]) -> None:
