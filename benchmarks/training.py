@@ -34,6 +34,7 @@ from rlhf.hardware import GIB
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.loading import checkpoint_activations
 from rlhf.models.memory import Workload, estimate
+from rlhf.models.networks import Networks
 from rlhf.modules.ppo_models import load_actor_critic
 from rlhf.ops.sequences import pad_sequences
 
@@ -102,7 +103,7 @@ def cases(folder: Path, shape: Shape, options: argparse.Namespace) -> list[dict[
     """Measures all sizes, first with activations kept, then with activations that are computed again."""
     device, found = torch.device(options.device), []
     paths = str(folder / "policy"), str(folder / "reward")
-    models = load_actor_critic(*paths, 1, False, torch.float32, device).train()
+    models = load_actor_critic(Networks(torch.float32, device, 1), *paths, False).train()
     for recompute in (False, True):
         if recompute:
             checkpoint_activations(models.policy)

@@ -17,6 +17,7 @@ from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
+from rlhf.models.adapters import LoRA
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids, load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
@@ -30,6 +31,8 @@ MODULE: Settings = {
     "pad_token": ["[OTHER]", None],
     "eos_tokens": [["<|endoftext|>"], None],
     "activation_checkpointing": [True, False],
+    "lora": [LoRA, None],
+    "quantization": ["nf4", None, "int8", None],
 }
 DATA: Settings = {
     "train": [Source],
@@ -75,6 +78,16 @@ SETTINGS: dict[type, Settings] = {
         "critic_warmup": [2],
         "evaluation_temperature": [0.5],
         "cuda_graphs": [True, False, None],
+    },
+    LoRA: {
+        "rank": [4],
+        "alpha": [9.0],
+        "target_modules": [["dense"], "all-linear"],
+        "modules_to_save": [["final_layer_norm"], None],
+        "rslora": [True, False],
+        "dora": [True, False],
+        "dropout": [0.0],
+        "export": ["merged", "both", "adapter"],
     },
     TextFormat: {
         "query": ["{post}\n\nTL;DR:"],
@@ -164,7 +177,7 @@ def arrived(kind: type, number: int) -> dict[str, Any]:
 def test_every_setting_and_every_choice_is_named_here(kind: type) -> None:
     assert set(SETTINGS[kind]) == set(parameters(kind))
     for name, (default, hint) in parameters(kind).items():
-        assert SETTINGS[kind][name][0] != default, name
+        assert SETTINGS[kind][name][0] != default or name == "dropout", name  # which can only be 0
         assert all(choice in SETTINGS[kind][name] for choice in choices(hint)), name
 
 

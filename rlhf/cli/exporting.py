@@ -16,6 +16,7 @@ from rlhf.cli.hub import Hub
 from rlhf.cli.parsing import parse
 from rlhf.data.stage_data import StageDataModule
 from rlhf.errors import UserError
+from rlhf.models.adapter_files import ADAPTER_FILE, base_of
 from rlhf.modules import StageModule
 from rlhf.report.model_card import CARD, model_card
 from rlhf.seeding import DEFAULT_SEED
@@ -67,11 +68,23 @@ def export(
             _convert(source, partial, _replaced(config, given))
         (partial / CARD).write_text(model_card(run, config, partial, push_to_hub or folder.name))
         notes = read_manifest(partial)
+        if hub is not None:
+            _check_bases(partial)
     print(f"Exported: {folder}", flush=True)
     if hub is not None:
         address = hub.upload(folder, f"{notes['stage']} after {notes['steps']} steps")
         print(f"Uploaded: {address}", flush=True)
     return folder
+
+
+def _check_bases(export: Path) -> None:
+    """Refuses to upload adapters that nobody else could load."""
+    for file in export.rglob(ADAPTER_FILE):
+        if Path(base := base_of(str(file.parent), "push_to_hub")).expanduser().is_dir():
+            raise UserError(
+                f"push_to_hub: this is an adapter of {base}, a folder of this machine; export it merged "
+                "(--model.lora.export merged), or train it on a base that is on the hub."
+            )
 
 
 def _read_config(file: Path, source: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pydantic import ConfigDict, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from rlhf.errors import Positive, UserError
+from rlhf.errors import NonNegative, Positive, UserError
 from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
+from rlhf.models.weights import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,6 +23,8 @@ NAME = "default"  # that peft gives to the only adapter of a model
 PREFIX = "base_model.model."  # of the names in the file of an adapter
 ALL_LINEAR = "all-linear"
 HEAD = "score.weight"  # of a reward model
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # that peft reads
+KEEPS_BASE = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 
 @dataclass(frozen=True, config=ConfigDict(title="model.lora"))
@@ -47,7 +50,7 @@ class LoRA:
     modules_to_save: list[str] | None = None
     rslora: bool = False
     dora: bool = False
-    dropout: float = 0.0
+    dropout: NonNegative = 0.0
     export: Literal["adapter", "merged", "both"] = "adapter"
 
     @field_validator("dropout")
@@ -106,9 +109,12 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
     from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     model.requires_grad_(False)
+    folder = os.path.expanduser(path)
+    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in WEIGHTS):
+        raise UserError(f"{setting}: the adapter {path} has no weights: there is no {WEIGHTS[0]}.")
     with explained(f"{setting}: the adapter {path} cannot be loaded"):
-        config: Any = PeftConfig.from_pretrained(os.path.expanduser(path))
-        weights = load_peft_weights(os.path.expanduser(path), device="cpu")
+        config: Any = PeftConfig.from_pretrained(folder)
+        weights = load_peft_weights(folder, device="cpu")
     if not isinstance(config, LoraConfig):
         raise UserError(f"{setting}: the adapter {path} is of type {config.peft_type}; only LoRA is known here.")
     weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
@@ -130,9 +136,22 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
             f"{setting}: the adapter {path} does not fit its base {config.base_model_name_or_path}: {name} is "
             f"{found.get(name, 'missing')} in the adapter, and {expected.get(name, 'missing')} in the model."
         )
+    if broken := first_not_finite(weights.items()):
+        raise UserError(f"{setting}: the adapter {path} is not finite: there is NaN or infinity in {broken}.")
     set_peft_model_state_dict(model, weights)
     _as_base(model)
     return tuner
+
+
+def check_keeps_base(path: str, setting: str) -> None:
+    """Refuses an adapter that may change weights of its base, which other networks share."""
+    found = adapter_settings(path) or {}
+    for name, known in KEEPS_BASE.items():
+        if (value := found.get(name, known[0])) not in known:
+            raise UserError(
+                f"{setting}: the adapter {path} has {name} {value}, which may change weights of its base, and with "
+                "model.lora several networks share them; merge it into its base first."
+            )
 
 
 def merge_adapter(model: nn.Module, path: str, setting: str, headless: bool) -> None:
@@ -154,7 +173,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         config.modules_to_save = [*(config.modules_to_save or ()), HEAD.partition(".")[0]]
     config.save_pretrained(folder)
     tensors = {PREFIX + name: x.detach().to("cpu", torch.float32).contiguous() for name, x in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -179,6 +198,7 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
                 raise UserError(f"model.lora.{name}: {setting} {path} has no {missing}; it has {', '.join(known)}.")
         _inject(model, lora.config(path, False), f"{setting} {path}")
         return
+    check_keeps_base(path, setting)
     own_values: dict[str, Any] = {
         "rank": found.get("r"),
         "alpha": found.get("lora_alpha"),

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from rlhf.models.adapter_files import base_name, base_of
-from rlhf.models.adapters import LoRA, add_adapter, load_adapter, without_weights
+from rlhf.models.adapters import LoRA, add_adapter, check_keeps_base, load_adapter, without_weights
 from rlhf.models.classifiers import classifier_config
 from rlhf.models.half_weights import keep_half, language_model_forward, scalar_forward
 from rlhf.models.loading import check_base, is_classifier, load_causal_lm, load_config
@@ -96,6 +96,7 @@ class AdaptedNetworks(Networks):
 
     @override
     def language_model(self, path: str, setting: str, trained: bool) -> PreTrainedModel:
+        check_keeps_base(path, setting)
         base = check_base(path, setting)
         model = self._on_base(base, setting, load_causal_lm)
         self._adapt(model, path, base, setting, trained)
@@ -105,6 +106,7 @@ class AdaptedNetworks(Networks):
 
     @override
     def scalar_model(self, path: str, setting: str, trained: bool) -> ScalarModel:
+        check_keeps_base(path, setting)
         base, config = check_base(path, setting), load_config(path, setting)
         if is_classifier(load_config(base, setting)):
             model = self._on_base(base, setting, ScalarModel.from_pretrained)

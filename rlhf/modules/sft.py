@@ -73,7 +73,7 @@ class SFTModule(StageModule):
         self.temperature = temperature
         self.resize_embeddings = resize_embeddings
         check_language_model(model_path, "model.model_path")
-        if resize_embeddings and lora is not None:
+        if lora is not None and self.embedding_rows > super().embedding_rows:
             raise UserError(
                 "model.resize_embeddings: an adapter leaves the embedding as it is; train without model.lora."
             )

@@ -325,10 +325,12 @@ class StageModule(LightningModule):
         state = own if state is None else state
         shapes, others = ({key: tuple(getattr(x, "shape", ())) for key, x in y.items()} for y in (own, state))
         if shapes != others and self.strict_loading:
-            first = min(key for key in own.keys() | state.keys() if shapes.get(key) != others.get(key))
+            unlike = [key for key in own.keys() | state.keys() if shapes.get(key) != others.get(key)]
+            first = min(adapters := [key for key in unlike if ".lora_" in key], default=min(unlike))
             raise UserError(
-                f"{name} does not fit {type(self).__name__} and its model.model_path: {first} is "
-                f"{others.get(first, 'missing')} in the checkpoint, and {shapes.get(first, 'missing')} in the model."
+                f"{name} does not fit {type(self).__name__} and its model.{'lora' if adapters else 'model_path'}: "
+                f"{first} is {others.get(first, 'missing')} in the checkpoint, and {shapes.get(first, 'missing')} in "
+                "the model."
             )
         if broken := first_not_finite(state.items()):
             raise UserError(f"{name} holds weights that are not finite: there is NaN or infinity in {broken}.")

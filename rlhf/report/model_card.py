@@ -10,13 +10,14 @@ import yaml
 
 from rlhf import files
 from rlhf.errors import UserError
+from rlhf.models.adapter_files import CONFIG_FILE, adapter_settings
 from rlhf.models.loading import is_classifier, load_config, model_fingerprint
 from rlhf.report.curve_files import read_curves
 
 CARD = "README.md"
 WHAT = {
     "sft": "A language model after supervised fine-tuning.",
-    "reward": "A reward model with one label: the reward is its score less `reward_shift` of `config.json`.",
+    "reward": "A reward model with one label: the reward is its score less `reward_shift` of `{}`.",
     "ppo": "A language model after reinforcement learning from human feedback with PPO. Its critic is in `critic`.",
 }
 NO_RESULTS = (
@@ -42,9 +43,10 @@ def model_card(run: Path, config: dict[str, Any], export: Path, title: str) -> s
     classifier, ppo = is_classifier(load_config(str(export), "output")), (export / "critic").is_dir()
     kind = "reward" if classifier else "ppo" if ppo else "sft"
     history = _history(config)
-    base = history[0][1]
+    adapter = adapter_settings(str(export))
+    base = history[0][1] if adapter is None else adapter["base_model_name_or_path"]
     header = ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if adapter is None else "peft",
         pipeline_tag="text-classification" if classifier else "text-generation",
         base_model=base if _is_on_hub(base) else None,
         tags=["rlhf", kind],
@@ -52,11 +54,14 @@ def model_card(run: Path, config: dict[str, Any], export: Path, title: str) -> s
     moment = f"after {manifest['epochs']} {'updates' if ppo else 'epochs'}, {manifest['steps']} optimizer steps"
     if "metric" in manifest:
         moment += f", where {manifest['metric']} was best: {manifest['value']:.4g}"
+    what = WHAT[kind].format("config.json" if adapter is None else CONFIG_FILE)
+    if adapter is not None:
+        what += f" It is an adapter, to be loaded on the base that it was trained on, `{_shown(base)}`."
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     sections = [
         f"---\n{header.to_yaml()}\n---\n",
         f"# {title}\n",
-        f"{WHAT[kind]} Exported {moment}, by rlhf {manifest['version']}, which reproduces {PAPER}; with {versions}.\n",
+        f"{what} Exported {moment}, by rlhf {manifest['version']}, which reproduces {PAPER}; with {versions}.\n",
         "## Training\n",
         *(f"{number}. {what}: `{_shown(path)}`" for number, (what, path) in enumerate(history, 1)),
         f"\n```yaml\n{yaml.safe_dump(settings_that_matter(config), sort_keys=False)}```\n",

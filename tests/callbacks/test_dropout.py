@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
 from rlhf.callbacks.dropout import DisableDropout, disable_dropout, draws_random_numbers, keep_in_evaluation_mode
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.scalar_model import ScalarModel
+
+TRAINER: Any = SimpleNamespace(precision_plugin=Precision())
 
 SHAPE = {
     "vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -119,7 +123,7 @@ def test_the_callback_switches_off_what_it_finds(wrap: Any) -> None:
     if wrap is ScalarModel:
         model.config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(model.config)
-    DisableDropout().on_fit_start(None, Module(wrap(model)))
+    DisableDropout().on_fit_start(TRAINER, Module(wrap(model)))
     assert not draws_random_numbers(model)
 
 
@@ -153,7 +157,7 @@ def test_routers_are_deterministic_and_compute_what_they_do_in_evaluation(
     expected = model.eval()(ids).logits
     assert disable_dropout(model) == 0
     assert draws_random_numbers(model)
-    DisableDropout().on_fit_start(None, Module(model))  # type: ignore[arg-type]
+    DisableDropout().on_fit_start(TRAINER, Module(model))  # type: ignore[arg-type]
     assert not draws_random_numbers(model)
     assert torch.equal(model.train()(ids).logits, expected)
     assert keep_in_evaluation_mode(model) == 0
@@ -170,7 +174,7 @@ def test_the_callback_refuses_what_it_cannot_switch_off() -> None:
     model = language_model("gpt_neox", [])
     model.gpt_neox.layers[0].mlp.act = Hidden()
     with pytest.raises(UserError, match="GPTNeoXForCausalLM still draws random numbers"):
-        DisableDropout().on_fit_start(None, Module(model))
+        DisableDropout().on_fit_start(TRAINER, Module(model))
 
 
 def test_a_critic_that_still_drops_is_refused_beside_a_policy_that_does_not() -> None:
@@ -181,4 +185,4 @@ def test_a_critic_that_still_drops_is_refused_beside_a_policy_that_does_not() ->
     critic = AutoModelForSequenceClassification.from_config(policy.config)
     critic.gpt_neox.layers[1].mlp.act = Hidden()
     with pytest.raises(UserError, match="GPTNeoXForSequenceClassification still draws random numbers"):
-        DisableDropout().on_fit_start(None, Module(ActorCritic(policy, ScalarModel(critic))))
+        DisableDropout().on_fit_start(TRAINER, Module(ActorCritic(policy, ScalarModel(critic))))

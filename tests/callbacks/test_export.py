@@ -27,7 +27,7 @@ class Kill(BaseException):
 
 
 class Module:
-    device, kind = "cpu", "sft"
+    device, kind, lora = "cpu", "sft", None
 
     def __init__(self, text: str = "new", error: BaseException | None = None, failed_elsewhere: bool = False) -> None:
         self.error = error

@@ -27,14 +27,17 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> Path:
     """A finished SFT run that kept its best export."""
-    folder = tmp_path_factory.mktemp("runs")
+    return trained(tmp_path_factory.mktemp("runs"), model_path)
+
+
+def trained(folder: Path, model_path: str, *words: str) -> Path:
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demonstrations(8, 1, "train")))
     data = [f"--data.{split}={{'path': '{folder}/d.jsonl', 'split': 'train'}}" for split in ("train", "validation")]
     main([
         "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={folder}/sft",
         f"--model.model_path={model_path}", "--model.response_length=2", *data, "--data.batch_size=4",
         "--data.micro_batch_size=4", "--trainer.max_epochs=3", "--trainer.callbacks+=Export",
-        "--trainer.callbacks.best=validation/loss",
+        "--trainer.callbacks.best=validation/loss", *words,
     ])  # fmt: skip
     return folder / "sft"
 
@@ -129,6 +132,23 @@ def test_an_export_is_uploaded_privately_with_its_card(
     assert str(sft.parent) not in card
     assert "| validation/loss |" in card
     assert "Win rate" not in card
+
+
+def test_an_adapter_is_uploaded_with_its_base_in_the_card_if_others_have_that_too(
+    tmp_path: Path, model_path: str, hub: type[FakeHub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(tmp_path, model_path, "--model.lora.rank=2", "--trainer.max_epochs=1")
+    words = [f"--checkpoint={run}", f"--output={tmp_path}/out", "--push_to_hub=me/mine"]
+    assert f"this is an adapter of {model_path}, a folder of this machine; export it merged" in refused(words, capsys)
+    assert not hub.files
+    main(["export", *words, "--model.lora.export=merged"])
+    assert "model.safetensors" in hub.files
+    assert yaml.safe_load(hub.files["README.md"].decode().split("---")[1])["library_name"] == "transformers"
+    main(["export", f"--checkpoint={run}/export_best", f"--output={tmp_path}/adapter"])
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    assert f"to be loaded on the base that it was trained on, `{Path(model_path).name}`." in card
+    assert str(tmp_path) not in card
 
 
 def test_a_repository_that_others_can_see_must_be_asked_for(

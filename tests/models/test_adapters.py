@@ -195,6 +195,32 @@ def test_adapters_that_do_not_fit(sft: tuple[SFTModule, str], model_path: str, t
         SFTModule(folder)
 
 
+@pytest.mark.parametrize("setting", [{"bias": "all"}, {"bias": "lora_only"}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_changes_the_shared_base_is_refused(
+    sft: tuple[SFTModule, str], reward: tuple[RewardModule, str], setting: dict[str, str]
+) -> None:
+    changed(sft[1], **setting)
+    with pytest.raises(UserError, match=r"has (bias|init_lora_weights) \w+, which may change weights of its base"):
+        SFTModule(sft[1], lora=LoRA(rank=4))
+    changed(reward[1], **setting)
+    with pytest.raises(UserError, match=r"has (bias|init_lora_weights) \w+, which may change weights of its base"):
+        networks().scalar_model(reward[1], "reward", trained=False)
+
+
+def test_weights_that_are_missing_or_no_numbers(sft: tuple[SFTModule, str]) -> None:
+    (Path(sft[1]) / "rlhf.json").unlink()
+    file = Path(sft[1]) / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = min(weights)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"not finite: there is NaN or infinity in gpt_neox\.layers\.0.*lora_A"):
+        load_causal_lm(sft[1])
+    file.unlink()
+    with pytest.raises(UserError, match=r"has no weights: there is no adapter_model\.safetensors"):
+        load_causal_lm(sft[1])
+
+
 def test_an_adapter_of_the_output_layer_leaves_the_critic_without(model_path: str, tmp_path: Path) -> None:
     lora = LoRA(rank=4, target_modules=["dense", "lm_head"])
     write_export(trained(SFTModule(model_path, lora=lora)), tmp_path / "sft")

@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import checkpoint_activations, load_causal_lm
 from rlhf.models.memory import Workload, estimate
+from rlhf.models.networks import Networks
 from rlhf.models.output_layer import logprobs_at
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules.ppo_models import load_actor_critic
@@ -145,7 +146,7 @@ def test_missing_weights_are_refused(folder: Callable[[str], str]) -> None:
 
 def test_the_critic_starts_from_a_policy_without_a_class(folder: Callable[[str], str], device: str) -> None:
     path = folder("cohere")
-    networks = load_actor_critic(path, None, 5, False, torch.float32, torch.device(device))
+    networks = load_actor_critic(Networks(torch.float32, torch.device(device), 5), path, None, False)
     theirs, ours = load_causal_lm(path).base_model.state_dict(), networks.critic.model.base_model.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)

@@ -209,7 +209,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(run: Make, folders: dict[st
     resumed = module()
     run(resumed, max_epochs=4, ckpt_path=path)
     assert torch.equal(trained(resumed), trained(whole))
-    with pytest.raises(UserError, match=r"does not fit PPOModule and its model\.model_path"):
+    with pytest.raises(UserError, match=r"does not fit PPOModule and its model\.lora"):
         run(module(lora=None), max_epochs=4, ckpt_path=path)
     with pytest.raises(
         UserError, match=r"modules_to_save is \['embed_in'\], and the adapter .* trains further has \[\]"
