@@ -78,9 +78,7 @@ def response_lengths(count: int) -> list[int]:
     return [12 + 40 * n // max(count - 1, 1) for n in range(count)]
 
 
-def write(
-    folder: Path, shape: Shape, regime: Regime, lengths: list[int], lora: dict[str, Any] | None = None
-) -> None:
+def write(folder: Path, shape: Shape, regime: Regime, lengths: list[int], lora: dict[str, Any] | None = None) -> None:
     """Writes `policy`, `reward` (both with the tokenizer) and one record for each length of a prompt.
 
     `prompts.jsonl` has the prompts, `demonstrations.jsonl` and `comparisons.jsonl` the same with responses.
