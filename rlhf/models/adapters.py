@@ -14,6 +14,7 @@ from rlhf.errors import NonNegative, Positive, UserError
 from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
+from rlhf.models.target_modules import all_linear, linear_modules
 from rlhf.models.weights import first_not_finite
 
 if TYPE_CHECKING:
@@ -188,11 +189,10 @@ def check_lora(lora: LoRA, path: str, config: "PreTrainedConfig", setting: str) 
     """
     found = adapter_settings(path)
     if found is None:
-        from transformers.pytorch_utils import Conv1D
-
         model = without_weights(config)
-        for name, kind in (("target_modules", nn.Linear | Conv1D), ("modules_to_save", nn.Module)):
-            wanted, names = getattr(lora, name), {own for own, part in model.named_modules() if isinstance(part, kind)}
+        everything = {own for own, _ in model.named_modules()}
+        for name, names in (("target_modules", linear_modules(model)), ("modules_to_save", everything)):
+            wanted = getattr(lora, name)
             for missing in _not_among(names, [] if wanted in (None, ALL_LINEAR) else wanted):
                 known = sorted({own.rpartition(".")[2] for own in names if not own[-1:].isdecimal()} - {""})
                 raise UserError(f"model.lora.{name}: {setting} {path} has no {missing}; it has {', '.join(known)}.")
@@ -250,6 +250,8 @@ def _inject(model: nn.Module, config: Any, what: str) -> Any:
     """Puts an adapter into a model, in place; `what` names the model for the user."""
     from peft import LoraModel
 
+    if config.target_modules == ALL_LINEAR:
+        config.target_modules = all_linear(model, config)
     for name, parameter in model.named_parameters():
         whole = next((x for x in config.modules_to_save or () if f".{x}." in f".{name}"), None)
         if whole is not None and not parameter.is_floating_point():

@@ -106,5 +106,5 @@ def _score_rows(self: Any, input_ids: Tensor, attention_mask: Tensor | None = No
 
     states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
     rows, columns = (torch.arange(size, device=input_ids.device) for size in input_ids.shape)
-    last = (columns * (input_ids != self.config.pad_token_id)).argmax(-1)
+    last = (columns * (input_ids != getattr(self.config, "pad_token_id", None))).argmax(-1)  # some types have none
     return SequenceClassifierOutput(logits=self.score(states[rows, last]))

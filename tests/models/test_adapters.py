@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.callbacks.export import write_export
 from rlhf.errors import UserError
@@ -74,6 +74,38 @@ def test_a_new_adapter_changes_nothing(model_path: str, more: dict[str, Any]) ->
     found = logprobs(networks(lora).language_model(model_path, "model", trained=True))
     expected = logprobs(load_causal_lm(model_path))
     torch.testing.assert_close(found, expected, atol=1e-6 if len(more) else 0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left_out"),
+    [
+        ("llama4_text", {"router"}),
+        ("phimoe", {"router"}),
+        ("mamba", {"out_proj", "dt_proj"}),
+        ("rwkv", set()),
+        ("falcon", set()),
+    ],
+)
+def test_all_linear_takes_matrices_of_which_the_product_is_all_that_is_used(
+    model_type: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A router returns more than that, and Mamba reads matrices past their modules."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from model_types import tiny_model
+
+    plain = tiny_model(model_type)
+    plain.save_pretrained(tmp_path)
+    linear = {name.rpartition(".")[2] for name, part in plain.named_modules() if isinstance(part, nn.Linear)}
+    linear -= {"lm_head", "head", *left_out}
+    made = networks()
+    policy, critic = made.language_model(str(tmp_path), "a", True), made.scalar_model(str(tmp_path), "a", True)
+    torch.testing.assert_close(logprobs(policy), logprobs(load_causal_lm(str(tmp_path))), atol=1e-6, rtol=0)
+    policy(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
+    critic.score(IDS, MASK).sum().backward()
+    for model in (policy, critic):
+        gradients = {name.split(".")[-4]: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+        assert gradients.keys() == linear
+        assert all(gradient is not None and gradient.any() for gradient in gradients.values())
 
 
 def test_the_formula(model_path: str, sft: tuple[SFTModule, str]) -> None:
