@@ -5,7 +5,7 @@
     python benchmarks/ppo_throughput.py --shape 1b --device cuda --precision bf16-mixed --batch 512 --rounds 3
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --lengths --batch 8 --updates 2   # over lengths
     python benchmarks/ppo_throughput.py --shape tiny --threads 2 --profile trace.json
-    python benchmarks/ppo_throughput.py --shape 160m --threads 2 --batch 4 --lora '{"rank": 16}'   # adapters, ours alone
+    python benchmarks/ppo_throughput.py --shape 160m --threads 2 --batch 4 --lora '{"rank": 16}'   # our adapters
 
 Needs `pip install rlhf[bench]`: TRL removed PPO in 1.13, so 1.12.0 is the last release that can be measured. Models are
 random ones of a Pythia's shape, prompts are as long as TL;DR's, responses run to 53 tokens (regime `full`) or end early

@@ -40,7 +40,7 @@ def task(tmp_path: Path) -> Callable[..., Any]:
     ) -> Any:
         fixtures = part("throughput.fixtures")
         with torch.random.fork_rng(devices=[]):
-            fixtures.write(tmp_path, fixtures.SHAPES["test"], regime, list(lengths))
+            fixtures.write(tmp_path, fixtures.SHAPES["test"], regime, list(lengths), settings.get("lora"))
         defaults: dict[str, Any] = {
             "folder": str(tmp_path),
             "batch": 4,
@@ -120,14 +120,16 @@ def check(rows: list[dict[str, Any]], queries: list[int]) -> None:
         assert row["peak_rss_gib"] > 0.1
 
 
-def test_our_side(task: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_our_side(lora: dict[str, int] | None, task: Callable[..., Any], tmp_path: Path) -> None:
     """Queries of 30 tokens, so that nothing is padded.
 
     Sampling sees each query and the first 10 tokens of its response; policy and critic see episodes in the rollout and
     in 4 epochs, reference and reward model once.
     """
-    rows = rows_of("ours", task(lengths=(30,) * 4))
+    rows = rows_of("ours", task(lengths=(30,) * 4, lora=lora))
     check(rows, [30] * 4)
+    assert (tmp_path / "reward" / "adapter_config.json").exists() == (lora is not None)
     assert rows[1]["processed"] == 4 * 40 + 4 * 41 * (2 + 2 + 2 * 4)
 
 
@@ -308,13 +310,15 @@ def test_a_task_survives_the_command_line() -> None:
 def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu = part("gpu")
     parts = gpu.parts()
-    assert list(parts) == ["tests", "ppo", "sampling", "training", "trl", "placements"]
+    assert list(parts) == ["tests", "ppo", "lora", "sampling", "training", "trl", "placements"]
     (case, *_) = parts["sampling"]
     assert gpu.run(case, True, 120.0, tmp_path / "log")
     row = capsys.readouterr().out
     assert row.startswith(f"| {gpu.device_name()} | {case.name} | full, ours: ")
     for way in ("full, graph", "full, generate", "early, ours"):
         assert f"{way}: " in row
+    assert gpu.run(parts["lora"][-1], True, 120.0, tmp_path / "log")
+    assert "full, ours: " in capsys.readouterr().out
     failing = case._replace(rehearsal=["-c", "raise SystemExit('no memory')"])
     assert not gpu.run(failing, True, 120.0, None)
     assert "no memory" in capsys.readouterr().out

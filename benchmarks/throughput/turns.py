@@ -93,7 +93,7 @@ def play(task: Task, sides: dict[str, str], apart: bool, seconds: float) -> dict
                 for side, worker in workers.items():
                     rows[side].append(worker.turn())
                     shown = f"{side:4} update {number}: {rows[side][-1]['seconds']:.1f} s"
-                    print(shown, "(not counted)" if number == 0 else "", file=sys.stderr)
+                    print(shown, "(not counted)" if number == 0 < task.updates - 1 else "", file=sys.stderr)
         finally:
             for worker in workers.values():
                 worker.close()
@@ -112,8 +112,8 @@ def rounds(task: Task, modules: dict[str, str], options: argparse.Namespace) -> 
 
 
 def counted(played: list[dict[str, list[Row]]]) -> dict[str, list[Row]]:
-    """Returns the rows of all rounds but the first of each."""
-    return {side: [row for one in played for row in one[side][1:]] for side in played[0]}
+    """Returns the rows of all rounds but the first of each, unless it is the only one."""
+    return {side: [row for one in played for row in one[side][1:] or one[side]] for side in played[0]}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--micro", type=int, default=8, help="rows of TRL's training micro-batches; must divide --batch"
     )
     parser.add_argument("--data", type=json.loads, default={}, help="JSON: settings of our DataModule")
-    parser.add_argument("--updates", type=int, default=4, help="per side and round, after one that is not counted")
+    parser.add_argument(
+        "--updates", type=int, default=4, help="per side and round, after one that is not counted; 0: that one is"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e6, help="of a regime; what has begun is finished")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

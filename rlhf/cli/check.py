@@ -24,9 +24,10 @@ from rlhf.data.token_budget import ROOM, workload
 from rlhf.data.tokenising import lengths
 from rlhf.errors import UserError
 from rlhf.hardware import GIB, device_memory, peak_memory_gib
+from rlhf.models.adapter_files import base_name
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.learning_rates import proposed_learning_rate
-from rlhf.models.memory import estimate, pinned
+from rlhf.models.memory import estimate, pinned, trained_parameters
 from rlhf.models.tokenizers import eos_disagreement, eos_ids
 from rlhf.modules import StageModule
 
@@ -72,6 +73,7 @@ class StageTrainer(Trainer):
         rows = [
             *_token_rows(model, datamodule),
             *_later_rows(model),
+            *_adapter_rows(model),
             *_data_rows(datamodule),
             *_batch_rows(self, model, datamodule),
             *_finding_rows(invariants),
@@ -149,6 +151,18 @@ def _later_rows(module: StageModule) -> Iterator[Row]:
         yield Row("later stages", "reward model and critic", str(error), "look")
 
 
+def _adapter_rows(module: StageModule) -> Iterator[Row]:
+    if module.lora is None:
+        return
+    adapters, whole = (trained_parameters(module.model_config, module.kind, lora) for lora in (module.lora, None))
+    trained = f"{adapters:,} parameters, {adapters / whole:.2%} of all; exported: {module.lora.export}"
+    yield Row("adapters", "trained", trained)
+    paths = {"model.model_path": module.model_path, "model.reward_path": getattr(module, "reward_path", None)}
+    bases = sorted({base_name(path, setting) for setting, path in paths.items() if path is not None})
+    more = f"; {len(bases)} bases in memory, as the reward model is no adapter on the policy's" * (len(bases) > 1)
+    yield Row("adapters", "base", f"{', '.join(bases)}, stored as {module.quantization or 'it is'}{more}")
+
+
 def _data_rows(data: StageDataModule) -> Iterator[Row]:
     for name, split in data.splits.items():
         if not len(split):
@@ -189,7 +203,7 @@ def _finding_rows(invariants: Invariants) -> Iterator[Row]:
 def _learning_rows(learning: Learning) -> Iterator[Row]:
     if learning.parameters:
         proposed = proposed_learning_rate(learning.parameters, learning.adapters)
-        of, rate = "adapters of " * learning.adapters, learning.learning_rate
+        of, rate = "adapters on " * learning.adapters, learning.learning_rate
         text = f"{rate:.1e}; usual for {of}{learning.parameters:,} parameters: about {proposed:.1e}"
         yield Row("learning", "learning rate", text, "look" if "learning_rate" in learning.found else "ok")
 

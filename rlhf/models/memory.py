@@ -214,7 +214,11 @@ class _Formula:
 
     def copies_in_training(self) -> int:
         # The backward pass needs them all; with activation checkpointing those of the output layer and of a layer.
-        if not self.run.activation_checkpointing or self.run.lora is not None:
+        if self.run.lora is not None:
+            model = self.language_model
+            tied = 0 if self.run.stage == "reward" else sum(model.matrices.values()) - model.untied
+            return self.copies(self.trained) + BFLOAT16 * tied * (self.mixed and not self.zero)
+        if not self.run.activation_checkpointing:
             return self.copies(self.trained)
         output = 0 if self.run.stage == "reward" else self.copied_output()
         return output + self.copies([self.backbone]) // self.config.num_hidden_layers
@@ -226,13 +230,21 @@ class _Formula:
         hidden, matrices = self.config.hidden_size, self.backbone.matrices
         gates = sum(values for name, values in matrices.items() if "gate" in name)
         wide = (sum(matrices.values()) + gates) // (hidden * self.config.num_hidden_layers)
+        if self.run.lora is not None and self.run.lora.dora:  # keeps the results of base and adapter, too
+            wide *= 3
         inputs = 1 if getattr(self.config, "use_parallel_residual", False) else 2
         token = self.compute * (wide + 4 * hidden) + FLOAT32 * inputs * hidden
         return rows * self.tokens * token
 
     def at_work(self, rows: int) -> int:
-        # A layer holds this much in a forward without gradients.
-        return int(AT_WORK * self.layer(rows))
+        # A layer holds this much in a forward without gradients. With an adapter its widest module has two results, and
+        # under autocast its input once more, in the precision of the adapter.
+        held = int(AT_WORK * self.layer(rows))
+        if self.run.lora is not None:
+            widest = max(self.backbone.matrices.values()) // self.config.hidden_size
+            cast = FLOAT32 if self.mixed and not self.zero else 0
+            held += rows * self.tokens * widest * (self.compute + cast)
+        return held
 
     def activations(self, rows: int) -> int:
         # Those of all layers of all networks, and those that the layer at work adds in the backward pass.
@@ -243,7 +255,7 @@ class _Formula:
 
     def in_backward(self, rows: int) -> int:
         # The gradients of a layer, and the activations that are computed again.
-        return self.at_work(rows) + (self.layer(rows) if self.run.activation_checkpointing else 0)
+        return int(AT_WORK * self.layer(rows)) + (self.layer(rows) if self.run.activation_checkpointing else 0)
 
     def logits(self, rows: int) -> int:
         # In float32, of a stretch of the vocabulary: the logits, their distance from the largest, its exponential.

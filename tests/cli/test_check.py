@@ -101,6 +101,18 @@ def test_a_run_that_would_learn_nothing_deserves_a_look(
     assert "look: " not in sound
 
 
+def test_adapters_are_told_from_the_whole_model(
+    check: Check, ppo_words: list[str], model_path: str, reward_path: str, demonstration_file: str
+) -> None:
+    centre(reward_path, demonstration_file)
+    adapters = ["--model.lora.rank=4", "--model.lora.export=both", "--model.optimization.learning_rate=1e-2"]
+    status, shown = check("ppo", *ppo_words, *adapters)
+    assert status == 0, shown
+    assert re.search(r"trained │ [\d,]+ parameters, \d+\.\d\d% of all; exported: both", shown)
+    for text in (model_path, reward_path, "stored as it is; 2 bases in memory", "usual for adapters on"):
+        assert text in shown, text
+
+
 def memory_shown(shown: str) -> float:
     found = re.search(r"estimated\D+([\d.]+)", shown)
     assert found, shown

@@ -73,6 +73,21 @@ def build(config: Any, how: dict[str, str]) -> ActorCritic:
 
 
 @pytest.fixture
+def adapted(tmp_path: Path) -> Callable[..., ActorCritic]:
+    """Builds policy and critic that are adapters on one base."""
+    from transformers import AutoModelForCausalLM
+
+    def make(config: Any, how: dict[str, str], lora: LoRA) -> ActorCritic:
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+        dtype, half = torch.bfloat16 if how == BFLOAT16 else torch.float32, torch.bfloat16 if how == AUTOCAST else None
+        made = AdaptedNetworks(dtype, torch.device("cpu"), 1, lora, half)
+        base = str(tmp_path / "base")
+        return ActorCritic(made.language_model(base, "", trained=True), made.scalar_model(base, "", trained=True))
+
+    return make
+
+
+@pytest.fixture
 def autocast(device: str) -> Callable[..., Any]:
     """The context of a rollout and, without a cache, that of Lightning for a step of training."""
     return lambda how, cache=True: torch.autocast(device, torch.bfloat16, enabled=how == AUTOCAST, cache_enabled=cache)
@@ -192,14 +207,10 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(kind: str, stage:
 @pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_with_adapters_the_base_is_there_once(kind: str, stage: str, how: dict[str, str], tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+def test_with_adapters_the_base_is_there_once(kind: str, stage: str, how: dict[str, str], adapted: Any) -> None:
     config, lora = CONFIGS[kind](), LoRA(rank=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    dtype, half = torch.bfloat16 if how == BFLOAT16 else torch.float32, torch.bfloat16 if how == AUTOCAST else None
-    made = AdaptedNetworks(dtype, torch.device("cpu"), 1, lora, half)
-    policy, critic = (make(str(tmp_path), "", trained=True) for make in (made.language_model, made.scalar_model))
+    models = adapted(config, how, lora)
+    policy, critic = models.policy, models.critic
     trained: Any = {"sft": [policy], "reward": [critic], "ppo": [policy, critic]}[stage]
     weights = {p: p for model in trained for p in model.parameters()}  # each once
     adapters = [p for p in weights if p.requires_grad]
@@ -303,6 +314,40 @@ def test_a_micro_batch_of_training_makes_what_is_estimated(
         loss.backward()
     found = made(estimate(CONFIGS[kind](), workload(stage, how))["training"])
     assert 0.8 < found / measured.peak < 1.15
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize(("kind", "stage"), [("gpt_neox", "reward"), ("gpt_neox", "ppo"), ("llama, tied", "ppo")])
+def test_adapters_make_what_is_estimated(
+    kind: str, stage: str, how: dict[str, str], autocast: Any, adapted: Any
+) -> None:
+    config, lora = CONFIGS[kind.removesuffix(", tied")](), LoRA(rank=4)
+    config.tie_word_embeddings = kind.endswith("tied")
+    found = estimate(config, workload(stage, how, lora=lora))
+    models = adapted(config, how, lora)
+    with torch.no_grad(), PeakMemory(models) as measured, autocast(how):
+        forward(models, stage, 4)
+    assert 0.9 < made(found["scoring"]) / measured.peak < 1.3
+    for parameter in models.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with PeakMemory(models) as measured:
+        with autocast(how, cache=False):
+            loss = forward(models, stage, 4)
+        loss.backward()
+    assert 0.9 < made(found["training"]) / measured.peak < 1.3
+
+
+@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_dora_needs_more(kind: str, how: dict[str, str], autocast: Any, adapted: Any) -> None:
+    dora = LoRA(rank=4, dora=True)
+    models = adapted(CONFIGS[kind](), how, dora)
+    with PeakMemory(models) as measured:
+        with autocast(how, cache=False):
+            loss = forward(models, "ppo", 4)
+        loss.backward()
+    found = made(estimate(CONFIGS[kind](), workload("ppo", how, lora=dora))["training"])
+    assert 0.8 < found / measured.peak < 1.5
 
 
 @pytest.mark.parametrize("how", [BFLOAT16, AUTOCAST])
