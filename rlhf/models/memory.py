@@ -80,8 +80,8 @@ class Phase:
 def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     """Estimates the memory of a stage on each device; the peak is the largest phase, as they follow one another.
 
-    The phases are `sampling`, `scoring` (other forwards without gradients), `training` and `step`. `config` is that of
-    the language model from which all networks of the stage are made.
+    The phases are `sampling`, `scoring` (other forwards without gradients), `training` and `step`, with adapters also
+    `start`. `config` is that of the language model from which all networks of the stage are made.
     """
     f = _Formula(config, workload)
     pairs = 2 if workload.stage == "reward" else 1
@@ -108,6 +108,8 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     }
     if workload.stage == "reward":
         del phases["sampling"]
+    if workload.lora is not None:
+        phases["start"] = Phase(f.at_start(), 0, 0)
     return phases
 
 
@@ -186,6 +188,12 @@ class _Formula:
         model, quantised = self.language_model, self.backbone.untied if self.run.quantization else 0
         kept = self.held(model.parameters - quantised, model.untied - quantised)
         return self.run.bases * (kept + int(QUANTISED[self.run.quantization] * quantised))
+
+    def at_start(self) -> int:
+        # Of the last base that is loaded, what autocast would cast is there twice until it turns out that it can go.
+        model, quantised = self.language_model, self.backbone.untied if self.run.quantization else 0
+        copied = BFLOAT16 * (self.mixed and not self.zero) * (model.untied - quantised)
+        return self.base() + 2 * copied
 
     def held(self, values: int, untied: int) -> int:
         # What autocast would cast is kept in that precision, but for what is tied to an embedding.
