@@ -14,7 +14,7 @@ from rlhf.errors import NonNegative, Positive, UserError
 from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
-from rlhf.models.target_modules import all_linear, linear_modules
+from rlhf.models.target_modules import all_linear, linear_modules, tied_modules
 from rlhf.models.weights import first_not_finite
 
 if TYPE_CHECKING:
@@ -259,10 +259,18 @@ def _inject(model: nn.Module, config: Any, what: str) -> Any:
         whole = next((x for x in config.modules_to_save or () if f".{x}." in f".{name}"), None)
         if whole is not None and not parameter.is_floating_point():
             raise UserError(f"model.lora.modules_to_save: {whole} of {what} is quantised and cannot be trained whole.")
+    tied = tied_modules(model)
     try:
-        return LoraModel(model, config, NAME)
+        tuner = LoraModel(model, config, NAME)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"model.lora does not fit {what}: {first_line(error)}") from error
+    for name in sorted(tied):
+        if hasattr(model.get_submodule(name), "lora_A"):
+            raise UserError(
+                f"model.lora does not fit {what}: the matrix of {name} is that of another module, too, so an adapter "
+                "of it could not be merged; leave it out of target_modules."
+            )
+    return tuner
 
 
 def _set_head(model: nn.Module, head: Tensor | None, path: str, setting: str, needed: bool) -> None:

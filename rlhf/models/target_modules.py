@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -33,11 +34,18 @@ def _is_product(part: Any) -> bool:
     return isinstance(found, Tensor) and found.shape == (3, outer)
 
 
+def tied_modules(model: nn.Module) -> set[str]:
+    """Names the modules with weights that other modules have, too: an adapter of one could not be merged into them."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    parts = model.named_modules()
+    return {name for name, part in parts if any(owners[id(p)] > 1 for p in part.parameters(recurse=False))}
+
+
 def all_linear(model: Any, config: Any) -> set[str]:
     """Names what `all-linear` takes of a model.
 
-    That is neither output layer and head, nor a matrix that is read past its module, where an adapter would change
-    nothing: such as peft knows, and those that a short forward shows.
+    That is neither output layer and head, nor a matrix of several modules, nor one that is read past its module, where
+    an adapter would change nothing: such as peft knows, and those that a short forward shows.
 
     Args:
         config: of peft.
@@ -46,7 +54,7 @@ def all_linear(model: Any, config: Any) -> set[str]:
 
     output = model.get_output_embeddings()
     chosen = {}
-    for name in linear_modules(model):
+    for name in linear_modules(model) - tied_modules(model):
         part = model.get_submodule(name)
         try:
             _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])

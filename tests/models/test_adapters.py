@@ -108,6 +108,22 @@ def test_all_linear_takes_matrices_of_which_the_product_is_all_that_is_used(
         assert all(gradient is not None and gradient.any() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("name", ["lm_head", "wte"])
+def test_a_matrix_of_two_modules_gets_no_adapter(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Merged, that of GPT-2's output layer would change its embedding."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from model_types import tiny_model
+
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    words = r"the matrix of (lm_head|transformer\.wte) is that of another module, too"
+    with pytest.raises(UserError, match=words):
+        networks(LoRA(target_modules=[name])).language_model(str(tmp_path), "a", True)
+    model = networks().language_model(str(tmp_path), "a", True)
+    changed_names = {n for n, p in model.named_modules() if hasattr(p, "lora_A")}
+    assert changed_names
+    assert not {"lm_head", "transformer.wte"} & changed_names
+
+
 def test_all_weights_of_a_type_with_renamed_experts_are_read_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
