@@ -161,7 +161,8 @@ class Heartbeat:
 
     def fail(self, text: str, status: int, kill: Sequence[int] = ()) -> Failure:
         """Says why all processes end, unless another one has; returns what is known of the first failure."""
-        mine = json.dumps({"rank": self.rank, "status": status, "kill": [*kill]})
+        # With the text, or the two threads of a process would take each other's failure for their own, and both speak.
+        mine = json.dumps({"rank": self.rank, "status": status, "kill": [*kill], "text": text})
         first = self.own_store.compare_set("failure", "", mine).decode()
         if first == mine:
             _say(text)

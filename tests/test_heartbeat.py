@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlhf import heartbeat
 from rlhf.heartbeat import TEMPORARY
 from rlhf.synthetic.posts import demonstrations
 
@@ -102,3 +104,12 @@ def test_a_stage_whose_processes_lightning_has_started(
     assert re.search(f"^error: {what}", done.stderr, re.MULTILINE), done.stderr[-3000:]
     files = [Path(f"/proc/{number}/cmdline") for number in os.listdir("/proc") if number.isdigit()]
     assert [file for file in files if file.exists() and str(run) in file.read_text()] == []
+
+
+def test_two_threads_of_a_process_are_one_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    """The heartbeat has spoken; then the main thread, which has lost the others by that, has nothing to say."""
+    one = object.__new__(heartbeat.Heartbeat)
+    one.rank, one.own_store = 0, torch.distributed.HashStore()
+    for text in ("error: process 1 has been stuck.", "error: process 0 is cut off."):
+        assert one.fail(text, 75)["status"] == 75
+    assert capsys.readouterr().err == "error: process 1 has been stuck.\n"
