@@ -41,7 +41,7 @@ def test_what_is_not(learning_rate: float, parameters: int) -> None:
 
 def parameters_of(file: Path) -> list[int]:
     """The sizes of the models that a shipped config trains."""
-    if file.parent.name == "tldr":
+    if file.parent.name in ("tldr", "lora"):
         return list(PYTHIA.values())
     base = AutoConfig.from_pretrained(CONFIGS / "quickstart" / "base_model")
     widths = [yaml.safe_load(f.read_text())["model"]["hidden_size"] for f in (CONFIGS / "scaling").glob("model_*.yaml")]
@@ -57,5 +57,6 @@ def test_those_of_the_shipped_configs_are_usual() -> None:
     for file in CONFIGS.glob("*/*.yaml"):
         for rate in re.findall(r"learning_rate: ([\d.e-]+)", file.read_text()):
             seen += 1
-            assert all(is_usual(float(rate), parameters) for parameters in parameters_of(file)), file
+            adapters = "lora:" in file.read_text()
+            assert all(is_usual(float(rate), parameters, adapters) for parameters in parameters_of(file)), file
     assert seen >= 10
