@@ -7,6 +7,7 @@ The number of processes is in test_ranks.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf.data.comparisons import PreferenceDataModule
 from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
+from rlhf.models.adapters import LoRA
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.sampling.rollout import Rollout
 from rlhf.synthetic.posts import comparisons, demonstrations
@@ -25,6 +27,7 @@ from rlhf.synthetic.posts import comparisons, demonstrations
 Make = Callable[..., Any]
 STEP = Optimization(learning_rate=1e-3, eps=1e-3)  # with a small eps the rounding of a tiny gradient makes a large step
 ROWS = 8
+STAGES = ["sft", "reward", "ppo"]
 
 
 class FixedResponses(PPOModule):
@@ -68,19 +71,21 @@ def step(
     """
 
     def step(stage: str, backwards: bool = False, rollout: type = RolloutDataModule, **sizes: int) -> Tensor:
+        stage, _, adapters = stage.partition(" ")
+        lora = LoRA(rank=4) if adapters else None
         records = list((comparisons if stage == "reward" else demonstrations)(ROWS, 1, "train"))
         file = write_jsonl(f"{stage}-{backwards}.jsonl", reversed(records) if backwards else records)
         settings: dict[str, Any] = {"batch_size": ROWS, "micro_batch_size": 4} | sizes
         data: Any
         if stage == "sft":
-            module: Any = SFTModule(model_path, optimization=STEP)
+            module: Any = SFTModule(model_path, optimization=STEP, lora=lora)
             data = SFTDataModule(Source(file), **settings)
         elif stage == "reward":
-            module = RewardModule(model_path, optimization=STEP)
+            module = RewardModule(model_path, optimization=STEP, lora=lora)
             data = PreferenceDataModule(Source(file), **settings)
         else:
             ppo = PPOSettings(response_length=6, ppo_epochs=1)
-            module = FixedResponses(model_path, reward_path, ppo=ppo, optimization=STEP)
+            module = FixedResponses(model_path, reward_path, ppo=ppo, optimization=STEP, lora=lora)
             data = rollout(Source(file), **({"rollout_batch_size": 4} | settings))
         seen.clear()
         trainer(callbacks=[Sizes(seen)]).fit(module, data)
@@ -100,26 +105,28 @@ def start(stage: str, model_path: str, reward_path: str) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path: str, reward_path: str) -> None:
     expected = step(stage)
     torch.testing.assert_close(step(stage, backwards=True), expected, atol=2e-6, rtol=0)
     assert (expected - start(stage, model_path, reward_path)).abs().max() > 5e-4  # a step was made
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-@pytest.mark.parametrize("micro", [1, 8])
+@pytest.mark.parametrize(
+    ("stage", "micro"), [*product(STAGES, [1, 8]), *((f"{stage} adapters", 1) for stage in STAGES)]
+)
 def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int) -> None:
-    sizes = {"rollout_batch_size": 8 // micro} if stage == "ppo" else {}
+    sizes = {"rollout_batch_size": 8 // micro} if stage.startswith("ppo") else {}
     torch.testing.assert_close(step(stage, micro_batch_size=micro, **sizes), step(stage), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("stage", "rows"), [*product(STAGES, [1, 3, 100]), *((f"{stage} adapters", 3) for stage in STAGES)]
+)
 def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int) -> None:
     """Budgets of so many of the longest examples; the micro-batches are others than without one, and within it."""
     expected, without = step(stage), list(step.seen)
-    budget = rows * step.longest[stage]
+    budget = rows * step.longest[stage.split()[0]]
     found = step(stage, max_tokens_per_micro_batch=budget)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     assert max(step.seen) <= budget
