@@ -62,11 +62,16 @@ def base_of(path: str, setting: str) -> str:
     return base
 
 
+def base_path(base: str) -> str:
+    """Returns how an adapter names its base: a folder by its absolute path, so that it is found from everywhere."""
+    folder = os.path.expanduser(base)
+    return os.path.abspath(folder) if os.path.isdir(folder) else base
+
+
 def base_name(path: str, setting: str) -> str:
     """Returns the one name of a base, whether a path leads to it or to an adapter of it."""
-    base = base_of(path, setting)
-    folder = os.path.expanduser(base)
-    return os.path.realpath(folder) if os.path.isdir(folder) else base
+    base = base_path(base_of(path, setting))
+    return os.path.realpath(base) if os.path.isdir(base) else base
 
 
 def holder(path: str, setting: str, *names: str) -> str:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from rlhf.errors import NonNegative, Positive, UserError
-from rlhf.models.adapter_files import CLASSIFIER, adapter_settings
+from rlhf.models.adapter_files import CLASSIFIER, adapter_settings, base_path
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.target_modules import all_linear, linear_modules, tied_modules
@@ -75,9 +75,7 @@ class LoRA:
             modules_to_save=self.modules_to_save,
             use_rslora=self.rslora,
             use_dora=self.dora,
-            base_model_name_or_path=os.path.abspath(found)
-            if os.path.isdir(found := os.path.expanduser(base))
-            else base,
+            base_model_name_or_path=base_path(base),
             task_type=CLASSIFIER if classifier else "CAUSAL_LM",
         )
 
@@ -139,10 +137,9 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
     if broken := first_not_finite(weights.items()):
         raise UserError(f"{setting}: the adapter {path} is not finite: there is NaN or infinity in {broken}.")
     with torch.no_grad():
+        # peft's own function takes the names of some types for older ones, and leaves their weights out.
         for name, weight in weights.items():
-            own[name].copy_(
-                weight
-            )  # peft would take the names of some types for older ones, and leave their weights out
+            own[name].copy_(weight)
     _as_base(model)
     return tuner
 

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 FLOAT32, BFLOAT16 = 4, 2
 ZERO3_PREFETCH = 50_000_000  # values that DeepSpeed gathers before their use (stage3_prefetch_bucket_size)
 TRAINED = {"sft": slice(0, 1), "reward": slice(1, 2), "ppo": slice(0, 2)}  # of what `networks` returns
-QUANTISED = {
-    None: 0.0,
-    "int8": 1.0,
-    "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
-}  # bytes per value, with the blocks' constants
+QUANTISED = {None: 0.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # bytes per value, with constants of blocks
 AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the backward pass (measured)
 
 
@@ -119,7 +115,7 @@ def pinned(config: PreTrainedConfig, workload: Workload) -> int:
 
 
 class Network:
-    """Values of a model: all, of each matrix but embeddings, of all untied matrices, all trained ones and most at once.
+    """Counts the values of a model: all, per matrix but embeddings, of untied matrices, trained, of the largest one trained.
 
     The model has no weights, and gets an adapter if there is one.
     """

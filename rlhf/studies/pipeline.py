@@ -128,8 +128,7 @@ def pipeline(
     every = {"trainer": trainer or {}} if devices is None else {"trainer": {**(trainer or {}), "devices": devices}}
     shared = Shared(
         model, demonstrations, comparisons, prompts, validation, validation_seed, reward_model, reward_function, judge,
-        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, lora,
-        quantization, **every,
+        text or {}, response_length, pad_token, eos_tokens, learning_rate, best, lora, quantization, **every,
     )  # fmt: skip
     sections = {
         "synthesize": synthesize, "sft": sft, "reward": reward, "ppo": ppo, "generate": generate, "margins": margins,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import IDS, MASK, logprobs, moved, scores
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.callbacks.export import write_export
 from rlhf.errors import UserError
-from rlhf.models.actor_critic import response_logprobs
 from rlhf.models.adapters import LoRA, save_adapter
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.networks import AdaptedNetworks
@@ -22,39 +22,17 @@ from rlhf.models.packing import packs
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import RewardModule, SFTModule
 
-IDS = torch.tensor([[5, 7, 9, 11, 13, 15], [3, 6, 2, 8, 4, 1]])
-MASK = torch.ones_like(IDS)
 CPU = torch.device("cpu")
-
-
-@torch.no_grad()
-def logprobs(model: Any) -> Tensor:
-    return response_logprobs(model, IDS[:, :3], MASK[:, :3], IDS[:, 3:], MASK[:, 3:], 0.7)[0]
-
-
-@torch.no_grad()
-def scores(model: ScalarModel) -> Tensor:
-    return model.score(IDS, MASK)
 
 
 def networks(lora: LoRA = LoRA()) -> AdaptedNetworks:
     return AdaptedNetworks(torch.float32, CPU, 1, lora, None)
 
 
-def trained(module: Any) -> Any:
-    """A module whose trained weights are anything but what they were."""
-    module.configure_model()
-    generator = torch.Generator().manual_seed(2)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
 @pytest.fixture
 def sft(model_path: str, tmp_path: Path) -> tuple[SFTModule, str]:
     """A trained SFT module, and the folder of its adapter."""
-    module = trained(SFTModule(model_path, lora=LoRA(rank=4)))
+    module = moved(SFTModule(model_path, lora=LoRA(rank=4)))
     write_export(module, tmp_path / "sft")
     return module, str(tmp_path / "sft")
 
@@ -62,7 +40,7 @@ def sft(model_path: str, tmp_path: Path) -> tuple[SFTModule, str]:
 @pytest.fixture
 def reward(sft: tuple[SFTModule, str], tmp_path: Path) -> tuple[RewardModule, str]:
     """The same of a reward model, whose adapter goes on from that of SFT."""
-    module = trained(RewardModule(sft[1], lora=LoRA(rank=4)))
+    module = moved(RewardModule(sft[1], lora=LoRA(rank=4)))
     module.centre = torch.tensor(0.3)
     write_export(module, tmp_path / "reward")
     return module, str(tmp_path / "reward")
@@ -205,7 +183,7 @@ def test_all_networks_share_one_base(sft: tuple[SFTModule, str], reward: tuple[R
 
 @pytest.mark.parametrize("export", ["merged", "both"])
 def test_merged_exports(model_path: str, tmp_path: Path, export: Any) -> None:
-    module = trained(SFTModule(model_path, lora=LoRA(rank=4, export=export)))
+    module = moved(SFTModule(model_path, lora=LoRA(rank=4, export=export)))
     write_export(module, tmp_path / "export")
     whole = tmp_path / "export" / ("merged" if export == "both" else "")
     assert (whole / "model.safetensors").exists()
@@ -224,7 +202,7 @@ def changed(folder: str, **changes: Any) -> None:
 def test_a_base_that_changed_is_refused(model_path: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(model_path, base)
-    write_export(trained(SFTModule(str(base), lora=LoRA(rank=4))), tmp_path / "sft")
+    write_export(moved(SFTModule(str(base), lora=LoRA(rank=4))), tmp_path / "sft")
     load_causal_lm(str(tmp_path / "sft"))
     weights = load_file(base / "model.safetensors")
     save_file({name: x + 0.1 for name, x in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
@@ -289,7 +267,7 @@ def test_weights_that_are_missing_or_no_numbers(sft: tuple[SFTModule, str]) -> N
 
 def test_an_adapter_of_the_output_layer_leaves_the_critic_without(model_path: str, tmp_path: Path) -> None:
     lora = LoRA(rank=4, target_modules=["dense", "lm_head"])
-    write_export(trained(SFTModule(model_path, lora=lora)), tmp_path / "sft")
+    write_export(moved(SFTModule(model_path, lora=lora)), tmp_path / "sft")
     made, folder = networks(lora), str(tmp_path / "sft")
     policy = made.language_model(folder, "model", trained=True)
     torch.testing.assert_close(logprobs(policy), logprobs(load_causal_lm(folder)), atol=1e-5, rtol=0)

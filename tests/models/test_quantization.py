@@ -10,16 +10,16 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from adapted import IDS, exported, logprobs, moved, scores
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.callbacks.export import write_export
 from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.models import quantization
-from rlhf.models.actor_critic import response_logprobs
 from rlhf.models.adapters import LoRA
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.networks import AdaptedNetworks
@@ -29,8 +29,6 @@ from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFT
 from rlhf.synthetic.synthesize import SmallModel, create_model
 
 Make = Callable[..., Any]
-IDS = torch.tensor([[5, 7, 9, 11, 13, 15], [3, 6, 2, 8, 4, 1]])
-MASK = torch.ones_like(IDS)
 CPU = torch.device("cpu")
 SMALL = LoRA(rank=4)
 FAST = Optimization(learning_rate=1e-2, schedule="constant", eps=1e-3)
@@ -49,16 +47,6 @@ def networks(bits: Any, half: torch.dtype | None = None) -> AdaptedNetworks:
     return AdaptedNetworks(torch.float32, CPU, 1, SMALL, half, bits)
 
 
-@torch.no_grad()
-def logprobs(model: Any) -> Tensor:
-    return response_logprobs(model, IDS[:, :3], MASK[:, :3], IDS[:, 3:], MASK[:, 3:], 0.7)[0]
-
-
-@torch.no_grad()
-def scores(model: ScalarModel) -> Tensor:
-    return model.score(IDS, MASK)
-
-
 def rounded(path: str, bits: str) -> Any:
     """A plain model whose matrices, but for the output layer, are those that the library makes of rounded ones."""
     model = load_causal_lm(path)
@@ -72,21 +60,6 @@ def rounded(path: str, bits: str) -> Any:
                 whole, scale, _ = bnb.functional.int8_vectorwise_quant(weight.half())
                 layer.weight.data = whole.float() * scale[:, None] / 127
     return model
-
-
-def moved(module: Any) -> Any:
-    """A module whose trained weights are anything but what they were."""
-    module.configure_model()
-    generator = torch.Generator().manual_seed(2)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-def exported(module: Any, folder: Path) -> str:
-    write_export(moved(module), folder)
-    return str(folder)
 
 
 @BITS

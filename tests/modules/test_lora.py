@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from adapted import exported, logprobs, scores
 from lightning.pytorch.callbacks import ModelCheckpoint
+from spies import Spy, Stop, StopAt, fit_with_spy
 from torch import Tensor, nn
 
 from rlhf.callbacks.export import write_export
 from rlhf.errors import UserError
-from rlhf.models.actor_critic import response_logprobs
 from rlhf.models.adapters import LoRA
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
@@ -27,42 +27,13 @@ SETTINGS = PPOSettings(response_length=8, ppo_epochs=2)
 SMALL = LoRA(rank=4)
 
 
-class Spy(Callback):
-    """Keeps the rollout and the logged metrics of every update."""
-
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-        self.metrics: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.rollouts.append(trainer.datamodule.last_rollout)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if "objective/kl" in trainer.callback_metrics:
-            self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def moved(module: Any, folder: Path) -> str:
-    """Exports a module whose trained weights are anything but what they were."""
-    module.configure_model()
-    generator = torch.Generator().manual_seed(2)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    write_export(module, folder)
-    return str(folder)
-
-
 @pytest.fixture
 def folders(model_path: str, reward_path: str, tmp_path: Path) -> dict[str, str]:
     """The model and reward model of the tests, whole and as adapters."""
-    sft = moved(SFTModule(model_path, lora=SMALL), tmp_path / "sft")
+    sft = exported(SFTModule(model_path, lora=SMALL), tmp_path / "sft")
     return {
         "whole": model_path, "whole reward": reward_path, "adapter": sft,
-        "adapter reward": moved(RewardModule(sft, lora=SMALL), tmp_path / "reward"),
+        "adapter reward": exported(RewardModule(sft, lora=SMALL), tmp_path / "reward"),
     }  # fmt: skip
 
 
@@ -70,14 +41,8 @@ def folders(model_path: str, reward_path: str, tmp_path: Path) -> dict[str, str]
 def run(trainer: Make, rollout_data: Make) -> Make:
     """Trains a PPOModule; returns what the spy saw."""
 
-    def run(module: PPOModule, max_epochs: int = 2, callbacks: Any = (), data: Any = None, **fit: Any) -> Spy:
-        spy = Spy()
-        checkpointing = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        t = trainer(
-            max_epochs=max_epochs, limit_val_batches=0, callbacks=[spy, *callbacks], enable_checkpointing=checkpointing
-        )
-        t.fit(module, data or rollout_data(), **fit)
-        return spy
+    def run(module: PPOModule, max_epochs: int = 2, callbacks: Any = (), **fit: Any) -> Spy:
+        return fit_with_spy(trainer, module, rollout_data(), max_epochs, callbacks, fit)
 
     return run
 
@@ -94,7 +59,13 @@ def base(module: Any) -> Tensor:
     ("whole", "whole reward"), ("adapter", "adapter reward"), ("whole", "adapter reward"), ("adapter", "whole reward"),
 ])  # fmt: skip
 def test_the_invariants_of_ppo_are_exact(run: Make, folders: dict[str, str], model: str, reward: str) -> None:
-    module = PPOModule(folders[model], folders[reward], ppo=SETTINGS, optimization=FAST, lora=SMALL)
+    class Ends(PPOModule):
+        def sample_responses(self, *inputs: Any) -> Tensor:
+            responses = super().sample_responses(*inputs)
+            responses[:, 3] = self.tokenizer.eos_token_id
+            return responses
+
+    module = Ends(folders[model], folders[reward], ppo=SETTINGS, optimization=FAST, lora=SMALL)
     module.configure_model()
     before, start = base(module).clone(), trained(module).clone()
     spy = run(module)
@@ -102,9 +73,9 @@ def test_the_invariants_of_ppo_are_exact(run: Make, folders: dict[str, str], mod
     assert torch.equal(spy.rollouts[0].kl, torch.zeros_like(spy.rollouts[0].kl))
     assert spy.rollouts[1].kl.abs().max() > 1e-3
     first = spy.rollouts[0]
-    rows = first.lengths < first.responses.shape[1]
-    values = first.values[rows, first.lengths[rows]]
-    torch.testing.assert_close(values[first.has_eos[rows]], first.scores[rows & first.has_eos], atol=1e-5, rtol=0)
+    assert first.has_eos.all()
+    rows = torch.arange(len(first))
+    torch.testing.assert_close(first.values[rows, first.lengths], first.scores, atol=1e-5, rtol=0)
     assert torch.equal(base(module), before)
     assert (trained(module) - start).abs().max() > 1e-3
 
@@ -167,30 +138,10 @@ def test_the_reference_is_a_separate_copy_also_after_an_exception(
     module = Stops(folders["adapter"], folders["adapter reward"], ppo=SETTINGS, optimization=FAST, lora=SMALL)
     with pytest.raises(StopsError):
         run(module)
-    ids = torch.tensor([[5, 7, 9, 11, 13, 15], [3, 6, 2, 8, 4, 1]])
-    mask = torch.ones_like(ids)
-
-    def logprobs(model: Any) -> Tensor:
-        with torch.no_grad():
-            return response_logprobs(model, ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:], 0.7)[0]
-
     with module.reference.on(torch.device("cpu")) as reference:
         expected = logprobs(load_causal_lm(folders["adapter"]))
         torch.testing.assert_close(logprobs(reference), expected, atol=1e-5, rtol=0)
     assert (logprobs(module.actor_critic.policy) - expected).abs().max() > 1e-2  # it has learnt, and has its adapter
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-class StopAt(Callback):
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch:
-            raise Stop
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(run: Make, folders: dict[str, str], tmp_path: Path) -> None:
@@ -225,15 +176,11 @@ def test_policy_and_critic_export_what_they_compute(
     module = PPOModule(folders["whole"], folders["whole reward"], ppo=SETTINGS, optimization=FAST, lora=lora)
     run(module, max_epochs=1)
     write_export(module, tmp_path / "ppo")
-    ids = torch.tensor([[5, 7, 9, 11, 13, 15], [3, 6, 2, 8, 4, 1]])
-    with torch.no_grad():
-        logits = load_causal_lm(str(tmp_path / "ppo"))(ids).logits
-        torch.testing.assert_close(logits, module.actor_critic.policy(ids).logits, atol=2e-5, rtol=0)
-        critic = ScalarModel.from_pretrained(str(tmp_path / "ppo" / "critic"), "critic")
-        mask = torch.ones_like(ids)
-        expected = module.actor_critic.critic.score(ids, mask)
-        torch.testing.assert_close(critic.score(ids, mask), expected, atol=2e-5, rtol=0)
-    assert (logits - load_causal_lm(folders["whole"])(ids).logits).abs().max() > 1e-3
+    policy = load_causal_lm(str(tmp_path / "ppo"))
+    torch.testing.assert_close(logprobs(policy), logprobs(module.actor_critic.policy), atol=2e-5, rtol=0)
+    critic = ScalarModel.from_pretrained(str(tmp_path / "ppo" / "critic"), "critic")
+    torch.testing.assert_close(scores(critic), scores(module.actor_critic.critic), atol=2e-5, rtol=0)
+    assert (logprobs(policy) - logprobs(load_causal_lm(folders["whole"]))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

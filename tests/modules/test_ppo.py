@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from spies import Spy, Stop, StopAt, fit_with_spy
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -23,24 +23,6 @@ from rlhf.sampling.rollout import Rollout
 Make = Callable[..., Any]
 FAST = Optimization(learning_rate=1e-3, schedule="linear")
 SETTINGS = PPOSettings(response_length=8, ppo_epochs=2)
-
-
-class Spy(Callback):
-    """Keeps the rollout and the logged metrics of every update."""
-
-    def __init__(self) -> None:
-        self.rollouts: list[Rollout] = []
-        self.metrics: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.rollouts.append(trainer.datamodule.last_rollout)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if "objective/kl" in trainer.callback_metrics:
-            self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 def number_of_words(queries: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
@@ -60,13 +42,7 @@ def run(model_path: str, reward_path: str, trainer: Make, rollout_data: Make) ->
         module: PPOModule | None = None, data: Any = None, max_epochs: int = 2, callbacks: Any = (), **fit: Any
     ) -> tuple[PPOModule, Spy]:
         module = module or PPOModule(model_path, reward_path, ppo=SETTINGS, optimization=FAST)
-        spy = Spy()
-        checkpointing = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        t = trainer(
-            max_epochs=max_epochs, limit_val_batches=0, callbacks=[spy, *callbacks], enable_checkpointing=checkpointing
-        )
-        t.fit(module, data or rollout_data(), **fit)
-        return module, spy
+        return module, fit_with_spy(trainer, module, data or rollout_data(), max_epochs, callbacks, fit)
 
     return run
 
@@ -86,19 +62,6 @@ def test_an_update_does_not_depend_on_the_micro_batch_size(
     expected, _ = run(data=rollout_data(), max_epochs=1)
     actual, _ = run(data=rollout_data(micro_batch_size=micro_batch_size), max_epochs=1)
     torch.testing.assert_close(weights(actual), weights(expected), atol=2e-5, rtol=0)
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-class StopAt(Callback):
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch:
-            raise Stop
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(run: Make, tmp_path: Path) -> None:
