@@ -115,7 +115,7 @@ def pinned(config: PreTrainedConfig, workload: Workload) -> int:
 
 
 class Network:
-    """Counts the values of a model: all, per matrix but embeddings, of untied matrices, trained, of the largest one trained.
+    """Counts the values of a model: all, per matrix, of untied matrices, trained, and of the largest one trained.
 
     The model has no weights, and gets an adapter if there is one.
     """
