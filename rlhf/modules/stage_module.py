@@ -102,6 +102,9 @@ class StageModule(LightningModule):
             self.trainer.strategy.exclude_frozen_parameters = True
         if stage == "fit":
             self.check_schedule(self.trainer)
+        t = self.trainer
+        for loop in (t.fit_loop.epoch_loop.val_loop, t.validate_loop, t.test_loop, t.predict_loop):
+            loop.inference_mode = False  # in which autocast would cast every weight again at each step of sampling
         self.check_data(getattr(self.trainer, "datamodule", None))
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()

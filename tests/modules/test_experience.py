@@ -136,6 +136,18 @@ def test_validation_casts_every_trained_weight_at_most_once(fitted: Make) -> Non
     assert set(casts.counts.values()) == {0, 1}
 
 
+def test_validate_casts_every_trained_weight_at_most_once_per_batch(
+    model_path: str, reward_path: str, trainer: Make, rollout_data: Make
+) -> None:
+    """In inference mode, Lightning's default, autocast keeps no copies."""
+    module = PPOModule(model_path, reward_path, ppo=SETTINGS)
+    t, data = trainer(precision="bf16-mixed", limit_val_batches=1), rollout_data()
+    t.validate(module, data)
+    with Casts(list(module.actor_critic.parameters())) as casts:
+        t.validate(module, data)
+    assert set(casts.counts.values()) == {0, 1}
+
+
 class EndsEarly(PPOModule):
     """One token in five is taken for EOS."""
 
