@@ -2,9 +2,9 @@
 
     python benchmarks/mutations.py                          every mutant
     python benchmarks/mutations.py --only D26 "EOS trick off"   those of a detail, or by name
-    python benchmarks/mutations.py --output docs/mutations.md   and write the table
 
-The mutants stand in `mutants.yaml`. Each is applied to a copy of the tree; its own tests run on it, and where these
+The mutants stand in `mutants.yaml`, and in a table on the documentation site. Each is applied to a copy of the tree; its
+own tests run on it, and where these
 pass, the whole suite does. A mutant that still passes is a survivor: a detail that no test holds. One that no longer
 imports proves nothing and is invalid. The exit status is 1 where there is either of them.
 """
@@ -40,15 +40,6 @@ LIBRARIES = ["torch", "lightning.pytorch", "transformers"]  # slow to import: do
 SERVER = multiprocessing.get_context("forkserver")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) ([^\s[]+)(.*)", re.MULTILINE)  # the parameters of a test belong to the reason
 BROKEN = re.compile(r" - (SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError)\b")
-INTRODUCTION = """\
-# The mutation check
-
-Each of these {count} mutants breaks one detail of [the ledger](details.md), or (R) the promise that nothing is lost, in
-a copy of the tree; the last column names the test that failed first.
-`python benchmarks/mutations.py --output docs/mutations.md` runs the check and writes this page; the mutants stand in
-`benchmarks/mutants.yaml`.
-
-"""
 
 
 @dataclass(frozen=True)
@@ -204,16 +195,6 @@ def report(console: Console, mutant: Mutant, verdict: Verdict) -> None:
     console.print(row)
 
 
-def markdown(results: dict[Mutant, Verdict]) -> str:
-    """Returns the page for `docs/`."""
-    lines = ["| detail | mutant | what it breaks | file | noticed by |", "|---|---|---|---|---|"]
-    for mutant, verdict in results.items():
-        by = f"`{verdict.by}`" if verdict.status == "caught" else f"**{verdict.status}** {verdict.by}".strip()
-        cells = (mutant.detail, mutant.name, mutant.breaks, f"`{mutant.file}`", by)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return INTRODUCTION.format(count=len(results)) + "\n".join(lines) + "\n"
-
-
 def run_all(mutants: list[Mutant], folder: Path, jobs: int, show: Callable[[Mutant, Verdict], None]) -> dict:
     """Returns the verdict of every mutant's own tests."""
     results: dict[Mutant, Verdict] = {}
@@ -235,7 +216,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="how many mutants at a time")
     parser.add_argument("--list", action="store_true", help="show the mutants and stop")
     parser.add_argument("--targeted-only", action="store_true", help="never run the whole suite")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table as Markdown")
     return parser.parse_args()
 
 
@@ -269,8 +249,6 @@ def main() -> int:
             for mutant in passed:
                 results[mutant] = check(mutant, folder, (), workers)
                 show(mutant, results[mutant])
-    if options.output:
-        options.output.write_text(markdown(results))
     kinds = {s: [m for m, v in results.items() if v.status == s] for s in ("caught", "survived", "invalid")}
     counts = ", ".join(f"{len(found)} {status}" for status, found in kinds.items())
     console.print(f"{len(results)} mutants: {counts}; {time.perf_counter() - start:.0f} s")
