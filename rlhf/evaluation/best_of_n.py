@@ -26,7 +26,8 @@ def best_of_n(
 ) -> Callable[[list[Row]], pd.DataFrame]:
     """Returns the function that draws n responses to each row and keeps the one with the highest reward.
 
-    Of equals it keeps the first. It adds the columns `best_of`, n, and `mean_score`, of all n responses.
+    Of equals it keeps the first. It adds the columns `mean_score`, of all n responses, and `kl`, the upper bound of the
+    KL to the policy.
 
     Args:
         respond: draws sample number 0, 1, ... of rows; the column `response_ids` has its tokens.
@@ -36,7 +37,7 @@ def best_of_n(
         drawn = [respond(rows, sample) for sample in range(n)]
         scores = np.array([scorer.score_ids(sampled_ids(rows, table["response_ids"])) for table in drawn])
         best = [drawn[sample].iloc[[row]] for row, sample in enumerate(scores.argmax(0))]
-        return pd.concat(best, ignore_index=True).assign(best_of=n, mean_score=scores.mean(0))
+        return pd.concat(best, ignore_index=True).assign(mean_score=scores.mean(0), kl=best_of_n_kl(n))
 
     return choose
 
@@ -46,9 +47,8 @@ def sampled_ids(rows: list[Row], responses: Iterable[Iterable[int]]) -> list[lis
     return [[*row["query_ids"], *map(int, ids)] for row, ids in zip(rows, responses, strict=True)]
 
 
-def describe(table: pd.DataFrame) -> str:
+def describe(table: pd.DataFrame, n: int) -> str:
     """Tells what the choice has gained, and how far from the policy it is at most."""
-    n = int(table["best_of"].iloc[0])
     return (
         f"best of {n}: mean score {table['score'].mean():.3f}, of all {n} responses {table['mean_score'].mean():.3f}; "
         f"the KL to the policy is at most {best_of_n_kl(n):.2f} nats per response."

@@ -68,7 +68,7 @@ def generate(
         seed: seed of the sampling.
         reward: export of a reward model, for the columns `score` and `reference_score`.
         best_of: how many responses are drawn to each query; the one that `reward` scores highest is kept.
-        reference: a policy with the same tokens, for the column `kl`, the log-ratio of the two policies.
+        reference: a policy with the same tokens, for the column `kl`, the log-ratio of the two.
         eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
             `generation_config.json`.
         precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
@@ -113,7 +113,7 @@ def generate(
             parts.make("kl", f"Log-ratios to {reference}", ratios)
         table = parts.merge(finish=_with_gold)
         if best_of > 1 and processes.rank == 0:
-            print(describe(table))
+            print(describe(table, best_of))
         return table
 
 

@@ -26,7 +26,7 @@ def check_reference(reference: str, model: str, tokenizer: Any) -> None:
 def log_ratios(
     model: str, reference: str, pad_id: int, temperature: float, precision: str
 ) -> Callable[[list[Row]], pd.DataFrame]:
-    """Loads two policies, and returns the function that computes `log_ratio` of each row.
+    """Loads two policies, and returns the function that computes the column `kl` of each row.
 
     It is log(model(response) / reference(response)) in nats, at the temperature of the sampling; its mean estimates
     KL(model || reference) per response as `objective/kl` of PPO does.
@@ -41,6 +41,6 @@ def log_ratios(
         responses, mask = pad_sequences([[*map(int, row["response_ids"])] for row in rows], pad_id)
         inputs = queries.to(device), query_mask.to(device), responses.to(device), mask.to(device)
         ours, theirs = (response_logprobs(policy, *inputs, temperature)[0] for policy in policies)
-        return pd.DataFrame({"log_ratio": kl_estimate(ours, theirs).sum(1).tolist()})
+        return pd.DataFrame({"kl": kl_estimate(ours, theirs).sum(1).tolist()})
 
     return compute

@@ -19,7 +19,7 @@ from rlhf.evaluation.tables import claim, owned_table, read_notes, read_table, w
 _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 # Column of texts in a table of responses -> number in a judged table -> column of that number.
 _NUMBERS = {
-    "response": {name: name for name in ("tokens", "score", "gold", "has_eos")},
+    "response": {name: name for name in ("tokens", "score", "gold", "has_eos", "kl")},
     "reference": {"tokens": "reference_tokens", "score": "reference_score", "gold": "gold_reference"},
 }
 

@@ -11,7 +11,6 @@ from pydantic import Field, PositiveInt
 
 from rlhf import files
 from rlhf.errors import Seed, UserError
-from rlhf.evaluation.statistics import best_of_n_kl
 from rlhf.evaluation.tables import read_table, write_table
 from rlhf.report.page import markdown
 from rlhf.studies.ablation import mean_and_range
@@ -104,7 +103,8 @@ class _Member(NamedTuple):
 
     def choices(self) -> dict[int, Stage]:
         """Returns the stages of best-of-n: n -> stage."""
-        return {n: self._generate(f"best_of_{n}", model=SFT, best_of=n) for n in self.best_of}
+        takes = {n: {"best_of": n} if n > 1 else {"reference": SFT} for n in self.best_of}
+        return {n: self._generate(f"best_of_{n}", model=SFT, **more) for n, more in takes.items()}
 
     def answers(self, stage: Stage) -> dict[int, Stage]:
         """Returns the stages in which the exports of a method answer: number of epochs -> stage."""
@@ -128,10 +128,9 @@ class _Member(NamedTuple):
         rows = []
         for method, points in groups.items():
             for point, stage in points.items():
-                table = read_table(self.runner.product(stage), stage.name, ("query", "score"))
-                kl = best_of_n_kl(point) if method == BEST_OF else table["log_ratio"].mean()
-                means = {name: table[name].mean() for name in MEASURES if name in table}
-                rows.append({"method": method, "seed": self.seed, "point": point, "kl": kl, **means})
+                table = read_table(self.runner.product(stage), stage.name, ("query", "kl", "score"))
+                means = {name: table[name].mean() for name in ("kl", *MEASURES) if name in table}
+                rows.append({"method": method, "seed": self.seed, "point": point, **means})
         return pd.DataFrame(rows)
 
 

@@ -59,8 +59,8 @@ def test_the_best_of_the_plain_samples_is_kept(
     assert chosen["response"].tolist() == [plain[k]["response"][row] for row, k in enumerate(best)]
     np.testing.assert_allclose(chosen["score"], scores.max(0), atol=1e-5)
     np.testing.assert_allclose(chosen["mean_score"], scores.mean(0), atol=1e-5)
-    assert set(chosen["best_of"]) == {4}
-    assert [name for name in chosen if name not in plain[0]] == ["best_of", "mean_score"]
+    assert set(chosen["kl"]) == {best_of_n_kl(4)}
+    assert [name for name in chosen if name not in plain[0]] == ["mean_score", "kl"]
     pd.testing.assert_frame_equal(chosen[["query", "record"]], plain[0][["query", "record"]])
     means = f"mean score {scores.max(0).mean():.3f}, of all 4 responses {scores.mean():.3f}"
     assert f"best of 4: {means}; the KL to the policy is at most 0.64 nats per response." in said
@@ -145,10 +145,10 @@ def test_log_ratios_are_those_of_the_sampled_tokens(
             F.log_softmax(policy(ids).logits[0, places] / 0.7, -1)[range(row.tokens), ids[0, places + 1]].sum()
             for policy in policies
         )
-        assert row.log_ratio == pytest.approx((ours - theirs).item(), abs=1e-4)
-    assert ratios["log_ratio"].abs().min() > 1e-3
+        assert row.kl == pytest.approx((ours - theirs).item(), abs=1e-4)
+    assert ratios["kl"].abs().min() > 1e-3
     same = table("same.parquet", "--temperature=0.7", f"--reference={model_path}")
-    assert same["log_ratio"].tolist() == [0.0] * 7
+    assert same["kl"].tolist() == [0.0] * 7
 
 
 def test_the_bound_is_the_kl_where_all_rewards_differ() -> None:
