@@ -70,6 +70,10 @@ class UpdateSettings(Protocol):
     @property
     def minibatches(self) -> int: ...
     @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def has_critic(self) -> bool: ...
+    @property
     def missing_eos_score(self) -> float | None: ...
     @property
     def kl_target(self) -> float | None: ...
@@ -121,6 +125,11 @@ def stage(owner: Trainer | LightningModule) -> Stage:
 def ppo_stage(owner: Trainer | LightningModule) -> PPOStage:
     """Returns the module of PPO, or the one that a Trainer trains."""
     return cast(PPOStage, getattr(owner, "lightning_module", owner))
+
+
+def has_critic(module: Stage) -> bool:
+    """Tells whether a module trains a critic, too."""
+    return module.kind == "ppo" and cast(PPOStage, module).ppo.has_critic
 
 
 def stage_data(trainer: Trainer) -> StageData:

@@ -30,6 +30,7 @@ from rlhf.models.learning_rates import proposed_learning_rate
 from rlhf.models.memory import estimate, pinned, trained_parameters
 from rlhf.models.tokenizers import eos_disagreement, eos_ids
 from rlhf.modules import StageModule
+from rlhf.protocols import has_critic
 
 COLOURS = {"ok": "green", "look": "yellow", "wrong": "bold red"}
 
@@ -154,7 +155,8 @@ def _later_rows(module: StageModule) -> Iterator[Row]:
 def _adapter_rows(module: StageModule) -> Iterator[Row]:
     if module.lora is None:
         return
-    adapters, whole = (trained_parameters(module.model_config, module.kind, lora) for lora in (module.lora, None))
+    config, kind, critic = module.model_config, module.kind, has_critic(module)
+    adapters, whole = (trained_parameters(config, kind, lora, critic) for lora in (module.lora, None))
     trained = f"{adapters:,} parameters, {adapters / whole:.2%} of all; exported: {module.lora.export}"
     yield Row("adapters", "trained", trained)
     paths = {"model.model_path": module.model_path, "model.reward_path": getattr(module, "reward_path", None)}

@@ -35,6 +35,7 @@ class Workload:
     """The shapes of a run that decide how much memory each process needs."""
 
     stage: Literal["sft", "reward", "ppo"]
+    critic: bool = True  # of PPO: whether there is one
     strategy: Literal["single", "ddp", "zero2"] = "single"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"  # autocast over float32 weights; under zero2 bf16 weights
     world_size: int = 1
@@ -153,9 +154,13 @@ def networks(config: PreTrainedConfig, stage: str = "ppo", lora: LoRA | None = N
     return language, language if stage == "sft" else Network(scalar_model, lora), backbone
 
 
-def trained_parameters(config: PreTrainedConfig, stage: str, lora: LoRA | None = None) -> int:
+def trained_parameters(config: PreTrainedConfig, stage: str, lora: LoRA | None = None, critic: bool = True) -> int:
     """Counts the values that a stage trains. Nothing is loaded."""
-    return sum(network.trained for network in networks(config, stage, lora)[TRAINED[stage]])
+    return sum(network.trained for network in _trained(networks(config, stage, lora), stage, critic))
+
+
+def _trained(measured: Sequence[Network], stage: str, critic: bool) -> Sequence[Network]:
+    return measured[:1] if stage == "ppo" and not critic else measured[TRAINED[stage]]
 
 
 class _Formula:
@@ -165,7 +170,7 @@ class _Formula:
         self.run, self.config = run, config.get_text_config()
         measured = networks(config, run.stage, run.lora)
         self.language_model, self.scalar_model, self.backbone = measured
-        self.trained = measured[TRAINED[run.stage]]
+        self.trained = _trained(measured, run.stage, run.critic)
         self.zero = run.strategy == "zero2"
         self.mixed = run.precision == "bf16-mixed"
         self.parameters = sum(network.trained for network in self.trained)
