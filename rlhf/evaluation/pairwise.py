@@ -110,7 +110,7 @@ def join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
         id=ours["id"].astype(str) if "id" in ours else [str(number) for number in range(len(ours))],
         record=ours.get("record", "{}"),
     )
-    joined = left.merge(_side("b", theirs, b).drop(columns="b_has_eos", errors="ignore"), on="query")
+    joined = left.merge(_side("b", theirs, b).drop(columns=["b_has_eos", "b_kl"], errors="ignore"), on="query")
     for side, candidate in (("a", a), ("b", b)):
         joined = _with_reference(joined, side, candidate)
     return joined
