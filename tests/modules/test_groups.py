@@ -49,7 +49,7 @@ def fit(model_path: str, reward_path: str, trainer: Make, rollout_data: Make) ->
 
 
 def test_all_tokens_of_an_episode_have_its_advantage_over_the_others_of_its_prompt(fit: Make) -> None:
-    module, data = fit(RLOO)
+    _, data = fit(RLOO)
     rollout = data.last_rollout
     queries = [text["query"] for text in rollout.texts]
     assert [queries.index(query) for query in queries] == [0] * 4 + [4] * 4
@@ -111,7 +111,7 @@ def test_the_share_of_prompts_whose_responses_have_equal_scores_is_a_curve(fit: 
         def score_responses(self, episodes: Rollout) -> Tensor:
             return torch.tensor([2.0] * 4 + [1.0, 2.0, 2.0, 2.0])
 
-    module, data = fit(RLOO, Equal, logger=True)
+    module, _ = fit(RLOO, Equal, logger=True)
     assert module.trainer.logged_metrics["rollout/equal_groups"] == 0.5
 
 
@@ -132,9 +132,7 @@ def test_what_does_not_apply_is_refused_by_name(fit: Make, settings: dict[str, A
 
 
 def test_a_batch_that_groups_do_not_divide_is_refused(fit: Make) -> None:
-    with pytest.raises(
-        UserError, match="batch_size 8 does not divide into 1 processes x model.ppo.samples_per_prompt 3"
-    ):
+    with pytest.raises(UserError, match=r"batch_size 8 .+ 1 processes x model\.ppo\.samples_per_prompt 3"):
         fit(replace(RLOO, samples_per_prompt=3))
 
 
