@@ -31,7 +31,7 @@ class Stage(Protocol):
     quantization: Literal["nf4", "int8"] | None
 
     @property
-    def kind(self) -> Literal["sft", "reward", "ppo"]: ...
+    def kind(self) -> Literal["sft", "reward", "dpo", "ppo"]: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -110,6 +110,12 @@ class StageData(Protocol):
     def demonstration_dataloader(self) -> Iterable[dict[str, Any]] | None: ...
 
 
+class PairData(StageData, Protocol):
+    """The DataModule of comparisons, as DPO sees it."""
+
+    def batches_of(self, split: str) -> Iterator[dict[str, Any]]: ...
+
+
 class RolloutData(StageData, Protocol):
     """The DataModule of PPO, as its module and callbacks see it."""
 
@@ -134,6 +140,11 @@ def has_critic(module: Stage) -> bool:
 
 def stage_data(trainer: Trainer) -> StageData:
     """Returns the DataModule of a Trainer."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def pair_data(trainer: Trainer) -> PairData:
+    """Returns the DataModule of a Trainer that learns from comparisons."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 

@@ -29,7 +29,7 @@ from rlhf.models.classifiers import register_classifier
 from rlhf.models.learning_rates import proposed_learning_rate
 from rlhf.models.memory import estimate, pinned, trained_parameters
 from rlhf.models.tokenizers import eos_disagreement, eos_ids
-from rlhf.modules import StageModule
+from rlhf.modules import DPOModule, StageModule
 from rlhf.protocols import has_critic
 
 COLOURS = {"ok": "green", "look": "yellow", "wrong": "bold red"}
@@ -96,6 +96,11 @@ class OneUpdate(Callback):
     def __init__(self) -> None:
         self.seconds = 0.0  # of that update or step; 0 if it was not reached
         self._start = 0.0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, DPOModule):
+            pl_module.reference_batches = 2 * trainer.accumulate_grad_batches
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -32,7 +32,7 @@ class RolloutDataModule(StageDataModule):
             training.
     """
 
-    kind = "ppo"
+    kinds = ("ppo",)
     need_response = False
 
     def __init__(

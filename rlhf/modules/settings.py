@@ -1,8 +1,8 @@
 """Groups of settings, with the paper's values as defaults."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from rlhf.errors import Finite, Fraction, NonNegative, Positive, UserError
@@ -33,6 +33,29 @@ class Optimization:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     loss_reduction: Literal["minibatch", "microbatch"] = "minibatch"
+
+
+@dataclass(frozen=True, config=ConfigDict(title="model.dpo"))
+class DPOSettings:
+    """The details of DPO; the defaults are those of the paper's authors.
+
+    Attributes:
+        beta: weight of the KL penalty that the loss stands for; an implicit reward is beta x the log-ratio.
+        loss: `sigmoid`, DPO's own, or `ipo`.
+        label_smoothing: of the sigmoid loss: how often labels are taken to be wrong.
+        length_normalised: take means over the tokens of a response in place of sums of log-probabilities.
+    """
+
+    beta: Positive = 0.05
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[Fraction, Field(lt=0.5)] = 0.0
+    length_normalised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise UserError(
+                "model.dpo.label_smoothing is for the sigmoid loss, but model.dpo.loss is ipo; leave it at 0."
+            )
 
 
 @dataclass(frozen=True, config=ConfigDict(title="model.ppo"))

@@ -14,7 +14,7 @@ from rlhf.evaluation.tables import read_table
 
 SFT, PPO = "SFT", "PPO"  # labels of the policies that the paper compares
 REFERENCE = "reference"
-StageName = Literal["sft", "reward", "ppo"]
+StageName = Literal["sft", "reward", "dpo", "ppo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RUN = ["size", "parameters", "seed"]
 NEEDED = ("query", "a", "b", "outcome")
