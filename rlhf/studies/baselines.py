@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -71,8 +72,8 @@ def baselines(
             jobs.append(runner.job(f"seed-{seed}", members[-1].every_stage(), after=SHARED))
 
         def write_finished() -> None:
-            if done := [member.result() for member in members if member.finished()]:
-                write_result(pd.concat(done, ignore_index=True), out)
+            if done := [rows for member in members if (rows := member.result())]:
+                write_result(pd.DataFrame(chain(*done)), out)
                 print(f"Result:  {out / 'baselines.md'}, of {len(done)} of {len(members)} seeds")
 
         run_jobs(jobs, processes, write_finished, write_finished)
@@ -89,49 +90,43 @@ class _Member(NamedTuple):
     best_of: list[int]
 
     def every_stage(self) -> Iterator[Stage]:
-        """Yields its stages, then those of the exports, which are known once a method has run."""
+        """Yields its stages, then those in which exports answer, which are known once a method has run."""
         yield from self.stages
-        yield from self.choices().values()
-        for label, stage in self.methods.items():
-            yield stage
-            if not (found := self.answers(stage)):
+        for method in (BEST_OF, *self.methods):
+            if method in self.methods:
+                yield self.methods[method]
+            if not (found := self.answers(method)):
                 raise UserError(
-                    f"methods.{label}: {self.runner.place(stage)} has no export-<n>; give the callback "
+                    f"methods.{method}: {self.runner.place(self.methods[method])} has no export-<n>; give the callback "
                     "rlhf.callbacks.export.Export an every_n_epochs."
                 )
             yield from found.values()
 
-    def choices(self) -> dict[int, Stage]:
-        """Returns the stages of best-of-n: n -> stage."""
-        takes = {n: {"best_of": n} if n > 1 else {"reference": SFT} for n in self.best_of}
-        return {n: self._generate(f"best_of_{n}", model=SFT, **more) for n, more in takes.items()}
+    def answers(self, method: str) -> dict[int, Stage]:
+        """Returns the stages in which the exports of a method answer: number of epochs, or n -> stage."""
+        takes: dict[int, Settings]
+        if method == BEST_OF:
+            name = "best_of"
+            takes = {n: {"model": SFT, **({"best_of": n} if n > 1 else {"reference": SFT})} for n in self.best_of}
+        else:
+            name, place = self.methods[method].name, self.runner.place(self.methods[method])
+            export = f"{{run}}/{name}/{files.EXPORT}"
+            takes = {n: {"model": f"{export}-{n}", "reference": SFT} for n in exported_updates(place)}
+        common = {"reward": REWARD, "seed": "{seed}", **self.samples}
+        return {n: Stage(f"{name}_{n}", "generate", takes=common | own) for n, own in takes.items()}
 
-    def answers(self, stage: Stage) -> dict[int, Stage]:
-        """Returns the stages in which the exports of a method answer: number of epochs -> stage."""
-        return {
-            n: self._generate(f"{stage.name}_{n}", model=f"{{run}}/{stage.name}/{files.EXPORT}-{n}", reference=SFT)
-            for n in exported_updates(self.runner.place(stage))
-        }
-
-    def _generate(self, name: str, **takes: str | int) -> Stage:
-        return Stage(name, "generate", takes={"reward": REWARD, "seed": "{seed}", **self.samples, **takes})
-
-    def finished(self) -> bool:
-        """Tells whether all of it is done."""
-        found = [self.answers(stage) for stage in self.methods.values()]
-        tables = [stage for stages in [self.choices(), *found] for stage in stages.values()]
-        return all(found) and all(map(self.runner.finished, tables))
-
-    def result(self) -> pd.DataFrame:
-        """Returns a row per point: `method`, `seed`, `point`, `kl`, `score`, and `gold` of embedded data."""
-        groups = {BEST_OF: self.choices()} | {label: self.answers(stage) for label, stage in self.methods.items()}
-        rows = []
-        for method, points in groups.items():
-            for point, stage in points.items():
+    def result(self) -> list[dict[str, str | float]]:
+        """Returns `method`, `seed`, `point`, `kl`, `score`, and `gold` of embedded data; nothing until all is done."""
+        rows: list[dict[str, str | float]] = []
+        for method in (BEST_OF, *self.methods):
+            found = self.answers(method)
+            if not found or not all(map(self.runner.finished, found.values())):
+                return []
+            for point, stage in found.items():
                 table = read_table(self.runner.product(stage), stage.name, ("query", "kl", "score"))
                 means = {name: table[name].mean() for name in ("kl", *MEASURES) if name in table}
                 rows.append({"method": method, "seed": self.seed, "point": point, **means})
-        return pd.DataFrame(rows)
+        return rows
 
 
 def summary(points: pd.DataFrame) -> pd.DataFrame:
