@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from rlhf.data.texts import TextFormat
     from rlhf.models.adapters import LoRA
     from rlhf.models.classifiers import register_reward_model
+    from rlhf.modules.dpo import DPOModule
     from rlhf.modules.ppo import PPOModule
     from rlhf.modules.reward import RewardModule
-    from rlhf.modules.settings import Optimization, PPOSettings
+    from rlhf.modules.settings import DPOSettings, Optimization, PPOSettings
     from rlhf.modules.sft import SFTModule
     from rlhf.sampling.rollout import Rollout
     from rlhf.strategies import Zero2Strategy
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "DPOModule": "modules.dpo",
+    "DPOSettings": "modules.settings",
     "Export": "callbacks.export",
     "Invariants": "callbacks.invariants",
     "LastCheckpoint": "callbacks.last_checkpoint",

@@ -31,7 +31,7 @@ class Stage(Protocol):
     quantization: Literal["nf4", "int8"] | None
 
     @property
-    def kind(self) -> Literal["sft", "reward", "ppo"]: ...
+    def kind(self) -> Literal["sft", "reward", "dpo", "ppo"]: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -70,6 +70,10 @@ class UpdateSettings(Protocol):
     @property
     def minibatches(self) -> int: ...
     @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def has_critic(self) -> bool: ...
+    @property
     def missing_eos_score(self) -> float | None: ...
     @property
     def kl_target(self) -> float | None: ...
@@ -106,6 +110,12 @@ class StageData(Protocol):
     def demonstration_dataloader(self) -> Iterable[dict[str, Any]] | None: ...
 
 
+class PairData(StageData, Protocol):
+    """The DataModule of comparisons, as DPO sees it."""
+
+    def batches_of(self, split: str) -> Iterator[dict[str, Any]]: ...
+
+
 class RolloutData(StageData, Protocol):
     """The DataModule of PPO, as its module and callbacks see it."""
 
@@ -123,8 +133,18 @@ def ppo_stage(owner: Trainer | LightningModule) -> PPOStage:
     return cast(PPOStage, getattr(owner, "lightning_module", owner))
 
 
+def has_critic(module: Stage) -> bool:
+    """Tells whether a module trains a critic, too."""
+    return module.kind == "ppo" and cast(PPOStage, module).ppo.has_critic
+
+
 def stage_data(trainer: Trainer) -> StageData:
     """Returns the DataModule of a Trainer."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def pair_data(trainer: Trainer) -> PairData:
+    """Returns the DataModule of a Trainer that learns from comparisons."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 

@@ -51,3 +51,12 @@ class FixedResponsesPPO(WaitingPPO):
         column = torch.arange(width).expand(len(queries), -1)
         tokens = 10 + (number + 37 * column) % 400
         return tokens.masked_fill(column == number % (width + 1), self.tokenizer.eos_token_id)
+
+
+class FixedGroupsPPO(FixedResponsesPPO):
+    """The second response to a prompt is another function of it."""
+
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, *_: Any) -> Tensor:
+        responses = super().sample_responses(queries, query_mask)
+        second = torch.arange(len(queries)).unsqueeze(1) % 2 == 1
+        return torch.where(second & (responses != self.tokenizer.eos_token_id), responses + 1, responses)

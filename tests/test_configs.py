@@ -22,8 +22,10 @@ from rlhf.synthetic.posts import comparisons, demonstrations
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "tldr"  # tested in tests/test_paper_configs.py
 STAGES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent != PAPER and "model:\n  class_path" in f.read_text())
-BEFORE = {"quickstart/lora": [CONFIGS / "quickstart" / "ppo.yaml"]}  # files that one only changes
-STUDIES = sorted(f for f in CONFIGS.rglob("*.yaml") if "stages" in yaml.safe_load(f.read_text()))
+BEFORE = {
+    f"quickstart/{name}": [CONFIGS / "quickstart" / "ppo.yaml"] for name in ("lora", "rloo", "grpo")
+}  # files that one only changes
+STUDIES = sorted(f for f in CONFIGS.rglob("*.yaml") if {"stages", "sizes"} <= yaml.safe_load(f.read_text()).keys())
 PIPELINES = sorted(f for f in CONFIGS.rglob("*.yaml") if {"sft", "run_dir"} <= yaml.safe_load(f.read_text()).keys())
 
 

@@ -27,6 +27,9 @@ from rlhf.synthetic.posts import comparisons, demonstrations
 Make = Callable[..., Any]
 STEP = Optimization(learning_rate=1e-3, eps=1e-3)  # with a small eps the rounding of a tiny gradient makes a large step
 ROWS = 8
+GROUPS: dict[str, Any] = {
+    "advantage": "group_normalised", "samples_per_prompt": 2, "kl_in": "loss", "kl_estimator": "k3", "temperature": 1.0,
+}  # fmt: skip
 STAGES = ["sft", "reward", "ppo"]
 
 
@@ -71,8 +74,8 @@ def step(
     """
 
     def step(stage: str, backwards: bool = False, rollout: type = RolloutDataModule, **sizes: int) -> Tensor:
-        stage, _, adapters = stage.partition(" ")
-        lora = LoRA(rank=4) if adapters else None
+        stage, _, variant = stage.partition(" ")
+        lora = LoRA(rank=4) if variant == "adapters" else None
         records = list((comparisons if stage == "reward" else demonstrations)(ROWS, 1, "train"))
         file = write_jsonl(f"{stage}-{backwards}.jsonl", reversed(records) if backwards else records)
         settings: dict[str, Any] = {"batch_size": ROWS, "micro_batch_size": 4} | sizes
@@ -84,8 +87,10 @@ def step(
             module = RewardModule(model_path, optimization=STEP, lora=lora)
             data = PreferenceDataModule(Source(file), **settings)
         else:
-            ppo = PPOSettings(response_length=6, ppo_epochs=1)
-            module = FixedResponses(model_path, reward_path, ppo=ppo, optimization=STEP, lora=lora)
+            groups = variant == "groups"  # which are sampled: that depends on the place in the batch alone
+            kind, more = (PPOModule, GROUPS) if groups else (FixedResponses, {})
+            ppo = PPOSettings(response_length=6, ppo_epochs=1, **more)
+            module = kind(model_path, reward_path, ppo=ppo, optimization=STEP, lora=lora)
             data = rollout(Source(file), **({"rollout_batch_size": 4} | settings))
         seen.clear()
         trainer(callbacks=[Sizes(seen)]).fit(module, data)
@@ -113,7 +118,7 @@ def test_the_order_of_records_does_not_matter(step: Make, stage: str, model_path
 
 
 @pytest.mark.parametrize(
-    ("stage", "micro"), [*product(STAGES, [1, 8]), *((f"{stage} adapters", 1) for stage in STAGES)]
+    ("stage", "micro"), [*product([*STAGES, "ppo groups"], [1, 8]), *((f"{stage} adapters", 1) for stage in STAGES)]
 )
 def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int) -> None:
     sizes = {"rollout_batch_size": 8 // micro} if stage.startswith("ppo") else {}
@@ -121,7 +126,8 @@ def test_the_micro_batch_size_does_not_matter(step: Make, stage: str, micro: int
 
 
 @pytest.mark.parametrize(
-    ("stage", "rows"), [*product(STAGES, [1, 3, 100]), *((f"{stage} adapters", 3) for stage in STAGES)]
+    ("stage", "rows"),
+    [*product(STAGES, [1, 3, 100]), *((f"{stage} adapters", 3) for stage in STAGES), ("ppo groups", 3)],
 )
 def test_a_token_budget_does_not_matter(step: Make, stage: str, rows: int) -> None:
     """Budgets of so many of the longest examples; the micro-batches are others than without one, and within it."""

@@ -33,6 +33,10 @@ SMOOTH = "--model.optimization.eps=1e-3"  # a small one makes a large step of th
 CLIP = 5.0  # of a norm of 6.4: were the loss divided twice, nothing would be clipped
 CLIPPED = ["--model=ranks_modules.SGDModule", f"--trainer.gradient_clip_val={CLIP}"]
 ONE_STEP = ["--model=ranks_modules.FixedResponsesPPO", "--model.ppo.ppo_epochs=1", "--trainer.max_epochs=1"]
+GROUPS = [
+    "--model=ranks_modules.FixedGroupsPPO", "--model.ppo.samples_per_prompt=2", "--model.ppo.advantage=leave_one_out",
+    "--model.ppo.kl_in=loss", "--model.ppo.kl_estimator=k3",
+]  # fmt: skip
 WARM_UP = ["--model.ppo.critic_warmup=1", "--trainer.max_epochs=2"]
 IN_BFLOAT16 = ["--model=ranks_modules.WaitingPPO", "--trainer.precision=bf16-mixed", "--model.ppo.ppo_epochs=2"]
 AS_A_USER = ("sft-ddp", "sft-zero2")
@@ -136,6 +140,13 @@ def test_gradients_and_their_clipping_are_the_same_on_two_processes(fit: Fit, pr
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
 def test_reward_model_and_ppo_give_the_same_weights_on_two_processes(fit: Fit, stage: str, processes: str) -> None:
     assert_same_step(fit(stage, "one"), fit(stage, processes))
+
+
+@pytest.mark.parametrize("processes", ["ddp", "zero2"])
+def test_a_policy_without_a_critic_gets_the_same_weights_on_two_processes(fit: Fit, processes: str) -> None:
+    one, two = (fit("ppo", p, *GROUPS, name=f"groups-{p}") for p in ("one", processes))
+    assert not any(name.startswith("critic") for name in weights(one))
+    assert_same_step(one, two)
 
 
 @pytest.mark.parametrize(("processes", "bits"), [("ddp", "null"), ("zero2", "null"), ("zero2", "int8")])

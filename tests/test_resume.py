@@ -31,6 +31,17 @@ PROCESSES = {
     "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],
     "zero2": ["--trainer.devices=2", "--trainer.strategy=zero2"],
 }
+GROUPS = [
+    f"--model.ppo.{setting}"
+    for setting in (
+        "advantage=leave_one_out",
+        "samples_per_prompt=2",
+        "critic_warmup=0",
+        "kl_target=null",
+        "kl_in=loss",
+        "kl_estimator=k3",
+    )
+]
 NOT_COMPARED = ("seconds", "memory", "eps", "tokens_per")
 Driver = Callable[[list[str], int, Path], list[int]]
 Fit = Callable[..., list[int]]
@@ -72,8 +83,8 @@ def fit(driver: Driver, inputs: dict[str, list[str]], model_path: str, tmp_path:
     def fit(stage: str, processes: str, name: str, *words: str) -> list[int]:
         last = "--trainer.callbacks+=rlhf.callbacks.last_checkpoint.LastCheckpoint"
         callbacks = [last, "--trainer.callbacks.every_n_steps=1"]
-        stage, _, adapters = stage.partition(" ")
-        words = (*words, "--model.lora.rank=4") if adapters else words
+        stage, _, kind = stage.partition(" ")
+        words = (*words, *{"": (), "adapters": ("--model.lora.rank=4",), "groups": GROUPS}[kind])
         if stage == "ppo":
             callbacks += ["--trainer.callbacks+=Export", "--trainer.callbacks.best=validation/score"]
         settings = {
@@ -146,6 +157,7 @@ EARLY = ("on_train_batch_start", 4)
         ("sft", "zero2", happens("terminate", *EARLY, rank=0)),
         ("reward", "zero2", [*happens("full_disk_at_last", *EARLY, rank=0), *happens("kill_while_writing", *MIDDLE)]),
         ("ppo", "zero2", [*happens("full_disk", *MIDDLE, rank=1), *happens("kill", "on_train_batch_start", 11)]),
+        ("ppo groups", "zero2", happens("kill", "on_train_batch_start", 11)),
         ("ppo adapters", "ddp", happens("kill", "on_train_batch_start", 11)),
         ("ppo adapters", "zero2", happens("kill_while_writing", *MIDDLE)),
     ],

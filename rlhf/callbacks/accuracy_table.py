@@ -63,7 +63,7 @@ class AccuracyTable(Callback):
 
         table = accuracy_table(pairs)
         log_table(trainer, "accuracy", table)
-        shown = Table("split", "group", "pairs", "accuracy", "95% interval", title="Reward model")
+        shown = Table("split", "group", "pairs", "accuracy", "95% interval", title="Accuracy")
         for row in table.itertuples():
             group, interval = f"{row.group} {row.value}".strip(), f"{row.low:.3f} to {row.high:.3f}"
             shown.add_row(row.split, group, str(row.pairs), f"{row.accuracy:.3f}", interval)

@@ -63,10 +63,11 @@ class ExampleCounter:
 
         if module.kind != "ppo":
             return float(wrong(module.reduce_sum(histogram(self._rows, rows)), 1))
-        data = rollout_data(trainer)
-        episodes = wrong(histogram(self._rows, len(data.last_rollout)), ppo_stage(pl_module).ppo.ppo_epochs)
+        data, ppo = rollout_data(trainer), ppo_stage(pl_module).ppo
+        episodes = wrong(histogram(self._rows, len(data.last_rollout)), ppo.ppo_epochs)
         # Prompts come in shuffled passes: in a stretch of them, counts differ by 1, or by 2 if it began within one.
-        self._prompts = self._prompts + module.reduce_sum(histogram(data.last_prompts, rows))
+        prompts = data.last_prompts[:: ppo.samples_per_prompt]
+        self._prompts = self._prompts + module.reduce_sum(histogram(prompts, rows))
         spread = 1 if self.epochs == trainer.current_epoch + 1 else 2
         return float(module.reduce_sum(episodes) + (self._prompts > self._prompts.min() + spread).sum())
 

@@ -108,7 +108,7 @@ class Learning(Callback):
         kind = stage(pl_module).kind
         if kind == "sft":
             seen = [sample["has_eos"] for sample in outputs["samples"] if "has_eos" in sample]
-        elif kind == "reward":
+        elif kind in ("reward", "dpo"):
             seen = [pair["margin"] > 0 for pair in outputs["pairs"] if pair["split"] == "validation"]
         else:
             return

@@ -83,13 +83,17 @@ class PPOCurves(Callback):
             "rollout/eos_share": rollout.has_eos.float(),
             "rollout/response_length": rollout.lengths.float(),
         }
+        if (samples := module.ppo.samples_per_prompt) > 1:
+            of_prompts = rollout.scores.view(-1, samples)
+            per_episode["rollout/equal_groups"] = (of_prompts == of_prompts[:, :1]).all(1).float() * samples
         sums = module.reduce_sum(torch.stack([x.sum() for x in per_episode.values()]))
         curves = dict(zip(per_episode, (sums / data.batch_size).tolist(), strict=True))
         _, variance = masked_moments(rollout.scores, torch.ones_like(rollout.has_eos), module.reduce_sum)
-        value, _ = masked_moments(rollout.values, rollout.value_mask, module.reduce_sum)
+        if module.ppo.has_critic:
+            value, _ = masked_moments(rollout.values, rollout.value_mask, module.reduce_sum)
+            curves["objective/value"] = value.item()
         return curves | {
             "objective/scores_std": variance.sqrt().item(),
-            "objective/value": value.item(),
             "objective/kl_coefficient": coefficient,
             "val/num_eos_tokens": curves["rollout/eos_share"] * data.batch_size,
             "lr": self._learning_rate,

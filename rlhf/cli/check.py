@@ -29,7 +29,8 @@ from rlhf.models.classifiers import register_classifier
 from rlhf.models.learning_rates import proposed_learning_rate
 from rlhf.models.memory import estimate, pinned, trained_parameters
 from rlhf.models.tokenizers import eos_disagreement, eos_ids
-from rlhf.modules import StageModule
+from rlhf.modules import DPOModule, StageModule
+from rlhf.protocols import has_critic
 
 COLOURS = {"ok": "green", "look": "yellow", "wrong": "bold red"}
 
@@ -97,6 +98,11 @@ class OneUpdate(Callback):
         self._start = 0.0
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, DPOModule):
+            pl_module.reference_batches = 2 * trainer.accumulate_grad_batches
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = _now(pl_module)
 
@@ -154,7 +160,8 @@ def _later_rows(module: StageModule) -> Iterator[Row]:
 def _adapter_rows(module: StageModule) -> Iterator[Row]:
     if module.lora is None:
         return
-    adapters, whole = (trained_parameters(module.model_config, module.kind, lora) for lora in (module.lora, None))
+    config, kind, critic = module.model_config, module.kind, has_critic(module)
+    adapters, whole = (trained_parameters(config, kind, lora, critic) for lora in (module.lora, None))
     trained = f"{adapters:,} parameters, {adapters / whole:.2%} of all; exported: {module.lora.export}"
     yield Row("adapters", "trained", trained)
     paths = {"model.model_path": module.model_path, "model.reward_path": getattr(module, "reward_path", None)}

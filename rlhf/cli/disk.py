@@ -14,6 +14,7 @@ from rlhf.callbacks.last_checkpoint import LastCheckpoint
 from rlhf.hardware import GIB
 from rlhf.models.memory import FLOAT32, trained_parameters
 from rlhf.modules import StageModule
+from rlhf.protocols import has_critic
 
 
 class Disks:
@@ -32,11 +33,14 @@ class Disks:
         if files.is_complete(run / files.EXPORT):
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        trained = FLOAT32 * trained_parameters(module.model_config, module.kind, module.lora)
+        trained, whole = (
+            FLOAT32 * trained_parameters(module.model_config, module.kind, lora, has_critic(module))
+            for lora in (module.lora, None)
+        )
         size = trained if module.lora is None else 0
         if module.lora is not None:
             size += trained * (module.lora.export != "merged")
-            size += FLOAT32 * trained_parameters(module.model_config, module.kind) * (module.lora.export != "adapter")
+            size += whole * (module.lora.export != "adapter")
         checkpoint = 3 * trained if any(isinstance(c, LastCheckpoint) for c in callbacks) else 0
         every = next((c.every_n_epochs for c in callbacks if isinstance(c, Export)), 0)
         between = max(trainer.max_epochs or 0, 0) // every if every else 0

@@ -36,6 +36,7 @@ VERBS = {  # each is a function of the same name in a module
     "rehearse": ("rlhf.cli.rehearsal", ""),  # for rlhf.studies.preflight only, so the help leaves it out
     "scaling": ("rlhf.studies.scaling", "run stages for several model sizes and seeds, and write one report"),
     "ablate": ("rlhf.studies.ablation", "run PPO with small changes and plot each against the default"),
+    "baselines": ("rlhf.studies.baselines", "run several methods over seeds and plot them against the KL to SFT"),
 }
 IGNORED_WARNINGS = (  # no user can act on them
     ".*does not have many workers.*",

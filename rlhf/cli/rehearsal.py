@@ -245,7 +245,7 @@ class Rehearsal:
             with self.collecting(name):
                 if trainer is not None:
                     there: Any = SimpleNamespace(datamodule=data, strategy=trainer.strategy)
-                    check_run(there, module.placements, module.reward_tokenizer, module.lora)
+                    check_run(there, module.ppo, module.placements, module.reward_tokenizer, module.lora)
         with self.collecting(name):
             if trainer is not None and "validation" in whole & data.splits.keys():
                 data.val_dataloader()

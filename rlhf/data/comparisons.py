@@ -1,5 +1,6 @@
-"""Comparisons for the reward model."""
+"""Comparisons for reward model and DPO."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ class PreferenceDataModule(StageDataModule):
         text: formats and maximum lengths; the paper's reward model reads up to 169 response tokens.
     """
 
-    kind = "reward"
+    kinds = ("reward", "dpo")
     sequences = 2
 
     def __init__(
@@ -68,6 +69,13 @@ class PreferenceDataModule(StageDataModule):
     def collate(self, split: str) -> Collate:
         return partial(collate, pad_id=self.module.tokenizer.pad_token_id, split=split)
 
+    def batches_of(self, split: str) -> Iterator[Batch]:
+        """Yields this process's pairs of a split on its device, those of training in the batches of the first epoch."""
+        rows = self.splits[split]
+        batches = self.shuffled(int, int) if split == "train" else self.in_order(rows, self.collate(split))
+        for batch in batches:
+            yield self.transfer_batch_to_device(batch, self.module.device, 0)
+
     def demonstration_dataloader(self) -> Loader | None:
         """Returns the loader of all demonstrations (`input_ids`, `attention_mask`), if there are any."""
         if "demonstrations" not in self.splits:
@@ -80,11 +88,17 @@ def collate(rows: list[dict[str, Any]], real: bool, pad_id: int, split: str) -> 
     """Makes a batch of B pairs.
 
     Returns:
-        `input_ids` and `attention_mask`, `(2B, T)`: all chosen, then all rejected, padded on the right (D07, D18).
+        `input_ids` and `attention_mask`, `(2B, T)`: all chosen, then all rejected, padded on the right (D07, D18);
+        `response_mask (2B, T)`: the tokens of the responses.
         `pair_mask (B,)`: whether a pair counts. `pairs`: what is known of each pair. `split`: its name.
     """
     both = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
     ids, mask = pad_sequences(both, pad_id)
+    starts = torch.tensor([row["chosen_start"] for row in rows] + [row["rejected_start"] for row in rows])
+    response_mask = mask * (torch.arange(mask.shape[1]) >= starts.unsqueeze(1))
     pairs = [{"split": split, **{c: row[c] for c in _PAIR_COLUMNS}} for row in rows]
     pair_mask = torch.full((len(rows),), real)
-    return {"input_ids": ids, "attention_mask": mask, "pair_mask": pair_mask, "pairs": pairs, "split": split}
+    return {
+        "input_ids": ids, "attention_mask": mask, "response_mask": response_mask, "pair_mask": pair_mask,
+        "pairs": pairs, "split": split,
+    }  # fmt: skip

@@ -20,7 +20,7 @@ class SFTDataModule(StageDataModule):
     The default batch size is the paper's.
     """
 
-    kind = "sft"
+    kinds = ("sft",)
 
     @property
     def _loss(self) -> dict[str, Any]:

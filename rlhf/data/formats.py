@@ -127,6 +127,7 @@ def comparison(record: Record, tokenizer: PreTrainedTokenizerBase, text: TextFor
     chosen, rejected = (_join(query, side, tokenizer, text, max_length) for side in sides)
     for side, joint in (("chosen", chosen), ("rejected", rejected)):
         row |= {f"{side}_text": joint["reference"], f"{side}_ids": joint["input_ids"]}
+        row[f"{side}_start"] = joint["response_start"]
     row |= {name: chosen[name] or rejected[name] for name in ("truncated", "glued", "special")}
     row["equal"] = chosen["input_ids"] == rejected["input_ids"]
     row["blanks"] = chosen["reference"].split() == rejected["reference"].split()

@@ -112,7 +112,7 @@ class PlannedBatches(Dataset[Batch]):
 
     @override
     def __getitem__(self, plan: Plan) -> Batch:
-        batch = self.collate(self.rows.select(plan.rows).to_list(), plan.real)
+        batch = self.collate(self.rows.select(plan.rows).to_list(), plan.real) | {"indices": plan.rows}
         return batch if plan.share is None else {**batch, "share": plan.share, "rows": plan.rows if plan.real else []}
 
 

@@ -32,7 +32,7 @@ class RolloutDataModule(StageDataModule):
             training.
     """
 
-    kind = "ppo"
+    kinds = ("ppo",)
     need_response = False
 
     def __init__(
@@ -51,7 +51,7 @@ class RolloutDataModule(StageDataModule):
         super().__init__(train, validation, test, *sizes, text, max_tokens_per_micro_batch)
         self.rollout_batch_size = rollout_batch_size
         self.last_rollout: Rollout | None = None  # this rank's experience of the current update, once it is collected
-        self.last_prompts: list[int] = []  # the row numbers of its prompts
+        self.last_prompts: list[int] = []  # the row numbers of its prompts, each as often as it has samples
         self._order_of = cache(lambda number: permutation(len(self.query_lengths), number))
 
     @property
@@ -73,12 +73,25 @@ class RolloutDataModule(StageDataModule):
         """Returns the row numbers of a rank's prompts (by default this one's) in an update.
 
         All ranks together get a stretch of the endless sequence of passes (D23), each about the same number of tokens.
+        A prompt with several samples is there as often, in rows that follow one another.
         """
-        total = len(self.query_lengths)
-        stretch = range(update * self.batch_size, (update + 1) * self.batch_size)
+        total, samples = len(self.query_lengths), self.module.ppo.samples_per_prompt
+        prompts = self.batch_size // samples
+        stretch = range(update * prompts, (update + 1) * prompts)
         rows = [self._order_of(position // total)[position % total] for position in stretch]
         rank = self._trainer.global_rank if rank is None else rank
-        return rank_rows(rows, self.query_lengths, rank, self._trainer.world_size)
+        own = rank_rows(rows, self.query_lengths, rank, self._trainer.world_size)
+        return [row for row in own for _ in range(samples)]
+
+    @override
+    def set_accumulation(self) -> None:
+        world_size, samples = self._trainer.world_size, self.module.ppo.samples_per_prompt
+        if self.batch_size % (world_size * samples):
+            raise UserError(
+                f"data.batch_size {self.batch_size} does not divide into {world_size} processes x "
+                f"model.ppo.samples_per_prompt {samples}; use a multiple of {world_size * samples}."
+            )
+        super().set_accumulation()
 
     @override
     def step_lengths(self, epochs: int) -> Iterator[list[int]]:
@@ -116,10 +129,12 @@ class RolloutDataModule(StageDataModule):
 
     def check_prompts(self) -> None:
         """Refuses a batch that is larger than the number of prompts."""
-        if self.batch_size > (prompts := len(self.query_lengths)):
+        samples, prompts = self.module.ppo.samples_per_prompt, len(self.query_lengths)
+        if self.batch_size > prompts * samples:
+            each = f" with {samples} samples each" if samples > 1 else ""
             raise UserError(
-                f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train; an update "
-                "would hold the same prompt twice."
+                f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train{each}; an "
+                "update would hold the same prompt twice."
             )
 
     @override

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class StageDataModule(LightningDataModule):
             estimate that `check` shows.
     """
 
-    kind: str | None = None  # of the modules that it serves; None: any
+    kinds: tuple[str, ...] = ()  # of the modules that it serves; empty: any
     minibatches = 1  # optimizer steps that a global batch is cut into
     sequences = 1  # per example
     rollout_batch_size = 0
@@ -201,12 +201,16 @@ class StageDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> Any:
-        trainer, progress = self._trainer, self._trainer.fit_loop.epoch_loop.batch_progress
-        weights, tokens = self.train_sizes()
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        return self.shuffled(lambda: self._trainer.current_epoch, lambda: progress.current.ready)
+
+    def shuffled(self, epoch: Callable[[], int], done: Callable[[], int]) -> Loader:
+        """Returns the loader of this process's micro-batches of an epoch, without those that are done already."""
+        trainer, (weights, tokens) = self._trainer, self.train_sizes()
         sizes = (self.batch_size, trainer.accumulate_grad_batches, trainer.global_rank, trainer.world_size)
 
         def plans_left() -> Iterator[Plan]:
-            return islice(train_plans(weights, tokens, *sizes, trainer.current_epoch), progress.current.ready, None)
+            return islice(train_plans(weights, tokens, *sizes, epoch()), done(), None)
 
         count = math.ceil(len(weights) / self.batch_size) * trainer.accumulate_grad_batches
         return loader(self.splits["train"], Plans(count, plans_left), self.collate("train"), trainer)

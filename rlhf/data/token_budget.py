@@ -50,7 +50,7 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
     if module.kind == "ppo":
         ppo = cast(PPOStage, module)
         reference, reward = ppo.placements
-        extra |= {"reference": reference, "reward": reward if ppo.reward_path else None}
+        extra |= {"reference": reference, "reward": reward if ppo.reward_path else None, "critic": ppo.ppo.has_critic}
         if ppo.reward_path is not None and ppo.lora is not None:
             paths = (ppo.model_path, "model.model_path"), (ppo.reward_path, "model.reward_path")
             extra["bases"] = len({base_name(*path) for path in paths})

@@ -38,10 +38,11 @@ DEMONSTRATION_COLUMNS = {
 }  # fmt: skip
 COMPARISON_COLUMNS = {
     "query": TEXT, "chosen_text": TEXT, "rejected_text": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
+    "chosen_start": NUMBER, "rejected_start": NUMBER,
     "truncated": FLAG, "glued": FLAG, "special": FLAG, "equal": FLAG, "blanks": FLAG,
     "batch": TEXT, "confidence": NUMBER, "chosen_policy": TEXT, "rejected_policy": TEXT,
 }  # fmt: skip
-_VERSION = 4  # part of the cache key: raise it when the processing of a record changes
+_VERSION = 5  # part of the cache key: raise it when the processing of a record changes
 
 
 def load_demonstrations(

@@ -16,6 +16,8 @@ from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_demonstrations
 from rlhf.errors import Positive, Seed
+from rlhf.evaluation.best_of_n import best_of_n, check_best_of, describe, sampled_ids
+from rlhf.evaluation.log_ratios import check_reference, log_ratios
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.hardware import Precision, best_device, weights_precision
@@ -40,10 +42,12 @@ def generate(
     data: Source,
     text: TextFormat = TextFormat(),
     response_length: PositiveInt = 53,
-    temperature: Positive = 0.01,
+    temperature: Positive | None = None,
     batch_size: PositiveInt = 64,
     seed: Seed = 1,
     reward: str | None = None,
+    best_of: PositiveInt = 1,
+    reference: str | None = None,
     eos_tokens: list[str] | None = None,
     precision: Precision = "auto",
 ) -> pd.DataFrame:
@@ -59,15 +63,21 @@ def generate(
         data: demonstrations (or prompts); `split` says which split.
         text: formats and maximum lengths.
         response_length: longest response in tokens.
-        temperature: temperature of the sampling.
+        temperature: temperature of the sampling; by default 0.01, and 0.7 with `best_of`, whose samples must differ.
         batch_size: rows that go through a model at a time.
         seed: seed of the sampling.
         reward: export of a reward model, for the columns `score` and `reference_score`.
+        best_of: how many responses are drawn to each query; the one that `reward` scores highest is kept.
+        reference: a policy with the same tokens, for the column `kl`, the log-ratio of the two.
         eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
             `generation_config.json`.
         precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
     """
     tokenizer = check_models(model, reward, eos_tokens)
+    check_best_of(best_of, reward, reference)
+    if reference is not None:
+        check_reference(reference, model, tokenizer)
+    temperature = temperature or (0.01 if best_of == 1 else 0.7)
     with ranks(output) as processes:
         with processes.first_alone():
             records = load_demonstrations(data, "data", tokenizer, text, need_response=False).to_list()
@@ -84,14 +94,27 @@ def generate(
             **sampling,
             "reward": None if reward is None else model_fingerprint(reward, "reward"),
             "eos": [*eos_ids(tokenizer)],
+            **({"best_of": best_of} if best_of > 1 else {}),
+            **({"reference": model_fingerprint(reference, "reference")} if reference is not None else {}),
         }
         parts = Parts(output, settings, rows, batch_size, processes)
-        parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
+        draw = partial(_sampler, model, tokenizer, **sampling)
+        load = partial(
+            RewardScorer, str(reward), "reward", batch_size, tokenizer, text.special_tokens == "control", weights
+        )
+        if best_of > 1:
+            parts.make("responses", f"Best of {best_of} by {model}", lambda: best_of_n(draw(), load(), best_of))
+        else:
+            parts.make("responses", f"Generating with {model}", draw)
         if reward is not None:
-            control = text.special_tokens == "control"
-            load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control, weights)
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
-        return parts.merge(finish=_with_gold)
+        if reference is not None:
+            ratios = partial(log_ratios, model, reference, tokenizer.pad_token_id, temperature, weights)
+            parts.make("kl", f"Log-ratios to {reference}", ratios)
+        table = parts.merge(finish=_with_gold)
+        if best_of > 1 and processes.rank == 0:
+            print(describe(table, best_of))
+        return table
 
 
 def check_models(model: str, reward: str | None, eos_tokens: list[str] | None) -> Any:
@@ -127,14 +150,15 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 
 def _sampler(
     path: str, tokenizer: Any, response_length: int, temperature: float, seed: int, precision: str
-) -> Callable[[list[Row]], pd.DataFrame]:
+) -> Callable[..., pd.DataFrame]:
     device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]
 
-    def respond(rows: list[Row]) -> pd.DataFrame:
+    def respond(rows: list[Row], number: int = 0) -> pd.DataFrame:
         ids, mask = pad_sequences([row["query_ids"] for row in rows], tokenizer.pad_token_id, "left")
         # on the CPU, so that they are the same on every device
-        generators = [torch.Generator().manual_seed(derive_seed(seed, row["number"])) for row in rows]
+        seeds = [derive_seed(seed, row["number"], *([number] if number else [])) for row in rows]
+        generators = [torch.Generator().manual_seed(own) for own in seeds]
         drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
         sampled = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
         lengths, has_eos = (x.tolist() for x in response_lengths(sampled, eos_ids(tokenizer)))
@@ -164,8 +188,7 @@ def _id_of(row: Row) -> str:
 
 
 def _scores(scorer: RewardScorer, tokenizer: Any, rows: list[Row]) -> pd.DataFrame:
-    # The very tokens that were sampled: PPO scores them too, and tokens of their text could be others.
-    scores = scorer.score_ids([[*row["query_ids"], *map(int, row["response_ids"])] for row in rows])
+    scores = scorer.score_ids(sampled_ids(rows, [row["response_ids"] for row in rows]))  # as PPO does
     references = scorer.score_ids(whole_sequences(tokenizer, rows, "input_ids", "reference", scorer.control))
     there = [bool(row["reference"]) for row in rows]  # of mere prompts there is none
     return pd.DataFrame({"score": scores, "reference_score": pd.Series(references, dtype=float).where(there)})

@@ -19,7 +19,7 @@ from rlhf.evaluation.tables import claim, owned_table, read_notes, read_table, w
 _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 # Column of texts in a table of responses -> number in a judged table -> column of that number.
 _NUMBERS = {
-    "response": {name: name for name in ("tokens", "score", "gold", "has_eos")},
+    "response": {name: name for name in ("tokens", "score", "gold", "has_eos", "kl")},
     "reference": {"tokens": "reference_tokens", "score": "reference_score", "gold": "gold_reference"},
 }
 
@@ -110,7 +110,7 @@ def join(a: Candidate, b: Candidate, only_shared: bool) -> pd.DataFrame:
         id=ours["id"].astype(str) if "id" in ours else [str(number) for number in range(len(ours))],
         record=ours.get("record", "{}"),
     )
-    joined = left.merge(_side("b", theirs, b).drop(columns="b_has_eos", errors="ignore"), on="query")
+    joined = left.merge(_side("b", theirs, b).drop(columns=["b_has_eos", "b_kl"], errors="ignore"), on="query")
     for side, candidate in (("a", a), ("b", b)):
         joined = _with_reference(joined, side, candidate)
     return joined

@@ -1,5 +1,6 @@
 """Statistics of judged tables: win rates, intervals, paired differences."""
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -118,6 +119,15 @@ def over_seeds(table: pd.DataFrame, values: Sequence[str], keys: Sequence[str]) 
     for name in values:
         columns |= {name: (name, "mean"), f"{name}_std": (name, "std")}
     return table.groupby(list(keys), sort=False, dropna=False).agg(**columns).reset_index()
+
+
+def best_of_n_kl(n: int) -> float:
+    """Computes log n - (n - 1) / n, an upper bound of the KL of best-of-n to its policy, in nats per response.
+
+    It is the KL itself if no two responses have the same reward (Stiennon et al. 2020), and else above it
+    (Beirami et al. 2024, arXiv 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def seed_means(rows: pd.DataFrame, value: str = "outcome") -> pd.Series:

@@ -57,9 +57,9 @@ def response_logprobs(
 
 
 class ActorCritic(nn.Module):
-    """A policy and a critic, separate networks."""
+    """A policy and a critic, separate networks, or a policy alone."""
 
-    def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
+    def __init__(self, policy: PreTrainedModel, critic: ScalarModel | None) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
@@ -70,9 +70,11 @@ class ActorCritic(nn.Module):
         """Evaluates responses; shapes are those of `response_logprobs`.
 
         `values[:, t]` is the critic's value of the state before response token t, so the column after the last real
-        token holds the value of the finished response; later columns mean nothing.
+        token holds the value of the finished response; later columns mean nothing. Without a critic they are 0.
         """
         logprobs, entropy = response_logprobs(self.policy, queries, query_mask, responses, response_mask, temperature)
+        if self.critic is None:
+            return Evaluation(logprobs, entropy, torch.zeros_like(logprobs))
         ids, mask = right_padded(*join(queries, query_mask, responses, response_mask))
         rows, steps = (torch.arange(size, device=mask.device) for size in responses.shape)
         columns = torch.minimum(query_mask.sum(1, keepdim=True) - 1 + steps, mask.sum(1, keepdim=True) - 1)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 FLOAT32, BFLOAT16 = 4, 2
 ZERO3_PREFETCH = 50_000_000  # values that DeepSpeed gathers before their use (stage3_prefetch_bucket_size)
-TRAINED = {"sft": slice(0, 1), "reward": slice(1, 2), "ppo": slice(0, 2)}  # of what `networks` returns
+LANGUAGE_MODEL, SCALAR_MODEL = slice(0, 1), slice(1, 2)  # of what `networks` returns
+TRAINED = {"sft": LANGUAGE_MODEL, "reward": SCALAR_MODEL, "dpo": LANGUAGE_MODEL, "ppo": slice(0, 2)}
 QUANTISED = {None: 0.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}  # bytes per value, with constants of blocks
 AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the backward pass (measured)
 
@@ -34,11 +35,12 @@ AT_WORK = 2 / 3  # what a layer holds at a time, of what it would keep for the b
 class Workload:
     """The shapes of a run that decide how much memory each process needs."""
 
-    stage: Literal["sft", "reward", "ppo"]
+    stage: Literal["sft", "reward", "dpo", "ppo"]
+    critic: bool = True  # of PPO: whether there is one
     strategy: Literal["single", "ddp", "zero2"] = "single"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"  # autocast over float32 weights; under zero2 bf16 weights
     world_size: int = 1
-    micro_batch: int = 1  # rows (reward model: pairs) that go through the networks at a time in training
+    micro_batch: int = 1  # rows (reward model and DPO: pairs) that go through the networks at a time in training
     inference_batch: int = 1  # the same without gradients, in rollouts and validation
     query_length: int = 512  # the longest, in tokens
     response_length: int = 53  # the longest, in tokens
@@ -80,7 +82,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     `start`. `config` is that of the language model from which all networks of the stage are made.
     """
     f = _Formula(config, workload)
-    pairs = 2 if workload.stage == "reward" else 1
+    pairs = 2 if workload.stage in ("reward", "dpo") else 1
     micro, rows = pairs * workload.micro_batch, pairs * workload.inference_batch
     # Beside the two moments of each value ZeRO keeps a float32 master copy of each rank's share.
     always = Phase(f.stored * f.parameters + f.base(), (3 if f.zero else 2) * f.moments, f.frozen("device"))
@@ -102,7 +104,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
         "training": replace(stepped, buffers=f.reduction(), weight_copies=f.copies_in_training(), **kept),
         "step": replace(stepped, buffers=stepped.buffers + f.moments),  # square roots of all second moments at once
     }
-    if workload.stage == "reward":
+    if workload.stage in ("reward", "dpo"):
         del phases["sampling"]
     if workload.lora is not None:
         phases["start"] = Phase(f.at_start(), 0, 0)
@@ -136,26 +138,31 @@ class Network:
 def networks(config: PreTrainedConfig, stage: str = "ppo", lora: LoRA | None = None) -> tuple[Network, ...]:
     """Measures the language model, a reward model or critic, and the backbone of both. Nothing is loaded.
 
-    SFT, which some types allow alone, gets the language model twice.
+    SFT and DPO, which some types allow alone, get the language model twice.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     trusted = trusts_remote_code()
     with torch.device("meta"):
         language_model = scalar_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    if stage != "sft":
+    alone = stage in ("sft", "dpo")
+    if not alone:
         labelled = classifier_config(config)
         with torch.device("meta"):
             scalar_model = ScalarModel(
                 AutoModelForSequenceClassification.from_config(labelled, trust_remote_code=trusted)
             )
     backbone, language = Network(backbone_of(language_model)), Network(language_model, lora)
-    return language, language if stage == "sft" else Network(scalar_model, lora), backbone
+    return language, language if alone else Network(scalar_model, lora), backbone
 
 
-def trained_parameters(config: PreTrainedConfig, stage: str, lora: LoRA | None = None) -> int:
+def trained_parameters(config: PreTrainedConfig, stage: str, lora: LoRA | None = None, critic: bool = True) -> int:
     """Counts the values that a stage trains. Nothing is loaded."""
-    return sum(network.trained for network in networks(config, stage, lora)[TRAINED[stage]])
+    return sum(network.trained for network in _trained(networks(config, stage, lora), stage, critic))
+
+
+def _trained(measured: Sequence[Network], stage: str, critic: bool) -> Sequence[Network]:
+    return measured[:1] if stage == "ppo" and not critic else measured[TRAINED[stage]]
 
 
 class _Formula:
@@ -165,7 +172,7 @@ class _Formula:
         self.run, self.config = run, config.get_text_config()
         measured = networks(config, run.stage, run.lora)
         self.language_model, self.scalar_model, self.backbone = measured
-        self.trained = measured[TRAINED[run.stage]]
+        self.trained = _trained(measured, run.stage, run.critic)
         self.zero = run.strategy == "zero2"
         self.mixed = run.precision == "bf16-mixed"
         self.parameters = sum(network.trained for network in self.trained)
@@ -175,7 +182,7 @@ class _Formula:
         self.moments = 0 if run.offload_optimizer else FLOAT32 * self.own  # AdamW has first and second ones
         self.tokens = run.query_length + run.response_length
         # States per row that the output layer reads.
-        self.outputs = {"sft": self.tokens, "reward": 0, "ppo": run.response_length}[run.stage]
+        self.outputs = {"sft": self.tokens, "reward": 0}.get(run.stage, run.response_length)
 
     def base(self) -> int:
         # Frozen weights below adapters, once for all networks. What autocast would cast is kept in that precision.

@@ -50,6 +50,19 @@ def logprobs_at(
     return token_logprobs(logits[sent(rows, device), sent(columns - first, device)], tokens, temperature)
 
 
+def next_token_logprobs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """Computes the log-probabilities of the tokens that a mask chooses, `(B, T - 1)`; all others are 0.
+
+    Args:
+        input_ids, attention_mask, mask: `(B, T)`, padded on the right. With both masks on the CPU, nothing waits for a
+            GPU.
+    """
+    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+    tokens, there = input_ids[:, 1:], (sent(rows, input_ids.device), sent(columns, input_ids.device))
+    logprobs, _ = logprobs_at(model, input_ids, attention_mask, (rows, columns), tokens[there])
+    return logprobs.new_zeros(tokens.shape).index_put(there, logprobs)
+
+
 def output_weight(model: PreTrainedModel) -> Tensor | None:
     """Returns the matrix `(V, H)` with which `logits = hidden @ weight.T`, or None.
 

@@ -1,4 +1,4 @@
-"""PPO: one Trainer epoch is one update; `rollout` collects the experience, `training_step` is the loss."""
+"""PPO, RLOO and GRPO: one Trainer epoch is one update; `rollout` collects experience, `training_step` is the loss."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,13 +25,12 @@ from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
 from rlhf.models.translated import TranslatedModel
+from rlhf.modules.ppo_advantages import set_advantages
 from rlhf.modules.ppo_models import check_models, check_run, load_actor_critic, load_reference, load_reward_model
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
-from rlhf.ops.advantages import gae
 from rlhf.ops.kl_control import KLControl
 from rlhf.ops.losses import masked_total, policy_losses, value_losses
-from rlhf.ops.masking import identity, whiten
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
 from rlhf.sampling.cuda_graphs import sampling_function
@@ -43,7 +42,7 @@ from rlhf.seeding import generator
 
 
 class PPOModule(StageModule):
-    """Trains a policy and a critic with PPO.
+    """Trains a policy with PPO and a critic, or without one by RLOO or GRPO (`ppo.advantage`).
 
     To change what it does, subclass it and override one of: `sample_responses`, `score_responses`, `keep_episodes`,
     `token_rewards`, `loss`.
@@ -97,7 +96,8 @@ class PPOModule(StageModule):
         self.reward_function, self.evaluation_function = reward_function, evaluation_function
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
         self.ppo = ppo
-        self.reward_tokenizer = check_models(model_path, self.reference_path, reward_path, self.tokenizer)
+        paths = model_path, self.reference_path, reward_path
+        self.reward_tokenizer = check_models(*paths, self.tokenizer, ppo.has_critic)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
             raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
         self.actor_critic: Any = None
@@ -124,12 +124,13 @@ class PPOModule(StageModule):
     def configure_model(self) -> None:
         if self.actor_critic is None:
             recompute, critic_path = self.activation_checkpointing, None if self.reward_tokenizer else self.reward_path
-            self.actor_critic = load_actor_critic(self.networks, self.model_path, critic_path, recompute)
+            paths = self.model_path, critic_path
+            self.actor_critic = load_actor_critic(self.networks, *paths, recompute, self.ppo.has_critic)
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_run(self.trainer, self.placements, self.reward_tokenizer, self.lora)
+        check_run(self.trainer, self.ppo, self.placements, self.reward_tokenizer, self.lora)
 
     @override
     def on_fit_start(self) -> None:
@@ -149,10 +150,10 @@ class PPOModule(StageModule):
 
     @override
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        # The policy first: CriticWarmup holds it.
         trained = [p for p in self.parameters() if p.requires_grad]
         policy = set(self.actor_critic.policy.parameters())
-        return [[p for p in trained if p in policy], [p for p in trained if p not in policy]]
+        groups = [p for p in trained if p in policy], [p for p in trained if p not in policy]
+        return [group for group in groups if group]  # the policy first: CriticWarmup holds it
 
     @property
     def starts_at_reference(self) -> bool:
@@ -163,7 +164,7 @@ class PPOModule(StageModule):
     def critic_starts_at_reward(self) -> bool:
         """Whether values equal rewards before the first update (D24)."""
         alone = self.reward_function is None and not self._scores_its_own_way
-        return self.reward_path is not None and self.reward_tokenizer is None and alone
+        return self.ppo.has_critic and self.reward_path is not None and self.reward_tokenizer is None and alone
 
     @override
     def padding_side_difference(self, batch: Rollout) -> Tensor | None:
@@ -194,11 +195,11 @@ class PPOModule(StageModule):
             # 1. Sample responses; everything after the first EOS is PAD.
             with self._timed("sampling"):
                 episodes = self._respond(batch, self.ppo.temperature, tokens, update)
-            mask, value_mask, groups = episodes.mask, episodes.value_mask, episodes.groups
+            mask, groups = episodes.mask, episodes.groups
             # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
             with self._timed("values"):
                 episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
-                episodes.values = torch.where(value_mask, values, 0.0)
+                episodes.values = torch.where(episodes.value_mask, values, 0.0)
         with self._timed("reference"), self.reference.on(self.device) as reference, self.autocast():
             episodes.ref_logprobs, _ = in_groups(
                 episodes, groups, lambda part: response_logprobs(reference, *part.inputs, self.ppo.temperature)
@@ -210,21 +211,13 @@ class PPOModule(StageModule):
                 episodes.scores = penalise_missing_eos(episodes.scores, episodes.has_eos, penalty, self.ppo.missing_eos)
         with self._timed("advantages"):
             # 4. Episodes that are not to be learned from.
-            keep = self.keep_episodes(episodes).to(self.device).unsqueeze(1)
-            episodes.mask, episodes.value_mask = mask & keep, value_mask & keep
+            episodes.keep(self.keep_episodes(episodes).to(self.device))
             # 5. Rewards per token: the KL penalty, and the score.
             kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
             episodes.kl = torch.where(mask, kl, 0.0)
             episodes.rewards = self.token_rewards(episodes)
-            if self.ppo.whiten_rewards:
-                episodes.rewards = whiten(episodes.rewards, episodes.value_mask, False, self.reduce_sum)
             # 6. Advantages and returns.
-            advantages, returns = gae(episodes.rewards, episodes.values, self.ppo.gamma, self.ppo.lam)
-            episodes.returns = torch.where(episodes.value_mask, returns, 0.0)
-            reduce = {"global": self.reduce_sum, "rank": identity}.get(self.ppo.whiten_advantages)
-            if reduce is not None:
-                advantages = whiten(advantages, episodes.mask, reduce=reduce)
-            episodes.advantages = torch.where(episodes.mask, advantages, 0.0)
+            set_advantages(episodes, self.ppo, self.reduce_sum)
         return episodes
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
@@ -265,7 +258,8 @@ class PPOModule(StageModule):
     def token_rewards(self, episodes: Rollout) -> Tensor:
         """Computes rewards per token `(N, R)` from `kl (N, R)` and `scores (N,)` (D28, D29)."""
         index = score_index(episodes.lengths, episodes.responses.shape[1], self.ppo.score_position)
-        return token_rewards(episodes.kl, episodes.scores, index, episodes.mask, self.kl_control.coefficient)
+        coefficient = self.kl_control.coefficient if self.ppo.kl_in == "reward" else 0.0
+        return token_rewards(episodes.kl, episodes.scores, index, episodes.mask, coefficient)
 
     def respond(self, batch: dict[str, Any], seed: int) -> Rollout:
         """Samples responses at the evaluation temperature and scores them, without the EOS trick."""
@@ -316,26 +310,31 @@ class PPOModule(StageModule):
         """
         p, mask, value_mask = self.ppo, batch.mask, batch.value_mask
         policy, policy_clipped = policy_losses(now.logprobs, batch.logprobs, batch.advantages, p.clip)
-        value, value_clipped = value_losses(now.values, batch.values, batch.returns, p.value_clip)
         tokens = self.normaliser(mask.sum(), batch.policy_share)
         actor = masked_total(policy, mask, tokens)
         if p.entropy_coefficient:
             actor = actor - p.entropy_coefficient * masked_total(now.entropy, mask, tokens)
-        critic = masked_total(value, value_mask, self.normaliser(value_mask.sum(), batch.value_share))
-        warm = self.trainer.current_epoch >= p.critic_warmup
-        loss = (actor if warm else 0.0 * actor) + p.value_coefficient * critic
         log_ratio = (now.logprobs - batch.logprobs).detach()
         ratio = log_ratio.exp()
-        return loss, {
+        statistics = {
             "policy/approxkl_avg": (0.5 * log_ratio**2, mask),
             "policy/clipfrac_avg": (policy_clipped.float(), mask),
             "policy/entropy_avg": (now.entropy, mask),
             "loss/policy_avg": (policy, mask),
             "val/ratio": (ratio, mask),
             "val/ratio_var": ((ratio - 1) ** 2, mask),
-            "loss/value_avg": (value, value_mask),
-            "val/clipfrac_avg": (value_clipped.float(), value_mask),
         }
+        if p.kl_in == "loss":
+            kl = kl_estimate(now.logprobs, batch.ref_logprobs, p.kl_estimator)
+            actor = actor + p.kl_coefficient * masked_total(kl, mask, tokens)
+            statistics["loss/kl_avg"] = kl, mask
+        if not p.has_critic:
+            return actor, statistics
+        value, value_clipped = value_losses(now.values, batch.values, batch.returns, p.value_clip)
+        statistics |= {"loss/value_avg": (value, value_mask), "val/clipfrac_avg": (value_clipped.float(), value_mask)}
+        critic = masked_total(value, value_mask, self.normaliser(value_mask.sum(), batch.value_share))
+        warm = self.trainer.current_epoch >= p.critic_warmup
+        return (actor if warm else 0.0 * actor) + p.value_coefficient * critic, statistics
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -395,6 +394,7 @@ class PPOModule(StageModule):
 
     @override
     def save_export(self, folder: Path) -> None:
-        # The policy, and the critic in the folder `critic` beside it.
+        # The policy, and the critic, if there is one, in the folder `critic` beside it.
         save_pretrained(self.actor_critic.policy, self.tokenizer, folder)
-        self.actor_critic.critic.save(folder / "critic", self.tokenizer)
+        if self.ppo.has_critic:
+            self.actor_critic.critic.save(folder / "critic", self.tokenizer)

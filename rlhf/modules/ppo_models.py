@@ -20,6 +20,7 @@ from rlhf.models.networks import AdaptedNetworks, Networks
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row, eos_ids, load_tokenizer, same_tokens
 from rlhf.models.translated import TranslatedModel
+from rlhf.modules.settings import PPOSettings
 from rlhf.protocols import stage_data
 from rlhf.strategies import Zero2Strategy
 
@@ -30,7 +31,11 @@ POLICY, REFERENCE, REWARD = "model.model_path", "model.reference_path", "model.r
 
 
 def check_models(
-    model_path: str, reference_path: str, reward_path: str | None, tokenizer: PreTrainedTokenizerBase
+    model_path: str,
+    reference_path: str,
+    reward_path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    has_critic: bool,
 ) -> PreTrainedTokenizerBase | None:
     """Refuses models that PPO cannot use together, before any of them is loaded.
 
@@ -51,27 +56,31 @@ def check_models(
         check_row(max(ids), reward_config.get_text_config().vocab_size, found, reward_path, f"{REWARD}: its vocabulary")
         if same:
             return None
-    register_classifier(config, POLICY)  # refuses types of which there is no critic
+    if has_critic:
+        register_classifier(config, POLICY)  # refuses types of which there is no critic
     if reward_path is None:
         return None
+    critic = ", and the critic starts from the policy's backbone with a new head" if has_critic else ""
     rank_zero_info(
         f"{REWARD}: {reward_path} has another tokenizer than the policy {model_path}: it reads texts that are "
-        "tokenised anew, and the critic starts from the policy's backbone with a new head."
+        f"tokenised anew{critic}."
     )
     return found
 
 
 def check_run(
     trainer: Trainer,
+    ppo: PPOSettings,
     placements: tuple[Placement, Placement],
     reward_tokenizer: PreTrainedTokenizerBase | None,
     lora: LoRA | None,
 ) -> None:
-    """Refuses what the Trainer or the data cannot do.
+    """Refuses settings that do not go together, and what the Trainer or the data cannot do.
 
     ZeRO-3 for frozen models needs the process group of DeepSpeed's strategy; conversations need a reward model with the
     tokenizer of the policy, `reward_tokenizer` None; with adapters frozen models share the weights of trained ones.
     """
+    ppo.check()
     for name, placement in zip(("reference", "reward"), placements, strict=True):
         if lora is not None and placement != "device":
             raise UserError(
@@ -120,16 +129,19 @@ def _frozen(
     return frozen
 
 
-def load_actor_critic(networks: Networks, model_path: str, reward_path: str | None, recompute: bool) -> ActorCritic:
-    """Loads the policy, and the critic from the reward model or, if there is none, from the policy's backbone (D24).
+def load_actor_critic(
+    networks: Networks, model_path: str, reward_path: str | None, recompute: bool, has_critic: bool
+) -> ActorCritic:
+    """Loads the policy, and a critic from the reward model or, if there is none, from the policy's backbone (D24).
 
     Args:
         recompute: whether activations are computed again in the backward pass.
     """
     start, setting = (model_path, POLICY) if reward_path is None else (reward_path, REWARD)
-    critic = networks.scalar_model(start, setting, trained=True)
+    critic = networks.scalar_model(start, setting, trained=True) if has_critic else None
     policy = networks.language_model(model_path, POLICY, trained=True)
     if recompute:
         checkpoint_activations(policy)
-        checkpoint_activations(critic.model)
+        if critic is not None:
+            checkpoint_activations(critic.model)
     return ActorCritic(policy, critic)

@@ -4,28 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from rlhf.callbacks.accuracy_table import AccuracyTable
 from rlhf.data.loaders import host_masks
 from rlhf.errors import NonNegative
 from rlhf.models.adapters import LoRA
 from rlhf.models.classifiers import register_classifier
-from rlhf.models.finite import check_finite
 from rlhf.models.loading import checkpoint_activations
 from rlhf.models.quantization import Quantization
 from rlhf.models.tokenizers import check_pad_in_embedding
+from rlhf.modules.pairs import PairModule
 from rlhf.modules.settings import Optimization
-from rlhf.modules.stage_module import StageModule
-from rlhf.ops.losses import masked_total, pairwise_losses
-from rlhf.ops.masking import masked_mean
+from rlhf.ops.losses import pairwise_losses
 from rlhf.protocols import stage_data
 
 
-class RewardModule(StageModule):
+class RewardModule(PairModule):
     """Trains a reward model on comparisons.
 
     Args:
@@ -69,60 +65,23 @@ class RewardModule(StageModule):
         if self.activation_checkpointing:
             checkpoint_activations(self.model.model)
 
+    @override
     def scores(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Computes the rewards of the chosen and the rejected responses, `(B,)` each, in one forward (D18).
-
-        Args:
-            batch: `input_ids` and `attention_mask`, `(2B, T)`: all chosen, then all rejected.
-        """
         chosen, rejected = self.model.score(batch["input_ids"], host_masks(batch)["attention_mask"]).chunk(2)
         return chosen, rejected
 
+    @override
     def pair_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Computes the loss of each pair, `(B,)`. Override this for a margin, label smoothing, or weights."""
         return pairwise_losses(chosen, rejected) + self.centering * (chosen + rejected) ** 2
 
     @override
-    @torch.no_grad()
-    def row_losses(self, batch: dict[str, Any]) -> Tensor:
-        with self.autocast():
-            losses = self.pair_losses(*self.scores(batch), batch)
-        return losses[batch["pair_mask"].bool()]
-
-    @override
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        chosen, rejected = self.scores(batch)
-        losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()
-        self.epoch_means.add("loss/reward", losses, mask)
-        self.epoch_means.add("train/accuracy", (chosen > rejected).float(), mask)
-        self.log("loss/reward_step", masked_mean(losses.detach(), mask), batch_size=1)
-        self.log("lr", torch.tensor(self.learning_rate, device="cpu"), batch_size=1)
-        return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))
-
-    @override
-    def evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, list[dict[str, Any]]]:
-        chosen, rejected = self.scores(batch)
-        name = split + ("_cnndm" if batch["split"].endswith("_cnndm") else "")
-        options: dict[str, Any] = {"batch_size": len(chosen), "sync_dist": True, "add_dataloader_idx": False}
-        self.log(f"{name}/loss", pairwise_losses(chosen, rejected).mean(), **options)
-        self.log(f"{name}/accuracy", (chosen > rejected).float().mean(), prog_bar=True, **options)
-        margins = check_finite(chosen - rejected, "margins of the reward model").tolist()
-        return {"pairs": [{**pair, "margin": m} for pair, m in zip(batch["pairs"], margins, strict=True)]}
-
-    @override
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        rewards = (check_finite(rewards, "rewards of pairs").tolist() for rewards in self.scores(batch))
-        rows = zip(batch["pairs"], *rewards, strict=True)
-        return [{**pair, "reward_chosen": chosen, "reward_rejected": rejected} for pair, chosen, rejected in rows]
+    def validation_losses(self, chosen: Tensor, rejected: Tensor, batch: dict[str, Any]) -> Tensor:
+        return pairwise_losses(chosen, rejected)
 
     @override
     def padding_side_difference(self, batch: dict[str, Any]) -> Tensor:
         with self.autocast():
             return self.model.padding_side_difference(batch["input_ids"], batch["attention_mask"])
-
-    @override
-    def default_callbacks(self) -> list[Callback]:
-        return [*super().default_callbacks(), AccuracyTable()]
 
     def mean_demonstration_reward(self) -> Tensor | None:
         """Computes the mean reward of all demonstrations over all ranks; None if the DataModule has none."""

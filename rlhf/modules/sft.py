@@ -13,10 +13,9 @@ from rlhf.callbacks.sample_table import SampleTable
 from rlhf.data.loaders import host_masks
 from rlhf.errors import Positive, UserError
 from rlhf.evaluation.rouge import rouge
-from rlhf.hardware import sent
 from rlhf.models.adapters import LoRA
 from rlhf.models.loading import check_language_model, checkpoint_activations
-from rlhf.models.output_layer import logprobs_at
+from rlhf.models.output_layer import next_token_logprobs
 from rlhf.models.quantization import Quantization
 from rlhf.models.saving import save_pretrained
 from rlhf.models.tokenizers import check_pad_in_embedding, decode_responses, eos_ids
@@ -111,12 +110,9 @@ class SFTModule(StageModule):
         Returns:
             The losses and a mask of the tokens that count, `(B, T - 1)` each; other losses are 0.
         """
-        ids, host = batch["input_ids"], host_masks(batch)
-        rows, columns = host["loss_mask"][:, 1:].nonzero(as_tuple=True)
-        there = sent(rows, ids.device), sent(columns, ids.device)
-        logprobs, _ = logprobs_at(self.model, ids, host["attention_mask"], (rows, columns), ids[:, 1:][there])
-        mask = batch["loss_mask"][:, 1:].bool()
-        return logprobs.new_zeros(mask.shape).index_put(there, -logprobs), mask
+        host = host_masks(batch)
+        logprobs = next_token_logprobs(self.model, batch["input_ids"], host["attention_mask"], host["loss_mask"])
+        return -logprobs, batch["loss_mask"][:, 1:].bool()
 
     @override
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the three stages share: tokenizer, optimizer, schedule, ranks, evaluation, export."""
+"""What the stages share: tokenizer, optimizer, schedule, ranks, evaluation, export."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -53,7 +53,7 @@ def _breaks_alignment(parameter: Tensor) -> bool:
 
 
 class StageModule(LightningModule):
-    """Base of `SFTModule`, `RewardModule` and `PPOModule`.
+    """Base of `SFTModule`, `RewardModule`, `DPOModule` and `PPOModule`.
 
     Args:
         model_path: folder of a Hugging Face model (for example an export of an earlier stage), or a hub name.
@@ -66,7 +66,7 @@ class StageModule(LightningModule):
         quantization: store the matrices of a base that adapters are trained on in 4 bits (`nf4`) or 8 (`int8`).
     """
 
-    kind: Literal["sft", "reward", "ppo"]
+    kind: Literal["sft", "reward", "dpo", "ppo"]
     schedule_interval: Literal["step", "epoch"] = "step"
 
     def __init__(
@@ -112,10 +112,10 @@ class StageModule(LightningModule):
 
     def check_data(self, data: Any) -> None:
         """Refuses a DataModule that is made for another stage."""
-        if getattr(data, "kind", None) not in (None, self.kind):
+        if (kinds := getattr(data, "kinds", ())) and self.kind not in kinds:
             raise UserError(
-                f"data: {type(data).__name__} is for {data.kind}, and {type(self).__name__} is for {self.kind}; set "
-                "--data to the DataModule of the same stage."
+                f"data: {type(data).__name__} is for {' and '.join(kinds)}, and {type(self).__name__} is for "
+                f"{self.kind}; set --data to the DataModule of the same stage."
             )
 
     @abstractmethod

@@ -22,6 +22,26 @@ def pairwise_losses(chosen: Values, rejected: Values) -> Values:
     return -F.logsigmoid(chosen - rejected)
 
 
+def dpo_losses(margins: Values, label_smoothing: float = 0.0) -> Values:
+    """Computes the loss of DPO of each pair (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+    `-(1 - e) log sigmoid(m) - e log sigmoid(-m)`, where labels are wrong with probability e (Mitchell 2023, "A note on
+    DPO with noisy preferences", eq. 3).
+
+    Args:
+        margins: difference of the implicit rewards of the chosen and the rejected response.
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+def ipo_losses(margins: Values, beta: float) -> Values:
+    """Computes the loss of IPO of each pair (Azar et al. 2023, arXiv 2310.12036, eq. 17).
+
+    `(m / beta - 1 / (2 beta))^2`. The arguments are those of `dpo_losses`; `m / beta` is the difference of the log-ratios.
+    """
+    return ((margins - 0.5) / beta) ** 2
+
+
 def policy_losses(logprobs: Values, old_logprobs: Values, advantages: Values, clip: float) -> tuple[Values, Mask]:
     """Computes PPO's clipped surrogate loss (D34; Schulman et al. 2017, arXiv 1707.06347, eq. 7, negated).
 

@@ -22,6 +22,10 @@ PANELS = {
         "Loss": ["loss/reward_step", "validation/loss"],
         "Accuracy": ["validation/accuracy", "validation_cnndm/accuracy"],
     },
+    "dpo": {
+        "Loss": ["loss/dpo_step", "validation/loss"],
+        "Accuracy": ["validation/accuracy", "validation_cnndm/accuracy"],
+    },
     "ppo": {
         "Score of the reward model": ["objective/scores", "validation/score"],
         "KL to the reference (nats per response)": ["objective/kl"],

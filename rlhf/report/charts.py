@@ -276,6 +276,22 @@ def ablations(points: pd.DataFrame, default: str, metrics: Sequence[str]) -> Pan
     return made
 
 
+def against_kl(points: pd.DataFrame, measures: Mapping[str, str]) -> Panels:
+    """Shows measures against the KL to the SFT model: a dot per `method`, `seed` and `point`, a line through the means.
+
+    `measures` has columns and the titles of their panels.
+    """
+    look, x = drawn_by("method", points, "shape"), number("kl", "KL to the SFT model (nats per response)")
+    means = points.groupby(["method", "point"], sort=False)[["kl", *measures]].mean().reset_index()
+    made: Panels = {}
+    for column, title in measures.items():
+        y = number(column, title, alt.Y)
+        dots = chart(points).mark_point(clip=True, filled=True, size=35, opacity=0.6)
+        line = chart(means).mark_line(clip=True).encode(x=x, y=y, order=alt.Order("point:Q"), color=look["color"])
+        made[title] = alt.layer(dots.encode(x=x, y=y, tooltip=hover(points), **look), line)
+    return made
+
+
 def save_png(panels: Mapping[str, Any], file: Path, columns: int = 3) -> None:
     """Writes charts as one PNG, some in a row."""
     charts = [made.properties(title=title, width=280, height=200) for title, made in panels.items()]

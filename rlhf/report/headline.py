@@ -7,10 +7,11 @@ import pandas as pd
 
 from rlhf.report.runs import PPO, REFERENCE, SFT
 
-NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": PPO}
+NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "DPO", "ppo": PPO}
 LATEST = {
     "sft": {"Loss on validation": "validation/loss", "ROUGE-L on validation": "validation/rougeL"},
     "reward": {"Loss on validation": "validation/loss", "Accuracy on validation": "validation/accuracy"},
+    "dpo": {"Loss on validation": "validation/loss", "Accuracy on validation": "validation/accuracy"},
     "ppo": {
         "Score on validation": "validation/score", "Gold score on validation": "validation/gold_scores",
         "KL": "objective/kl",

@@ -18,7 +18,7 @@ CARD = "README.md"
 WHAT = {
     "sft": "A language model after supervised fine-tuning.",
     "reward": "A reward model with one label: the reward is its score less `reward_shift` of `{}`.",
-    "ppo": "A language model after reinforcement learning from human feedback with PPO. Its critic is in `critic`.",
+    "ppo": "A language model after reinforcement learning from human feedback{}.",
 }
 NO_RESULTS = (
     "seconds/*", "memory/*", "tokens_per_second/*", "invariants/*", f"{files.TOTAL}*", "eps", "epoch", "lr", "*_step",
@@ -40,7 +40,7 @@ def model_card(run: Path, config: dict[str, Any], export: Path, title: str) -> s
     from huggingface_hub import ModelCardData
 
     manifest = json.loads((export / files.MANIFEST).read_text())
-    classifier, ppo = is_classifier(load_config(str(export), "output")), (export / "critic").is_dir()
+    classifier, ppo = is_classifier(load_config(str(export), "output")), "ppo" in config["model"]["init_args"]
     kind = "reward" if classifier else "ppo" if ppo else "sft"
     history = _history(config)
     adapter = adapter_settings(str(export))
@@ -54,7 +54,8 @@ def model_card(run: Path, config: dict[str, Any], export: Path, title: str) -> s
     moment = f"after {manifest['epochs']} {'updates' if ppo else 'epochs'}, {manifest['steps']} optimizer steps"
     if "metric" in manifest:
         moment += f", where {manifest['metric']} was best: {manifest['value']:.4g}"
-    what = WHAT[kind].format("config.json" if adapter is None else CONFIG_FILE)
+    critic = " with PPO. Its critic is in `critic`" if (export / "critic").is_dir() else ""
+    what = WHAT[kind].format(critic if ppo else "config.json" if adapter is None else CONFIG_FILE)
     if adapter is not None:
         what += f" It is an adapter, to be loaded on the base that it was trained on, `{_shown(base)}`."
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)

@@ -19,7 +19,9 @@ from rlhf.report.runs import PPO, SFT, STAGES, Run, StageName
 
 TABLES = "tables"  # the size of a run that is made of tables alone
 LABELS = {"sft": SFT, "ppo": PPO}
-KINDS: dict[StageName, str] = {"ppo": "objective/", "reward": "loss/reward", "sft": "loss/sft"}  # starts of its curves
+KINDS: dict[StageName, str] = {  # stage -> start of its curves
+    "ppo": "objective/", "reward": "loss/reward", "dpo": "loss/dpo", "sft": "loss/sft",
+}  # fmt: skip
 FINISHED = "finished"
 ENDS = {"report", files.ENDED}  # what is in the state of a pipeline of which nothing more is to come
 SEED = re.compile(r"seed-(\d+)")  # a run's folder in that of a study, or of ablations

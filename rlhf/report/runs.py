@@ -14,12 +14,12 @@ from rlhf.evaluation.tables import read_table
 
 SFT, PPO = "SFT", "PPO"  # labels of the policies that the paper compares
 REFERENCE = "reference"
-StageName = Literal["sft", "reward", "ppo"]
+StageName = Literal["sft", "reward", "dpo", "ppo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RUN = ["size", "parameters", "seed"]
 NEEDED = ("query", "a", "b", "outcome")
 WORDS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # an outcome in words
-NUMBERS = ("a_tokens", "b_tokens", "a_score", "b_score", "a_gold", "b_gold", "a_has_eos")
+NUMBERS = ("a_tokens", "b_tokens", "a_score", "b_score", "a_gold", "b_gold", "a_has_eos", "a_kl")
 TEXTS = ("query", "a", "b")
 OTHERS = ("b_name", "judge", "a_first", "b_first", "asked")  # what else a report looks at
 MARGINS = ("split", "batch", "confidence", "margin")

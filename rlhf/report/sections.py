@@ -17,6 +17,7 @@ from rlhf.report.summary import ppo_gains
 STAGES = {
     "sft": ("Supervised fine-tuning", "optimizer steps"),
     "reward": ("Training of the reward model", "optimizer steps"),
+    "dpo": ("DPO", "optimizer steps"),
     "ppo": ("PPO", "episodes"),
 }
 

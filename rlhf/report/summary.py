@@ -13,13 +13,14 @@ def summarise(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 
     A column that no table has is left out.
     """
-    policies = _means(rows.assign(rougeL=scores["rougeL"]), "a", rougeL=("rougeL", "mean"), eos=("a_has_eos", "mean"))
+    more = {"rougeL": ("rougeL", "mean"), "eos": ("a_has_eos", "mean"), "kl": ("a_kl", "mean")}
+    policies = _means(rows.assign(rougeL=scores["rougeL"]), "a", **more)
     first = rows[rows["policy"] == rows.groupby(["size", "seed"])["policy"].transform("first")]
     table = policies.merge(win_rates(rows)[[*KEYS, "win_rate", "low", "high"]], on=KEYS)
     table = pd.concat([table, _means(first.assign(policy=reference_name(rows)), "b")], ignore_index=True)
     order = table.groupby(RUN, sort=False).ngroup()
     table = table.loc[order.to_numpy().argsort(kind="stable")].reset_index(drop=True)
-    columns = ["score", "score_std", "gold", "win_rate", "low", "high", "rougeL", "eos", "length"]
+    columns = ["score", "score_std", "gold", "kl", "win_rate", "low", "high", "rougeL", "eos", "length"]
     return table[[*KEYS, *columns]].dropna(axis=1, how="all")
 
 

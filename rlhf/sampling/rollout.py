@@ -57,12 +57,12 @@ class Rollout:
     value_mask: Bool[Tensor, "N R"]  # one wider: also the column after the last token
     logprobs: Float32[Tensor, "N R"]  # of the policy, at the sampling temperature
     ref_logprobs: Float32[Tensor, "N R"]  # of the reference
-    values: Float32[Tensor, "N R"]  # 0 outside `value_mask`
+    values: Float32[Tensor, "N R"]  # 0 outside `value_mask`, and without a critic
     scores: Float32[Tensor, " N"]  # after the penalty for a missing EOS
     kl: Float32[Tensor, "N R"]  # estimate per token, 0 outside `mask`
     rewards: Float32[Tensor, "N R"]
     advantages: Float32[Tensor, "N R"]
-    returns: Float32[Tensor, "N R"]
+    returns: Float32[Tensor, "N R"]  # with a critic
 
     def __init__(self, texts: list[dict[str, Any]] | None = None, **tensors: Tensor) -> None:
         self.texts = texts or []
@@ -103,6 +103,10 @@ class Rollout:
             return self.layout
         queries, trained, states = (mask.sum(1) for mask in (self.query_mask, self.mask, self.value_mask))
         return Layout(*torch.stack([queries, self.lengths, trained, states]).cpu())
+
+    def keep(self, kept: Tensor) -> None:
+        """Takes all but the kept episodes, bool `(N,)`, out of the masks."""
+        self.mask, self.value_mask = self.mask & kept.unsqueeze(1), self.value_mask & kept.unsqueeze(1)
 
     def samples(self) -> list[dict[str, Any]]:
         """Returns the texts of each episode with its `score` and `has_eos`."""

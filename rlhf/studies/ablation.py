@@ -115,14 +115,15 @@ def markdown_table(finals: pd.DataFrame) -> str:
     differences = finals.sub(finals.loc[DEFAULT], level="seed").groupby("ablation").mean().drop(DEFAULT)
     table = groups.size().to_frame("seeds")
     for metric in finals:
-        table[metric] = groups[metric].agg(_mean_and_range)
+        table[metric] = groups[metric].agg(mean_and_range)
         if metric in PANELS:
             texts = differences[metric].map("{:+.2f}".format, na_action="ignore")  # NaN without a common seed
             table.insert(table.shape[1], "Δ", texts, allow_duplicates=True)
     return markdown(table.reset_index())
 
 
-def _mean_and_range(values: pd.Series) -> str:
+def mean_and_range(values: pd.Series) -> str:
+    """Formats a mean with the lowest and the highest value in parentheses."""
     spread = f" ({values.min():.2f} to {values.max():.2f})" if len(values) > 1 else ""
     return f"{values.mean():.2f}{spread}"
 

@@ -160,8 +160,7 @@ class _Member(NamedTuple):
 
     def evaluations(self) -> dict[int, list[Stage]]:
         """Returns the stages of each checkpoint: number of updates -> stages."""
-        exports = (self.runner.run / str(_exporting(self.checkpoints))).glob("export-*")
-        updates = sorted(int(path.name.partition("-")[2]) for path in exports if files.is_complete(path))
+        updates = exported_updates(self.runner.run / str(_exporting(self.checkpoints)))
         return {update: filled(self.checkpoints, update=update) for update in updates}
 
     def result(self, policies: dict[str, str]) -> Run:
@@ -178,6 +177,12 @@ class _Member(NamedTuple):
             stages={name: str(run / name) for name in STAGES if name in products},
             checkpoints={u: str(self.runner.product(s)) for u, s in judged.items() if self.runner.finished(s)},
         )
+
+
+def exported_updates(run: Path) -> list[int]:
+    """Lists after how many updates or epochs a run has exported its policy on its way."""
+    exports = run.glob(f"{files.EXPORT}-*")
+    return sorted(int(path.name.partition("-")[2]) for path in exports if files.is_complete(path))
 
 
 def count_parameters(export: Path) -> int:

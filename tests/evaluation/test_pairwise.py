@@ -60,13 +60,14 @@ def test_the_numbers_of_a_summary(tmp_path: Path) -> None:
 def test_columns_of_a_judged_table(model_path: str, reward_path: str, write_jsonl: Any, tmp_path: Path) -> None:
     source = Source(write_jsonl("d.jsonl", demonstrations(6, 1, "validation")))
     output = f"{tmp_path}/sft.csv"
-    made = generate(output, model_path, source, response_length=8, temperature=1.0, reward=reward_path)
+    made = generate(output, model_path, source, response_length=8, temperature=1.0, reward=reward_path,
+                    reference=model_path)  # fmt: skip
     words = [f"--a.table={tmp_path}/sft.csv", f"--b.table={tmp_path}/sft.csv", "--b.column=reference"]
     main(["judge", *words, "--a.name=SFT", "--judge=GoldJudge", f"--output={tmp_path}/j.csv"])
     table = read_table(tmp_path / "j.csv", "x", ("query",))
     assert list(table) == [
         "id", "query", "a", "b", "a_name", "b_name", "judge", "a_first", "b_first", "outcome", "asked",
-        "a_tokens", "a_score", "a_gold", "a_has_eos", "b_tokens", "b_score", "b_gold",
+        "a_tokens", "a_score", "a_gold", "a_has_eos", "a_kl", "b_tokens", "b_score", "b_gold",
     ]  # fmt: skip
     assert set(table["a_name"]) == {"SFT"}
     assert set(table["b_name"]) == {"reference"}

@@ -7,7 +7,7 @@ from rlhf.report.summary import ppo_gains, sample_responses, side_by_side, summa
 
 NAN = float("nan")
 FIRST = {"size": "s", "parameters": 1, "seed": 1, "query": "q0", "b": " good ", "b_score": 0.5, "b_gold": NAN,
-         "b_tokens": 9, "a_gold": NAN, "a_has_eos": 1.0, "a_first": "a", "b_first": "a"}  # fmt: skip
+         "b_tokens": 9, "a_gold": NAN, "a_kl": NAN, "a_has_eos": 1.0, "a_first": "a", "b_first": "a"}  # fmt: skip
 
 
 def rows_of(*changes: dict[str, object]) -> pd.DataFrame:
@@ -28,12 +28,18 @@ def rows() -> pd.DataFrame:
 def test_a_row_per_policy_and_one_for_the_reference(rows: pd.DataFrame) -> None:
     found = summarise(rows, pd.DataFrame({"rougeL": [0.1, 0.3, 0.5, 0.7]})).set_index("policy")
     assert list(found.index) == ["SFT", "PPO", "reference"]
-    assert "gold" not in found  # no table has it
+    assert not {"gold", "kl"} & {*found}  # no table has them
     assert found["score"].tolist() == [1.0, 2.5, 1.0]
     assert found.loc["SFT", "score_std"] == pytest.approx(2**0.5)
     assert found.loc["PPO", ["win_rate", "rougeL", "eos", "length"]].tolist() == pytest.approx([1.0, 0.6, 0.5, 5.0])
     assert found.loc["reference", "length"] == 9
     assert found.loc["reference", ["win_rate", "rougeL", "eos"]].isna().all()
+
+
+def test_the_kl_is_the_mean_over_the_responses_of_a_policy(rows: pd.DataFrame) -> None:
+    known = rows.assign(a_kl=[NAN, NAN, 0.5, 2.0])
+    found = summarise(known, pd.DataFrame({"rougeL": [0.1] * 4})).set_index("policy")
+    assert found["kl"].dropna().to_dict() == {"PPO": 1.25}
 
 
 def test_gains_are_in_deviations_of_sft(rows: pd.DataFrame) -> None:
