@@ -3,10 +3,10 @@
     python benchmarks/mutations.py                          every mutant
     python benchmarks/mutations.py --only D26 "EOS trick off"   those of a detail, or by name
 
-The mutants stand in `mutants.yaml`, and in a table on the documentation site. Each is applied to a copy of the tree; its
-own tests run on it, and where these
-pass, the whole suite does. A mutant that still passes is a survivor: a detail that no test holds. One that no longer
-imports proves nothing and is invalid. The exit status is 1 where there is either of them.
+The mutants stand in `mutants.yaml`, and in a table on the documentation site. Each is applied to a copy of the tree;
+its own tests run on it, and where these pass, the whole suite does. A mutant that still passes is a survivor: a detail
+that no test holds. One that no longer imports proves nothing and is invalid. The exit status is 1 where there is either
+of them.
 """
 
 from __future__ import annotations

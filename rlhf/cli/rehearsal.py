@@ -299,7 +299,7 @@ class Rehearsal:
         tokenizer = None
         if not self.lacks(config.reward):
             with self.collecting(name), own_names():
-                tokenizer = check_model(given.reward)
+                tokenizer = check_model(given.reward, given.reference)
         with self.collecting(name), own_names(), suppress(_NoTokenizerError):
             if not self.lacks(given.data.path):
                 load_comparisons(_head(given.data), "data", tokenizer or self.some_tokenizer(config.reward), given.text)

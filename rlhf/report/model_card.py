@@ -18,6 +18,7 @@ CARD = "README.md"
 WHAT = {
     "sft": "A language model after supervised fine-tuning.",
     "reward": "A reward model with one label: the reward is its score less `reward_shift` of `{}`.",
+    "dpo": "A language model after direct preference optimisation (DPO).",
     "ppo": "A language model after reinforcement learning from human feedback{}.",
 }
 NO_RESULTS = (

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from rlhf.callbacks.export import Export
 from rlhf.cli.main import main
 from rlhf.data.sources import Source
 from rlhf.evaluation.margins import margins
 from rlhf.evaluation.reward_scorer import RewardScorer
 from rlhf.evaluation.tables import read_table
+from rlhf.modules import DPOModule, DPOSettings, Optimization
 from rlhf.synthetic.domains import NEWS
 from rlhf.synthetic.posts import comparisons
 
@@ -44,6 +47,23 @@ def test_margin_is_the_difference_of_two_rewards(
     assert table["margin"].tolist() == pytest.approx([better - worse], abs=1e-6)
     assert table["confidence"].isna().all()
     assert "gold_margin" not in table
+
+
+def test_margins_of_a_policy_of_dpo_are_those_of_its_training(
+    model_path: str, trainer: Callable[..., Any], preference_data: Callable[..., Any], tmp_path: Path
+) -> None:
+    module, data = DPOModule(model_path, dpo=DPOSettings(beta=0.3), optimization=Optimization(1e-3)), preference_data()
+    trainer(limit_val_batches=0, callbacks=[Export()]).fit(module, data)
+    expected = [
+        row["reward_chosen"] - row["reward_rejected"]
+        for part in trainer().predict(module, data) for batch in part for row in batch
+    ]  # fmt: skip
+    source, policy = data.sources["validation"], str(tmp_path / "run" / "export")
+    words = [f"--reference={model_path}", "--beta=0.3", "--batch_size=5", f"--data.path={source.path}"]
+    main(["margins", f"--reward={policy}", f"--output={tmp_path}/m.parquet", *words])
+    table = read_table(tmp_path / "m.parquet", "x").sort_values("split", ascending=False)  # posts before news
+    assert table["margin"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert table["margin"].abs().max() > 1e-3
 
 
 def test_a_language_model_is_refused(
