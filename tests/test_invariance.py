@@ -20,14 +20,15 @@ from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.models.adapters import LoRA
-from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.modules import DPOModule, Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.sampling.rollout import Rollout
 from rlhf.synthetic.posts import comparisons, demonstrations
 
 Make = Callable[..., Any]
 STEP = Optimization(learning_rate=1e-3, eps=1e-3)  # with a small eps the rounding of a tiny gradient makes a large step
 ROWS = 8
-STAGES = ["sft", "reward", "ppo"]
+PAIRS = {"reward": RewardModule, "dpo": DPOModule}
+STAGES = ["sft", "reward", "dpo", "ppo"]
 
 
 class FixedResponses(PPOModule):
@@ -73,15 +74,15 @@ def step(
     def step(stage: str, backwards: bool = False, rollout: type = RolloutDataModule, **sizes: int) -> Tensor:
         stage, _, adapters = stage.partition(" ")
         lora = LoRA(rank=4) if adapters else None
-        records = list((comparisons if stage == "reward" else demonstrations)(ROWS, 1, "train"))
+        records = list((comparisons if stage in PAIRS else demonstrations)(ROWS, 1, "train"))
         file = write_jsonl(f"{stage}-{backwards}.jsonl", reversed(records) if backwards else records)
         settings: dict[str, Any] = {"batch_size": ROWS, "micro_batch_size": 4} | sizes
         data: Any
         if stage == "sft":
             module: Any = SFTModule(model_path, optimization=STEP, lora=lora)
             data = SFTDataModule(Source(file), **settings)
-        elif stage == "reward":
-            module = RewardModule(model_path, optimization=STEP, lora=lora)
+        elif stage in PAIRS:
+            module = PAIRS[stage](model_path, optimization=STEP, lora=lora)
             data = PreferenceDataModule(Source(file), **settings)
         else:
             ppo = PPOSettings(response_length=6, ppo_epochs=1)
@@ -99,7 +100,7 @@ def step(
 
 
 def start(stage: str, model_path: str, reward_path: str) -> Tensor:
-    modules = {"sft": SFTModule, "reward": RewardModule, "ppo": PPOModule}
+    modules = {"sft": SFTModule, **PAIRS, "ppo": PPOModule}
     module = modules[stage](model_path, **({"reward_path": reward_path} if stage == "ppo" else {}))
     module.configure_model()
     return torch.cat([p.detach().flatten() for p in module.parameters()])
