@@ -37,7 +37,8 @@ def dpo_losses(margins: Values, label_smoothing: float = 0.0) -> Values:
 def ipo_losses(margins: Values, beta: float) -> Values:
     """Computes the loss of IPO of each pair (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
-    `(m / beta - 1 / (2 beta))^2`. The arguments are those of `dpo_losses`; `m / beta` is the difference of the log-ratios.
+    `(m / beta - 1 / (2 beta))^2`, where `m / beta` is the difference of the log-ratios. The arguments are those of
+    `dpo_losses`.
     """
     return ((margins - 0.5) / beta) ** 2
 
