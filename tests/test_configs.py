@@ -44,7 +44,7 @@ def test_a_stage_runs_for_a_step(file: Path, tmp_path: Path, model_path: str, wr
     words += ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
     for split in ("train", "validation", "demonstrations"):
         if split in data:
-            source = pairs if kind == "RewardModule" and split != "demonstrations" else prompts
+            source = pairs if kind in ("RewardModule", "DPOModule") and split != "demonstrations" else prompts
             words += [f"--data.{split}.path={source}", f"--data.{split}.split=train"]
     if kind == "PPOModule":
         ScalarModel.from_policy(model_path, 1).save(tmp_path / "reward", load_tokenizer(model_path))

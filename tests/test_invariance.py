@@ -20,7 +20,7 @@ from rlhf.data.demonstrations import SFTDataModule
 from rlhf.data.prompts import RolloutDataModule
 from rlhf.data.sources import Source
 from rlhf.models.adapters import LoRA
-from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.modules import DPOModule, Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.sampling.rollout import Rollout
 from rlhf.synthetic.posts import comparisons, demonstrations
 
@@ -30,7 +30,8 @@ ROWS = 8
 GROUPS: dict[str, Any] = {
     "advantage": "group_normalised", "samples_per_prompt": 2, "kl_in": "loss", "kl_estimator": "k3", "temperature": 1.0,
 }  # fmt: skip
-STAGES = ["sft", "reward", "ppo"]
+PAIRS = {"reward": RewardModule, "dpo": DPOModule}
+STAGES = ["sft", "reward", "dpo", "ppo"]
 
 
 class FixedResponses(PPOModule):
@@ -76,15 +77,15 @@ def step(
     def step(stage: str, backwards: bool = False, rollout: type = RolloutDataModule, **sizes: int) -> Tensor:
         stage, _, variant = stage.partition(" ")
         lora = LoRA(rank=4) if variant == "adapters" else None
-        records = list((comparisons if stage == "reward" else demonstrations)(ROWS, 1, "train"))
+        records = list((comparisons if stage in PAIRS else demonstrations)(ROWS, 1, "train"))
         file = write_jsonl(f"{stage}-{backwards}.jsonl", reversed(records) if backwards else records)
         settings: dict[str, Any] = {"batch_size": ROWS, "micro_batch_size": 4} | sizes
         data: Any
         if stage == "sft":
             module: Any = SFTModule(model_path, optimization=STEP, lora=lora)
             data = SFTDataModule(Source(file), **settings)
-        elif stage == "reward":
-            module = RewardModule(model_path, optimization=STEP, lora=lora)
+        elif stage in PAIRS:
+            module = PAIRS[stage](model_path, optimization=STEP, lora=lora)
             data = PreferenceDataModule(Source(file), **settings)
         else:
             groups = variant == "groups"  # which are sampled: that depends on the place in the batch alone
@@ -104,7 +105,7 @@ def step(
 
 
 def start(stage: str, model_path: str, reward_path: str) -> Tensor:
-    modules = {"sft": SFTModule, "reward": RewardModule, "ppo": PPOModule}
+    modules = {"sft": SFTModule, **PAIRS, "ppo": PPOModule}
     module = modules[stage](model_path, **({"reward_path": reward_path} if stage == "ppo" else {}))
     module.configure_model()
     return torch.cat([p.detach().flatten() for p in module.parameters()])

@@ -34,9 +34,9 @@ FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 SIZES = ["1b", "2.8b", "6.9b"]
 EXPORT = "rlhf.callbacks.export.Export"
 SHAPES = {"1b": (2048, 16, 8, 50304), "2.8b": (2560, 32, 32, 50304), "6.9b": (4096, 32, 32, 50432)}
-STAGES = ["sft", "reward", "ppo"]
+STAGES = ["sft", "reward", "dpo", "ppo"]
 PAIRS = list(product(STAGES, SIZES))
-EXAMPLES = {"sft": (116_722, 128), "reward": (92_858, 64), "ppo": (1_000_000, 512)}
+EXAMPLES = {"sft": (116_722, 128), "reward": (92_858, 64), "dpo": (92_858, 64), "ppo": (1_000_000, 512)}
 
 
 def words(stage: str, size: str) -> list[str]:

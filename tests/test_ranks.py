@@ -64,7 +64,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: st
 
     def run_once(name: str, stage: str, *words: str, base: Path | str = model_path) -> Path:
         run = folder / name
-        train = data["comparisons" if stage == "reward" else "demonstrations"]
+        train = data["comparisons" if stage in ("reward", "dpo") else "demonstrations"]
         with FileLock(f"{run}.lock"):
             if not (run / "export").exists():
                 command = [
@@ -89,6 +89,8 @@ def fit(tmp_path_factory: pytest.TempPathFactory, worker_id: str, model_path: st
         if kind in ("sft", "clipped"):
             return run_once(name, "sft", "--model.response_length=6", *(CLIPPED if kind == "clipped" else []), *words)
         sft = fit("sft", "zero2") / "export"
+        if kind == "dpo":
+            return run_once(name, "dpo", *words, base=sft)
         if kind == "reward":
             words = (f"--data.demonstrations.path={data['demonstrations']}", *words)
             return run_once(name, "reward", *words, base=sft)
@@ -137,8 +139,8 @@ def test_gradients_and_their_clipping_are_the_same_on_two_processes(fit: Fit, pr
 
 
 @pytest.mark.parametrize("processes", ["ddp", "zero2"])
-@pytest.mark.parametrize("stage", ["reward", "ppo"])
-def test_reward_model_and_ppo_give_the_same_weights_on_two_processes(fit: Fit, stage: str, processes: str) -> None:
+@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo"])
+def test_the_later_stages_give_the_same_weights_on_two_processes(fit: Fit, stage: str, processes: str) -> None:
     assert_same_step(fit(stage, "one"), fit(stage, processes))
 
 

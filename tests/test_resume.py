@@ -72,6 +72,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> dict[st
     return {
         "sft": [*data(texts), "--model.response_length=4"],
         "reward": [*data(pairs), f"--data.demonstrations.path={texts}"],
+        "dpo": data(pairs),
         "ppo": [*data(texts), f"--model.reward_path={reward}", *(f"--model.ppo.{setting}" for setting in ppo)],
     }
 
@@ -150,11 +151,13 @@ EARLY = ("on_train_batch_start", 4)
     [
         ("sft", "one", happens("kill_while_writing", *MIDDLE)),
         ("reward", "one", happens("kill", *MIDDLE)),
+        ("dpo", "one", happens("kill", *MIDDLE)),
         ("ppo", "one", happens("kill", "on_train_batch_start", 13)),
         ("sft", "ddp", happens("kill", *MIDDLE)),
         ("reward", "ddp", happens("terminate", *EARLY, rank=1)),
         ("ppo", "ddp", [*happens("full_disk", *MIDDLE, rank=0), *happens("kill", "on_train_batch_start", 11)]),
         ("sft", "zero2", happens("terminate", *EARLY, rank=0)),
+        ("dpo", "zero2", happens("kill", *MIDDLE)),
         ("reward", "zero2", [*happens("full_disk_at_last", *EARLY, rank=0), *happens("kill_while_writing", *MIDDLE)]),
         ("ppo", "zero2", [*happens("full_disk", *MIDDLE, rank=1), *happens("kill", "on_train_batch_start", 11)]),
         ("ppo groups", "zero2", happens("kill", "on_train_batch_start", 11)),

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from rlhf.models.loading import load_causal_lm
-from rlhf.modules import PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.modules import DPOModule, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.ops.sequences import response_lengths
 from rlhf.sampling import sampler
 from rlhf.sampling.sampler import LOOK_EVERY, Decoding, sample
@@ -50,6 +50,7 @@ def steps(trainer: Make, device: str, model_path: str, reward_path: str, request
         module, data = {
             "sft": lambda: (SFTModule(model_path), "sft_data"),
             "reward": lambda: (RewardModule(model_path), "preference_data"),
+            "dpo": lambda: (DPOModule(model_path), "preference_data"),
             "ppo": lambda: (PPOModule(model_path, reward_path, ppo=ppo), "rollout_data"),
         }[kind]()
         with counted(device) as waits:
@@ -64,7 +65,7 @@ def steps(trainer: Make, device: str, model_path: str, reward_path: str, request
     return run
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
 def test_once_per_optimizer_step(kind: str, steps: Make) -> None:
     found = steps(kind)
     assert len(found) >= 4

@@ -86,7 +86,7 @@ class RolloutDataModule(StageDataModule):
     @override
     def set_accumulation(self) -> None:
         world_size, samples = self._trainer.world_size, self.module.ppo.samples_per_prompt
-        if self.batch_size % (world_size * samples):
+        if samples > 1 and self.batch_size % (world_size * samples):
             raise UserError(
                 f"data.batch_size {self.batch_size} does not divide into {world_size} processes x "
                 f"model.ppo.samples_per_prompt {samples}; use a multiple of {world_size * samples}."

@@ -36,7 +36,7 @@ def curves(reduce_sum: Any, ranks: int) -> dict[str, float]:
         values=torch.tensor([[1.0, 3.0, JUNK, JUNK], [2.0, 4.0, 6.0, 8.0]]),
         scores=torch.tensor([5.0, 1.0]),
     )
-    module = SimpleNamespace(kl_control=KLControl(0.1, None, 100), reduce_sum=reduce_sum)
+    module = SimpleNamespace(kl_control=KLControl(0.1, None, 100), reduce_sum=reduce_sum, ppo=PPOSettings())
     data = SimpleNamespace(last_rollout=rollout, batch_size=2 * ranks)
     trainer = SimpleNamespace(datamodule=data, current_epoch=2, state=SimpleNamespace(fn="fit"))
     return PPOCurves().curves(trainer, module)

@@ -115,7 +115,7 @@ def test_demonstrations_for_the_shift_are_all_there_once(
     texts = []
     for rank in range(world):
         for batch in make(trainer={"rank": rank, "world_size": world}).demonstration_dataloader():
-            assert set(batch) == {"input_ids", "attention_mask"}
+            assert set(batch) == {"input_ids", "attention_mask", "indices"}
             assert (batch["attention_mask"][:, 0] == 1).all()
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
                 assert (ids[~mask] == tokenizer.pad_token_id).all()

@@ -146,7 +146,7 @@ def test_missing_weights_are_refused(folder: Callable[[str], str]) -> None:
 
 def test_the_critic_starts_from_a_policy_without_a_class(folder: Callable[[str], str], device: str) -> None:
     path = folder("cohere")
-    networks = load_actor_critic(Networks(torch.float32, torch.device(device), 5), path, None, False)
+    networks = load_actor_critic(Networks(torch.float32, torch.device(device), 5), path, None, False, True)
     theirs, ours = load_causal_lm(path).base_model.state_dict(), networks.critic.model.base_model.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)

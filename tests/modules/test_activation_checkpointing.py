@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rlhf.callbacks.invariants import Invariants
-from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.modules import DPOModule, Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 
 Make = Callable[..., Any]
-STAGES = {"sft": SFTModule, "reward": RewardModule, "ppo": PPOModule}
+STAGES = {"sft": SFTModule, "reward": RewardModule, "dpo": DPOModule, "ppo": PPOModule}
 
 
 def weights(module: Any) -> Tensor:
@@ -26,7 +26,7 @@ def test_it_keeps_less_and_changes_no_number(
 ) -> None:
     monkeypatch.setattr("rlhf.models.backbone.last_mlp", lambda _: None)  # off with checkpointing
     path = request.getfixturevalue("model_path")
-    data: Make = request.getfixturevalue({"sft": "sft_data", "reward": "preference_data", "ppo": "rollout_data"}[stage])
+    data: Make = request.getfixturevalue({"sft": "sft_data", "ppo": "rollout_data"}.get(stage, "preference_data"))
     arguments: dict[str, Any] = {"optimization": Optimization(1e-2)}
     if stage == "ppo":
         settings = PPOSettings(response_length=6, ppo_epochs=2)

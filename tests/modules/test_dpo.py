@@ -84,5 +84,5 @@ def test_data_of_another_stage_is_refused(model_path: str, trainer: Make, sft_da
 
 
 def test_smoothed_labels_of_ipo_are_refused() -> None:
-    with pytest.raises(UserError, match=r"model.dpo.label_smoothing is of the sigmoid loss"):
+    with pytest.raises(UserError, match=r"model.dpo.label_smoothing is for the sigmoid loss"):
         DPOSettings(loss="ipo", label_smoothing=0.1)

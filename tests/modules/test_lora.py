@@ -18,7 +18,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import LoRA
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
+from rlhf.modules import DPOModule, Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
 from rlhf.sampling.rollout import Rollout
 
 Make = Callable[..., Any]
@@ -184,15 +184,15 @@ def test_policy_and_critic_export_what_they_compute(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_sft_and_reward_model_learn_with_the_base_as_it_was(
+def test_other_stages_learn_with_the_base_as_it_was(
     trainer: Make, sft_data: Make, preference_data: Make, model_path: str, precision: str
 ) -> None:
-    for kind, data in ((SFTModule, sft_data()), (RewardModule, preference_data())):
+    for kind, data in ((SFTModule, sft_data()), (RewardModule, preference_data()), (DPOModule, preference_data())):
         module: Any = kind(model_path, optimization=FAST, lora=SMALL, activation_checkpointing=True)
         trainer(max_epochs=1, precision=precision, limit_val_batches=0).fit(module, data)
         whole = load_causal_lm(model_path).get_input_embeddings().weight
-        assert torch.equal(module.model.get_input_embeddings().weight if kind is SFTModule else
-                           module.model.model.get_input_embeddings().weight, whole)  # fmt: skip
+        network = module.model.model if kind is RewardModule else module.model
+        assert torch.equal(network.get_input_embeddings().weight, whole)
         assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
         moved = [p for name, p in module.named_parameters() if "lora_B" in name]
         assert all(p.abs().max() > 0 for p in moved)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from rlhf.ops.losses import masked_total, pairwise_losses, policy_losses, value_losses
+from rlhf.ops.losses import dpo_losses, ipo_losses, masked_total, pairwise_losses, policy_losses, value_losses
 
 SEEDS = pytest.mark.parametrize("seed", range(3))
 
@@ -192,3 +192,37 @@ def test_masked_total_ignores_what_stands_at_padding(padding: float) -> None:
     total.backward()
     assert total.item() == pytest.approx(0.75)
     assert losses.grad.tolist() == [[0.25, 0.25, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("margin", "smoothing", "loss", "slope"),
+    [
+        (0.0, 0.0, 0.6931472, -0.5),
+        (0.0, 0.3, 0.6931472, -0.2),
+        (2.0, 0.0, 0.1269280, -0.1192029),  # log(1 + e^-2), -1 / (1 + e^2)
+        (2.0, 0.1, 0.3269280, -0.0192029),  # 0.9 x 0.126928 + 0.1 x 2.126928
+        (-2.0, 0.1, 1.9269280, -0.7807971),
+    ],
+)
+def test_dpo_loss(margin: float, smoothing: float, loss: float, slope: float) -> None:
+    margins = torch.tensor([margin], requires_grad=True)
+    losses = dpo_losses(margins, smoothing)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss, abs=1e-6)
+    assert margins.grad.item() == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "beta", "loss"), [(0.0, 0.1, 25.0), (5.0, 0.1, 0.0), (3.0, 0.5, 4.0), (-1.0, 0.5, 4.0)]
+)
+def test_ipo_loss_draws_the_log_ratio_to_its_target(ratio: float, beta: float, loss: float) -> None:
+    """`ratio` is the difference of the log-ratios, whose target is 1 / (2 beta)."""
+    assert ipo_losses(torch.tensor([beta * ratio], dtype=torch.float64), beta).item() == pytest.approx(loss)
+
+
+@SEEDS
+def test_gradients_of_losses_of_pairs(seed: int) -> None:
+    (margins,) = normal(seed, 1)
+    margins.requires_grad_()
+    assert gradcheck(lambda m: dpo_losses(m, 0.2), margins)
+    assert gradcheck(lambda m: ipo_losses(m, 0.3), margins)
