@@ -17,7 +17,7 @@ from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_demonstrations
 from rlhf.errors import Positive, Seed
 from rlhf.evaluation.best_of_n import best_of_n, check_best_of, describe, sampled_ids
-from rlhf.evaluation.log_ratios import check_reference, log_ratios
+from rlhf.evaluation.log_ratios import log_ratios
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.hardware import Precision, best_device, weights_precision
@@ -30,7 +30,15 @@ from rlhf.models.loading import (
     load_config,
     model_fingerprint,
 )
-from rlhf.models.tokenizers import PAD_TOKEN, check_row, decode_responses, eos_ids, load_tokenizer, same_tokens
+from rlhf.models.tokenizers import (
+    PAD_TOKEN,
+    check_reference,
+    check_row,
+    decode_responses,
+    eos_ids,
+    load_tokenizer,
+    same_tokens,
+)
 from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.seeding import derive_seed
@@ -76,7 +84,7 @@ def generate(
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
-        check_reference(reference, model, tokenizer)
+        check_reference(reference, "reference", tokenizer)
     temperature = temperature or (0.01 if best_of == 1 else 0.7)
     with ranks(output) as processes:
         with processes.first_alone():

@@ -6,21 +6,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rlhf.errors import UserError
 from rlhf.evaluation.resumable import Row
 from rlhf.hardware import best_device
 from rlhf.models.actor_critic import response_logprobs
-from rlhf.models.loading import check_language_model, load_causal_lm
-from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer, same_tokens
+from rlhf.models.loading import load_causal_lm
 from rlhf.ops.sequences import pad_sequences
 from rlhf.ops.token_rewards import kl_estimate
-
-
-def check_reference(reference: str, model: str, tokenizer: Any) -> None:
-    """Refuses a reference that does not read the tokens of the policy; no weights are loaded."""
-    check_language_model(reference, "reference")
-    if not same_tokens(tokenizer, load_tokenizer(reference, PAD_TOKEN, "reference")):
-        raise UserError(f"reference: {reference} has other tokens than the model {model}, so no ratio is known.")
 
 
 def log_ratios(

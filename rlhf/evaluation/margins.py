@@ -14,13 +14,13 @@ from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_comparisons
 from rlhf.errors import Positive
-from rlhf.evaluation.log_ratios import check_reference, log_ratios
+from rlhf.evaluation.log_ratios import log_ratios
 from rlhf.evaluation.resumable import Parts, Row, ranks
 from rlhf.evaluation.reward_scorer import RewardScorer, gold_columns, whole_sequences
 from rlhf.hardware import Precision, weights_precision
 from rlhf.models.classifiers import register_classifier
 from rlhf.models.loading import check_language_model, check_reward_model, model_fingerprint
-from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, check_reference, load_tokenizer
 
 _Score = Callable[[list[list[int]], list[int]], list[float]]  # sequences, and where responses begin -> rewards
 _BATCHES = 16  # per part
@@ -84,7 +84,7 @@ def check_model(reward: str, reference: str | None = None) -> Any:
         register_classifier(check_reward_model(reward, "reward"), "reward")
     else:
         check_language_model(reward, "reward")
-        check_reference(reference, reward, tokenizer)
+        check_reference(reference, "reference", tokenizer)
     return tokenizer
 
 

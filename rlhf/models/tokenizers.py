@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.errors import UserError
 from rlhf.models.adapter_files import ADAPTER_FILE, holder
 from rlhf.models.library_calls import explained, quiet
-from rlhf.models.loading import check_model_path, load_config, load_generation_config
+from rlhf.models.loading import check_language_model, check_model_path, load_config, load_generation_config
 from rlhf.models.remote_code import trusts_remote_code
 
 if TYPE_CHECKING:
@@ -157,6 +157,13 @@ def content(tokenizer: PreTrainedTokenizerBase) -> str:
         settings = {name: repr(value) for name, value in tokenizer.init_kwargs.items()}
         found = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "settings": settings}
     return json.dumps(found | {"eos": eos_ids(tokenizer), "chat": tokenizer.chat_template}, sort_keys=True)
+
+
+def check_reference(path: str, setting: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a reference that does not read the tokens of the policy; no weights are loaded."""
+    check_language_model(path, setting)
+    if not same_tokens(tokenizer, load_tokenizer(path, PAD_TOKEN, setting)):
+        raise UserError(f"{setting}: {path} has other tokens than the policy, so no ratio of the two is known.")
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -18,7 +18,7 @@ from rlhf.models.loading import check_language_model, checkpoint_activations
 from rlhf.models.output_layer import next_token_logprobs
 from rlhf.models.quantization import Quantization
 from rlhf.models.saving import save_pretrained
-from rlhf.models.tokenizers import check_pad_in_embedding
+from rlhf.models.tokenizers import check_pad_in_embedding, check_reference
 from rlhf.modules.pairs import PairModule
 from rlhf.modules.ppo_models import REFERENCE, load_reference
 from rlhf.modules.settings import DPOSettings, Optimization
@@ -60,9 +60,10 @@ class DPOModule(PairModule):
         super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora, quantization)
         self.reference_path, self.dpo = reference_path or model_path, dpo
         check_language_model(model_path, "model.model_path")
-        check_language_model(self.reference_path, REFERENCE)
+        if self.reference_path != model_path:
+            check_reference(self.reference_path, REFERENCE, self.tokenizer)
         check_pad_in_embedding(self.tokenizer, self.model_config, model_path)
-        self.reference_batches: int | None = None  # of each split that are read; None: all
+        self.reference_batches: int | None = None  # that are read of each split, if no more will be used
         self.reference_logprobs: dict[str, Tensor] = {}  # split -> of the chosen and rejected response of each pair
         self.model: Any = None
 
@@ -72,6 +73,11 @@ class DPOModule(PairModule):
             self.model = self.networks.language_model(self.model_path, "model.model_path", trained=True)
             if self.activation_checkpointing:
                 checkpoint_activations(self.model)
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.reference_logprobs = {}  # other data may have come
 
     @override
     def on_fit_start(self) -> None:
@@ -91,14 +97,25 @@ class DPOModule(PairModule):
             measured = ["train", "validation"]
         return [name for part in measured for name in (part, part + NEWS) if len(splits.get(name, ()))]
 
+    def _limit(self, split: str) -> int | None:
+        """Returns how many batches of a split are used; None: all."""
+        trainer = self.trainer
+        if self.reference_batches is not None:
+            return self.reference_batches
+        if split == "train":  # every epoch has another order
+            limit = trainer.limit_train_batches if trainer.max_epochs == 1 else None
+        else:
+            limits = {"test": trainer.limit_test_batches, "predict": trainer.limit_predict_batches}
+            limit = limits.get(str(trainer.state.fn), trainer.limit_val_batches)
+        return limit if isinstance(limit, int) else None
+
     @torch.no_grad()
     def _read(self, reference: Any, split: str) -> Tensor:
         """Computes the log-probabilities of the reference for every pair of a split, `(rows, 2)`."""
         data, silent = pair_data(self.trainer), self.global_rank > 0
         table = torch.zeros(len(data.splits[split]), 2, device=self.device)
-        for batch in track(
-            islice(data.batches_of(split), self.reference_batches), split, transient=True, disable=silent
-        ):
+        batches = islice(data.batches_of(split), self._limit(split))
+        for batch in track(batches, f"Reference ({split})", transient=True, disable=silent):
             if batch.get("rows", True):  # else it counts for nothing, and its pair is in another process's batch
                 with self.autocast():
                     table[batch["indices"]] = self.response_logprobs(reference, batch).view(2, -1).T

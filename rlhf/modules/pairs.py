@@ -46,7 +46,9 @@ class PairModule(StageModule):
         chosen, rejected = self.scores(batch)
         losses, mask = self.pair_losses(chosen, rejected, batch), batch["pair_mask"].bool()
         self.epoch_means.add(f"loss/{self.kind}", losses, mask)
-        self.epoch_means.add("train/accuracy", (chosen > rejected).float(), mask)
+        measured = {"accuracy": (chosen > rejected).float(), "reward_chosen": chosen, "reward_rejected": rejected}
+        for name, values in measured.items():
+            self.epoch_means.add(f"train/{name}", values, mask)
         self.log(f"loss/{self.kind}_step", masked_mean(losses.detach(), mask), batch_size=1)
         self.log("lr", torch.tensor(self.learning_rate, device="cpu"), batch_size=1)
         return masked_total(losses, mask, self.normaliser(mask.sum(), batch["share"]))

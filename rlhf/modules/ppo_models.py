@@ -18,7 +18,15 @@ from rlhf.models.half_weights import Forward, keep_half, language_model_forward,
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations
 from rlhf.models.networks import AdaptedNetworks, Networks
 from rlhf.models.scalar_model import ScalarModel
-from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row, eos_ids, load_tokenizer, same_tokens
+from rlhf.models.tokenizers import (
+    PAD_TOKEN,
+    check_pad_in_embedding,
+    check_reference,
+    check_row,
+    eos_ids,
+    load_tokenizer,
+    same_tokens,
+)
 from rlhf.models.translated import TranslatedModel
 from rlhf.modules.settings import PPOSettings
 from rlhf.protocols import stage_data
@@ -44,7 +52,8 @@ def check_models(
     """
     config = check_language_model(model_path, POLICY)
     check_pad_in_embedding(tokenizer, config, model_path)
-    check_language_model(reference_path, REFERENCE)
+    if reference_path != model_path:
+        check_reference(reference_path, REFERENCE, tokenizer)
     if reward_path is not None:
         reward_config = check_reward_model(reward_path, REWARD)
         register_classifier(reward_config, REWARD)

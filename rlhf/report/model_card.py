@@ -41,8 +41,9 @@ def model_card(run: Path, config: dict[str, Any], export: Path, title: str) -> s
     from huggingface_hub import ModelCardData
 
     manifest = json.loads((export / files.MANIFEST).read_text())
-    classifier, ppo = is_classifier(load_config(str(export), "output")), "ppo" in config["model"]["init_args"]
-    kind = "reward" if classifier else "ppo" if ppo else "sft"
+    classifier, settings = is_classifier(load_config(str(export), "output")), config["model"]["init_args"]
+    kind = "reward" if classifier else next((kind for kind in ("ppo", "dpo") if kind in settings), "sft")
+    ppo = kind == "ppo"
     history = _history(config)
     adapter = adapter_settings(str(export))
     base = history[0][1] if adapter is None else adapter["base_model_name_or_path"]

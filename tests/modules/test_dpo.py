@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlhf.data.comparisons import PreferenceDataModule
+from rlhf.data.sources import Source
 from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
 from rlhf.modules import DPOModule, DPOSettings, Optimization
@@ -86,3 +88,39 @@ def test_data_of_another_stage_is_refused(model_path: str, trainer: Make, sft_da
 def test_smoothed_labels_of_ipo_are_refused() -> None:
     with pytest.raises(UserError, match=r"model.dpo.label_smoothing is for the sigmoid loss"):
         DPOSettings(loss="ipo", label_smoothing=0.1)
+
+
+def test_the_reference_reads_the_data_of_each_fit(
+    model_path: str, trainer: Make, preference_data: Make, write_jsonl: Callable[..., str]
+) -> None:
+    """The table of a fit before is not taken for that of other pairs."""
+    other = [{"prompt": "a b", "chosen": f" d {n}", "rejected": f" e f {n}"} for n in range(8)]
+    module = DPOModule(model_path, optimization=FAST)
+    trainer(limit_val_batches=0).fit(module, preference_data())
+    data = PreferenceDataModule(Source(write_jsonl("other.jsonl", other)), batch_size=8, micro_batch_size=4)
+    trainer(limit_val_batches=0).fit(module, data)
+    found = module.reference_logprobs["train"]
+    module.setup("fit")
+    assert module.reference_logprobs == {}
+    assert len(found) == 8
+
+
+def test_the_reference_reads_no_more_than_is_used(
+    model_path: str, trainer: Make, preference_data: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    plain = PreferenceDataModule.batches_of
+
+    def batches_of(self: Any, split: str) -> Any:
+        for batch in plain(self, split):
+            read.append(split)
+            yield batch
+
+    monkeypatch.setattr(PreferenceDataModule, "batches_of", batches_of)
+    trainer(limit_train_batches=2, limit_val_batches=0).fit(DPOModule(model_path), preference_data())
+    assert read == ["train"] * 2
+
+
+def test_a_reference_of_other_tokens_is_refused(model_path: str, llama_path: str) -> None:
+    with pytest.raises(UserError, match=r"model\.reference_path: .* has other tokens than the policy"):
+        DPOModule(model_path, reference_path=llama_path)
