@@ -5,7 +5,7 @@ python -m examples.friendly_words runs/friendly
 The same from the command line, with prompts of your own:
 
 rlhf pipeline --config custom --model configs/quickstart/base_model --prompts my/prompts.jsonl \
-    --reward_function examples.friendly_words.share_of_friendly_words --sft false --response_length 16
+    --reward_function examples.friendly_words.share_of_friendly_words --sft false --response_length 12
 """
 
 import json
@@ -38,10 +38,10 @@ def train(folder: str, updates: int = 12, kl_coefficient: float = 0.01) -> list[
     module = PPOModule(
         str(BASE),
         reward_function=share_of_friendly_words,
-        ppo=PPOSettings(response_length=16, kl_coefficient=kl_coefficient),
+        ppo=PPOSettings(response_length=12, kl_coefficient=kl_coefficient, missing_eos_score=None),
         optimization=Optimization(learning_rate=2e-3),
     )
-    data = RolloutDataModule(Source(str(prompts)), batch_size=64)
+    data = RolloutDataModule(Source(str(prompts)), batch_size=64, micro_batch_size=64, rollout_batch_size=64)
     trainer = Trainer(
         max_epochs=updates, accelerator="cpu", devices=1, callbacks=[Export()], default_root_dir=folder,
         log_every_n_steps=1,
