@@ -22,7 +22,7 @@ def shipped_configs() -> Path:
 
 def find_shipped(path: str) -> str:
     """Returns a path that starts with `configs/` as it is if it exists, else that in the package if it exists there."""
-    folder, slash, inner = path.partition("/")
+    folder, _, inner = path.partition("/")
     if folder != CONFIGS or "\n" in path or Path(path).exists():
         return path
     found = shipped_configs() / inner
@@ -44,8 +44,8 @@ def find_config(name: str) -> str:
         return name  # settings in place of a file
     names = sorted(file.parent.name for main in MAIN for file in shipped_configs().glob(f"*/{main}"))
     raise UserError(
-        f"config: there is no file {name}; give a file, or one of the shipped configs: {', '.join(names)}, or a file of "
-        "them such as quickstart/ppo.yaml."
+        f"config: there is no file {name}; give a file, or one of the shipped configs: {', '.join(names)}, or a file "
+        "of them such as quickstart/ppo.yaml."
     )
 
 
