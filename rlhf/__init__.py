@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rlhf.strategies import Zero2Strategy
     from rlhf.studies.pipeline import pipeline
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 _HOME = {
     "DPOModule": "modules.dpo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -66,3 +67,21 @@ def test_the_script_of_the_readme(
     monkeypatch.chdir(tmp_path)
     exec(script[1], {})
     assert is_complete(tmp_path / "runs" / "script" / "export")
+
+
+def test_a_reward_from_a_function_alone_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    train = importlib.import_module("examples.friendly_words").train
+    rewards = train(str(tmp_path))
+    assert rewards[-1] > 2 * rewards[0] + 0.05
+    assert is_complete(tmp_path / "export")
+
+
+def test_an_ablation_and_the_comparison_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    kl = importlib.import_module("examples.ablation").main(str(tmp_path), updates=3)
+    assert kl["no_kl_penalty"] != kl["default"]
+    runs = [str(tmp_path / name) for name in kl]
+    differences = importlib.import_module("examples.comparison").main(*runs, str(tmp_path / "comparison"))
+    assert len(differences)
+    assert (tmp_path / "comparison" / "report.html").exists()

@@ -94,7 +94,7 @@ def overview() -> str:
     """Returns the top-level help."""
     described = {**STAGE_VERBS, **{name: text for name, (_, text) in VERBS.items()}}
     lines = [f"  {name:<12}{text}" for name, text in described.items() if text]
-    return "\n".join(["usage: python train.py COMMAND [--help] [--config FILE.yaml] [--KEY VALUE ...]", "", *lines])
+    return "\n".join(["usage: python train.py COMMAND [--help] [--config FILE or NAME] [--KEY VALUE ...]", "", *lines])
 
 
 def _call(command: str, words: list[str]) -> None:

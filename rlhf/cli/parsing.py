@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rlhf
+from rlhf.cli.shipped import with_configs_found, with_shipped_found
 from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
@@ -71,6 +72,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
     from jsonargparse import ArgumentError, get_loader, set_loader
     from yaml import YAMLError
 
+    words = with_configs_found(words)
     load, set_yaml = get_loader("yaml"), partial(set_loader, "yaml", exceptions=(YAMLError,))
     named = {os.path.abspath(path): path for path in _config_files(words)}
     texts = {Path(path).read_text(errors="replace"): path for path in named.values()}
@@ -100,6 +102,7 @@ def parse(parser: Any, words: list[str], command: Any = None) -> Any:
         raise UserError(with_hint(explain(error), error, command or parser)) from error
     finally:
         set_yaml(load)
+    config = with_shipped_found(config)
     check_values(config[config.subcommand] if "subcommand" in config else config)
     return config
 

@@ -1,0 +1,62 @@
+"""A shipped config is found by its name, and what it names, from any folder; what is in the folder wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from rlhf.cli.parsing import parse
+from rlhf.cli.shipped import find_config, shipped_configs
+from rlhf.errors import UserError
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("quickstart", "quickstart/pipeline.yaml"),
+        ("ablations", "ablations/study.yaml"),
+        ("quickstart/ppo.yaml", "quickstart/ppo.yaml"),
+        ("configs/quickstart/ppo.yaml", "quickstart/ppo.yaml"),
+    ],
+)
+def test_a_name_stands_for_a_shipped_file(empty: Path, name: str, file: str) -> None:
+    assert Path(find_config(name)) == shipped_configs() / file
+
+
+def test_what_is_in_the_folder_wins(empty: Path) -> None:
+    own = empty / "configs" / "quickstart" / "pipeline.yaml"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert Path(find_config("quickstart")).absolute() == own
+    (empty / "quickstart").touch()
+    assert find_config("quickstart") == "quickstart"
+
+
+def test_an_unknown_name_lists_the_names(empty: Path) -> None:
+    with pytest.raises(UserError, match=r"no file quikstart; .*: ablations, custom, quickstart, scaling, tldr, or"):
+        find_config("quikstart")
+
+
+@pytest.mark.parametrize("words", [["--config", "own.yaml"], ["--config=own.yaml"]])
+def test_paths_in_a_config_lead_to_the_package(empty: Path, words: list[str]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_argument("--model.path", type=str)
+    parser.add_argument("--others", type=dict)
+    Path("own.yaml").write_text(
+        "model: {path: configs/quickstart/base_model}\nothers: {a: [configs/tldr, configs/nothing, quickstart]}"
+    )
+    config = parse(parser, words)
+    assert config.model.path == str(shipped_configs() / "quickstart" / "base_model")
+    assert config.others == {"a": [str(shipped_configs() / "tldr"), "configs/nothing", "quickstart"]}
+    (empty / "configs" / "quickstart" / "base_model").mkdir(parents=True)
+    assert parse(parser, words).model.path == "configs/quickstart/base_model"
