@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from rlhf.errors import NonNegative, Positive, UserError
-from rlhf.models.adapter_files import CLASSIFIER, adapter_settings, base_path
+from rlhf.models.adapter_files import CLASSIFIER, adapter_settings, base_path, is_classifier_adapter
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.target_modules import all_linear, linear_modules, tied_modules
@@ -119,7 +119,7 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
     weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
     config.lora_dropout, config.inference_mode = 0.0, not trained  # D10
     if _is_classifier(model):
-        _set_head(model, weights.pop(HEAD, None), path, setting, headless and config.task_type == CLASSIFIER)
+        _set_head(model, weights.pop(HEAD, None), path, setting, headless and is_classifier_adapter(path))
         config.task_type = CLASSIFIER
         config.modules_to_save = [name for name in config.modules_to_save or () if f"{name}.weight" != HEAD] or None
         inside = {name for name, _ in model.named_modules()}
