@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +14,6 @@ from test_details import MISSING, default, in_backticks
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl_fields import PPO_CONFIG, PPO_TRAINER
 
-from rlhf.cli.main import main
 from rlhf.errors import UserError
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar_model import ScalarModel
@@ -37,7 +35,7 @@ def test_every_name_is_in_the_table_once(heading: str, names: list[str]) -> None
     patterns = [pattern for row in rows(heading) for pattern in in_backticks(row[0])]
     assert len(names) == len(set(names))
     for name in names:
-        assert [p for p in patterns if fnmatchcase(name, p)].__len__() == 1, name
+        assert sum(fnmatchcase(name, pattern) for pattern in patterns) == 1, name
     for pattern in patterns:
         assert any(fnmatchcase(name, pattern) for name in names), pattern
 

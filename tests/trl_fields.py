@@ -1,6 +1,6 @@
-"""Field names of TRL 1.12.0, made by `python tests/trl_fields.py` with trl==1.12.0 and transformers==5.23.0 installed."""
+"""Field names of TRL 1.12.0, as `python tests/trl_fields.py` prints them with trl==1.12.0 and transformers==5.23.0."""
 
-PPO_CONFIG = """
+CONFIG = """
 accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
 auto_find_batch_size average_tokens_across_devices batch_eval_metrics batch_size bf16 bf16_full_eval cliprange
 cliprange_value data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
@@ -23,11 +23,12 @@ reward_model_path run_name save_on_each_node save_only_model save_steps save_str
 sft_model_path skip_memory_metrics stop_token stop_token_id temperature tf32 torch_compile torch_compile_backend
 torch_compile_mode torch_empty_cache_steps total_episodes trackio_bucket_id trackio_space_id trackio_static_space_id
 train_sampling_strategy use_cache use_cpu use_liger_kernel vf_coef warmup_steps weight_decay whiten_rewards world_size
-""".split()
-PPO_TRAINER = """
+"""
+TRAINER = """
 args processing_class model ref_model reward_model train_dataset value_model data_collator eval_dataset optimizers
 callbacks peft_config
-""".split()
+"""
+PPO_CONFIG, PPO_TRAINER = CONFIG.split(), TRAINER.split()
 
 if __name__ == "__main__":
     import inspect
