@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 ADAPTER_FILE = "adapter_config.json"
 CONFIG_FILE = "adapted_config.json"  # of a model with an adapter; at a config.json transformers expects a whole model
 CLASSIFIER = "SEQ_CLS"  # peft's task type of a reward model
+SCORE = "score"  # the head of a reward model
 
 
 def adapter_settings(path: str) -> dict[str, Any] | None:
@@ -32,6 +33,16 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         pass
     raise UserError(f"{file} is no JSON object that can be read; write the adapter again.")
+
+
+def is_classifier_adapter(path: str) -> bool:
+    """Tells whether an adapter is a reward model's: by its task type or, if it names none, by the head that it has.
+
+    TRL's `RewardTrainer` leaves `task_type` and `modules_to_save` as the user gave them.
+    """
+    found = adapter_settings(path) or {}
+    task = found.get("task_type")
+    return task == CLASSIFIER or (task is None and SCORE in (found.get("modules_to_save") or ()))
 
 
 @cache

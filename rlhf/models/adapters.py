@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from rlhf.errors import NonNegative, Positive, UserError
-from rlhf.models.adapter_files import CLASSIFIER, adapter_settings, base_path
+from rlhf.models.adapter_files import CLASSIFIER, SCORE, adapter_settings, base_path, is_classifier_adapter
 from rlhf.models.library_calls import explained, first_line
 from rlhf.models.remote_code import trusts_remote_code
 from rlhf.models.target_modules import all_linear, linear_modules, tied_modules
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "default"  # that peft gives to the only adapter of a model
 PREFIX = "base_model.model."  # of the names in the file of an adapter
 ALL_LINEAR = "all-linear"
-HEAD = "score.weight"  # of a reward model
+HEAD = f"{SCORE}.weight"  # of a reward model
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # that peft reads
 KEEPS_BASE = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
@@ -119,9 +119,11 @@ def load_adapter(model: nn.Module, path: str, setting: str, trained: bool, headl
     weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
     config.lora_dropout, config.inference_mode = 0.0, not trained  # D10
     if _is_classifier(model):
-        _set_head(model, weights.pop(HEAD, None), path, setting, headless and config.task_type == CLASSIFIER)
+        _set_head(model, weights.pop(HEAD, None), path, setting, headless and is_classifier_adapter(path))
         config.task_type = CLASSIFIER
-        config.modules_to_save = [name for name in config.modules_to_save or () if f"{name}.weight" != HEAD] or None
+        config.modules_to_save = [name for name in config.modules_to_save or () if name != SCORE] or None
+        if isinstance(config.target_modules, set):  # peft puts a head there that is trained whole, and skips it
+            config.target_modules -= {SCORE}
         inside = {name for name, _ in model.named_modules()}
         weights = {name: x for name, x in weights.items() if name.partition(".")[0] in inside}
     tuner = _inject(model, config, f"{setting} {config.base_model_name_or_path}")
@@ -171,7 +173,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     if _is_classifier(model):
         weights[HEAD] = model.get_parameter(HEAD)
-        config.modules_to_save = [*(config.modules_to_save or ()), HEAD.partition(".")[0]]
+        config.modules_to_save = [*(config.modules_to_save or ()), SCORE]
     config.save_pretrained(folder)
     tensors = {PREFIX + name: x.detach().to("cpu", torch.float32).contiguous() for name, x in weights.items()}
     save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})

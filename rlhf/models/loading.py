@@ -16,7 +16,14 @@ import torch
 from rlhf import files
 from rlhf.errors import UserError
 from rlhf.hardware import avoid_plans_of_attention
-from rlhf.models.adapter_files import ADAPTER_FILE, CLASSIFIER, CONFIG_FILE, adapter_settings, base_of, holder
+from rlhf.models.adapter_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_settings,
+    base_of,
+    holder,
+    is_classifier_adapter,
+)
 from rlhf.models.adapters import merge_adapter
 from rlhf.models.library_calls import explained, first_line, quiet
 from rlhf.models.probes import is_causal
@@ -64,7 +71,7 @@ def load_config(path: str, setting: str) -> PreTrainedConfig:
         place = path = str(own)
     with explained(f"{setting}: {path} is not a model that can be loaded"):
         config = AutoConfig.from_pretrained(os.path.expanduser(place), trust_remote_code=trusts_remote_code())
-    if place != path and (adapter_settings(path) or {}).get("task_type") == CLASSIFIER and not is_classifier(config):
+    if place != path and is_classifier_adapter(path) and not is_classifier(config):
         config.num_labels, config.architectures = 1, [f"Adapted{CLASSIFIER_SUFFIX}"]
     return config
 
@@ -110,6 +117,11 @@ def check_reward_model(path: str, setting: str) -> PreTrainedConfig:
     """Returns the configuration of a reward model, and refuses any other model: its head would be random."""
     config = load_config(path, setting)
     if not is_classifier(config) or config.num_labels != 1:
+        if (adapter_settings(path) or {"task_type": ""}).get("task_type") is None:
+            raise UserError(
+                f"{setting}: the adapter {path} has no head, so its rewards are lost; train it again with "
+                'modules_to_save=["score"] or task_type="SEQ_CLS" in its LoraConfig.'
+            )
         names = ", ".join(config.architectures or ["no model"])
         raise UserError(
             f"{setting}: {path} holds {names}, not a reward model with one label; give the export folder of the reward "

@@ -1,0 +1,40 @@
+"""Field names of TRL 1.12.0, as `python tests/trl_fields.py` prints them with trl==1.12.0 and transformers==5.23.0."""
+
+CONFIG = """
+accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
+auto_find_batch_size average_tokens_across_devices batch_eval_metrics batch_size bf16 bf16_full_eval cliprange
+cliprange_value data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc
+ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug
+deepspeed disable_tqdm do_eval do_predict do_train ds3_gather_for_generation enable_jit_checkpoint
+eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy
+eval_use_gather_object fp16 fp16_full_eval fsdp fsdp_config full_determinism gamma gradient_accumulation_steps
+gradient_checkpointing gradient_checkpointing_kwargs greater_is_better hub_always_push hub_model_id hub_private_repo
+hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics include_num_input_tokens_seen kl_coef
+kl_estimator label_names label_smoothing_factor lam learning_rate length_column_name liger_kernel_config
+load_best_model_at_end local_batch_size local_mini_batch_size local_rank local_rollout_forward_batch_size log_level
+log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps logging_strategy
+lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps metric_for_best_model micro_batch_size mini_batch_size
+missing_eos_penalty model_adapter_name neftune_noise_alpha num_mini_batches num_ppo_epochs num_sample_generations
+num_total_batches num_train_epochs optim optim_args optim_target_modules output_dir parallelism_config
+per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project push_to_hub ref_adapter_name
+remove_unused_columns report_to response_length restore_callback_states_from_checkpoint resume_from_checkpoint
+reward_model_path run_name save_on_each_node save_only_model save_steps save_strategy save_total_limit seed
+sft_model_path skip_memory_metrics stop_token stop_token_id temperature tf32 torch_compile torch_compile_backend
+torch_compile_mode torch_empty_cache_steps total_episodes trackio_bucket_id trackio_space_id trackio_static_space_id
+train_sampling_strategy use_cache use_cpu use_liger_kernel vf_coef warmup_steps weight_decay whiten_rewards world_size
+"""
+TRAINER = """
+args processing_class model ref_model reward_model train_dataset value_model data_collator eval_dataset optimizers
+callbacks peft_config
+"""
+PPO_CONFIG, PPO_TRAINER = CONFIG.split(), TRAINER.split()
+
+if __name__ == "__main__":
+    import inspect
+    from dataclasses import fields
+
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    print(sorted(field.name for field in fields(PPOConfig)))
+    print(list(inspect.signature(PPOTrainer.__init__).parameters)[1:])
