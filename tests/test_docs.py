@@ -21,7 +21,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +131,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quickstart(tmp_path_factory: pytest.TempPathFactory, in_this_process: Callable[..., Any]) -> Path:
     """The run folder of a quickstart with little data and few updates."""
     clone = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
@@ -140,19 +140,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sizes = f"--synthesize.sizes={json.dumps(SMALL | {'pretraining': 0})}"
         main(["pipeline", "--config=configs/quickstart/pipeline.yaml", sizes, *SHORTER["pipeline"]])
     return clone / "runs" / "quickstart"
-
-
-def in_this_process(patch: pytest.MonkeyPatch) -> None:
-    """Runs the stages of a pipeline in this process, which saves their start."""
-    from rlhf.studies import stage_processes
-    from rlhf.studies.processes import Ended
-
-    def run(words: list[str], log: Path | None = None) -> Ended:
-        main(words)
-        return Ended(0, 0.0, 0.0)
-
-    patch.setattr(stage_processes, "run", run)
-    patch.setattr(stage_processes, "warm_up", lambda: None)
 
 
 def like_a_clone(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -230,14 +217,18 @@ class Reader:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page(
-    page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    page: Path,
+    commands: list[list[str]],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     blocks = blocks_of(page)
     if any(block.language not in SHOWN for block in blocks):
         quickstart = request.getfixturevalue("quickstart")
         shutil.copytree(quickstart, tmp_path / "runs" / "quickstart", symlinks=True)
     like_a_clone(tmp_path, monkeypatch)
-    in_this_process(monkeypatch)
     reader = Reader(monkeypatch, capfd)
     for block in blocks:
         try:
