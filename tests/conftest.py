@@ -375,17 +375,27 @@ def driver() -> Iterator[Callable[[list[str], int, Path], list[int]]]:
         process.stdin.close()
 
 
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+@pytest.fixture(scope="session")
+def in_this_process() -> Callable[[pytest.MonkeyPatch], list[list[str]]]:
     """Runs the stages in this process, which saves their start, and keeps their commands."""
-    seen: list[list[str]] = []
 
-    def run(words: list[str], log: Path | None = None) -> Ended:
-        seen.append(words)
-        start = time.monotonic()
-        main(words)
-        return Ended(0, time.monotonic() - start, 0.0)
+    def patch_stages(patch: pytest.MonkeyPatch) -> list[list[str]]:
+        seen: list[list[str]] = []
 
-    monkeypatch.setattr(stage_processes, "run", run)
-    monkeypatch.setattr(stage_processes, "warm_up", lambda: None)
-    return seen
+        def run(words: list[str], log: Path | None = None) -> Ended:
+            seen.append(words)
+            start = time.monotonic()
+            main(words)
+            return Ended(0, time.monotonic() - start, 0.0)
+
+        patch.setattr(stage_processes, "run", run)
+        patch.setattr(stage_processes, "warm_up", lambda: None)
+        return seen
+
+    return patch_stages
+
+
+@pytest.fixture
+def commands(in_this_process: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs the stages of this test in this process, and keeps their commands."""
+    return in_this_process(monkeypatch)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli.main import main
-from rlhf.files import is_complete
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 
@@ -51,22 +50,6 @@ def test_the_docs_show_the_example_as_it_is() -> None:
     assert shown is not None
     lines = [line.strip() for line in shown.group().removesuffix("```").splitlines() if line.strip()]
     assert all(line in source for line in lines)
-
-
-def test_the_script_of_the_readme(
-    model_path: str, reward_path: str, tmp_path: Path, write_jsonl: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert script is not None
-    run = tmp_path / "runs" / "quickstart"
-    for split in ("train", "validation"):
-        write_jsonl(f"{run}/data/demonstrations/{split}.jsonl", demonstrations(64, 1, split))  # type: ignore[operator]
-    for stage, folder in (("sft", model_path), ("reward", reward_path)):
-        (run / stage).mkdir()
-        (run / stage / "export").symlink_to(folder)
-    monkeypatch.chdir(tmp_path)
-    exec(script[1], {})
-    assert is_complete(tmp_path / "runs" / "script" / "export")
 
 
 def test_a_reward_from_a_function_alone_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,15 @@
-"""docs/your-data.md is run as it stands: its commands, what they print, and its script."""
+"""The script of docs/your-data.md, as a process of its own; tests/test_docs.py runs its commands."""
 
 from __future__ import annotations
 
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from rlhf.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "your-data.md").read_text()
@@ -26,43 +23,6 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
-
-
-def status_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs a command in this process."""
-    assert words[0] == "python"
-    if words[1] == "-m":
-        monkeypatch.setattr(sys, "argv", words[2:])
-        runpy.run_module(words[2], run_name="__main__")
-        return 0
-    assert words[1] == "train.py"
-    try:
-        main(words[2:])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
-
-
-def test_the_commands_of_the_page(
-    clone: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    blocks = re.findall(r"```(\w*)( fails)?\n(.*?)```", PAGE, re.DOTALL)
-    printed, ran = "", 0
-    for kind, fails, text in blocks:
-        if kind == "bash":
-            status = status_of(shlex.split(text.replace("\\\n", " ")), monkeypatch)
-            printed = "".join(capfd.readouterr())
-            assert status == (2 if fails else 0), printed[-3000:]
-            ran += 1
-        elif not kind:
-            for line in text.strip().splitlines():
-                assert line.strip() in printed
-    assert ran == 4
-    run = clone / "runs" / "mine"
-    for name in ("sft/export", "reward/export", "ppo/export", "judge_ppo.parquet", "margins.parquet", "report.md"):
-        assert (run / name).exists()
-    trained = [words for words in commands if words[0] == "fit"]
-    assert len(trained) == 3  # nothing was trained before all was right
 
 
 def test_its_script_needs_no_main_guard(clone: Path) -> None:
