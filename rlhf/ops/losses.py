@@ -37,6 +37,15 @@ def policy_losses(logprobs: Values, old_logprobs: Values, advantages: Values, cl
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
+def importance_weights(logprobs: Values, engine_logprobs: Values, cap: float) -> Values:
+    """Computes `min(exp(logprob - engine_logprob), cap)`, what a token that an engine sampled counts in the loss.
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training", with a cap of 2).
+    """
+    return torch.exp((logprobs - engine_logprobs).clamp(max=80)).clamp(max=cap)
+
+
 def value_losses(values: Values, old_values: Values, returns: Values, clip: float | None) -> tuple[Values, Mask]:
     """Computes 0.5 x the squared error of the values, clipped or unclipped, whichever is larger (D34).
 
