@@ -44,7 +44,7 @@ from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_inde
 from rlhf.protocols import rollout_data
 from rlhf.sampling.grouping import groups
 from rlhf.sampling.responses import Drawn, respond
-from rlhf.sampling.rollout import Rollout, in_groups
+from rlhf.sampling.rollout import Rollout, as_scores, in_groups
 from rlhf.sampling.sampler import Decoding, uniforms
 from rlhf.sampling.samplers import SamplerName
 from rlhf.seeding import generator

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from rlhf.data.chat import refuse_conversations
 from rlhf.errors import UserError
@@ -24,7 +23,6 @@ from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row,
 from rlhf.models.translated import TranslatedModel
 from rlhf.modules.settings import PPOSettings
 from rlhf.protocols import stage_data
-from rlhf.sampling.rollout import Rollout
 from rlhf.sampling.samplers import Sampler, SamplerName, make_sampler
 from rlhf.sampling.vllm_sampler import COLDEST
 from rlhf.strategies import Zero2Strategy
@@ -104,13 +102,6 @@ def load_sampler(name: SamplerName, ppo: PPOSettings, lora: LoRA | None, quantiz
         if lora is not None and lora.dora and quantization is not None:
             raise UserError("model.sampler vllm needs merged weights: use model.lora.dora or model.quantization alone.")
     return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib, "model.ppo.vllm_cache_gib")
-
-
-def as_scores(scores: Tensor, episodes: Rollout) -> Tensor:
-    """Returns rewards in float32 on the device of their episodes, and refuses any other number of them than one each."""
-    if scores.shape != (len(episodes),):
-        raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
-    return scores.to(episodes.responses.device, torch.float32)
 
 
 def load_reference(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
+from rlhf.errors import UserError
 from rlhf.hardware import sent
 from rlhf.ops.sequences import length_mask
 from rlhf.ops.token_rewards import ScorePosition
@@ -142,6 +143,13 @@ def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = 
     """
     mask = length_mask(lengths, width)
     return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
+
+
+def as_scores(scores: Tensor, episodes: Rollout) -> Tensor:
+    """Returns rewards in float32 on the device of their episodes, of which each must have one."""
+    if scores.shape != (len(episodes),):
+        raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
+    return scores.to(episodes.responses.device, torch.float32)
 
 
 def real_tokens(episodes: Rollout) -> Tensor:

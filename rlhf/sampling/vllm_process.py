@@ -50,8 +50,9 @@ def serve(connection: Connection, shape: Shape) -> None:
         connection.send((None, None))
         while True:
             command, argument = connection.recv()
-            answer = _load(engine, connection) if command == "load" else _sample(engine, argument)
-            connection.send((None, answer))
+            if command == "load":
+                _load(engine, connection)
+            connection.send((None, _sample(engine, argument) if command == "sample" else None))
     except EOFError:
         return
     except Exception as error:

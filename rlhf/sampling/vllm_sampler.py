@@ -95,10 +95,10 @@ class VLLMSampler:
             )
             spawn = mp.get_context("spawn")
             self._connection, other = spawn.Pipe()
-            process = spawn.Process(target=serve, args=(other, shape), daemon=True)
-            process.start()
+            self.process = spawn.Process(target=serve, args=(other, shape), daemon=True)
+            self.process.start()
             other.close()
-            self._close = weakref.finalize(self, _end, self._connection, process)
+            self._close = weakref.finalize(self, _end, self._connection, self.process)
             self._answer()
 
     def _hand_over(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
