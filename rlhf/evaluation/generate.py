@@ -30,8 +30,11 @@ from rlhf.models.loading import (
 )
 from rlhf.models.tokenizers import PAD_TOKEN, check_row, decode_responses, eos_ids, load_tokenizer, same_tokens
 from rlhf.ops.sequences import pad_sequences, response_lengths
-from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.engines import Sampler, SamplerName, make_sampler
+from rlhf.sampling.sampler import Decoding, uniforms
 from rlhf.seeding import derive_seed
+
+CACHE_GIB = 4.0  # of an engine
 
 
 def generate(
@@ -46,6 +49,7 @@ def generate(
     reward: str | None = None,
     eos_tokens: list[str] | None = None,
     precision: Precision = "auto",
+    sampler: SamplerName = "builtin",
 ) -> pd.DataFrame:
     """Writes the responses of a policy to every query of a split to one table.
 
@@ -66,7 +70,9 @@ def generate(
         eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
             `generation_config.json`.
         precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
+        sampler: `builtin`, or `vllm` (docs/vllm.md).
     """
+    draw = make_sampler(sampler, False, CACHE_GIB, "batch_size")
     tokenizer = check_models(model, reward, eos_tokens)
     with ranks(output) as processes:
         with processes.first_alone():
@@ -75,6 +81,8 @@ def generate(
         rows = _one_per_query(records, f"{data.path} ({data.split})", verbose=processes.rank == 0)
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
         sampling["precision"] = weights = weights_precision(precision)
+        if sampler != "builtin":
+            sampling["sampler"] = sampler
         settings = {
             "model": model_fingerprint(model, "model"),
             "data": files.fingerprint(
@@ -86,7 +94,7 @@ def generate(
             "eos": [*eos_ids(tokenizer)],
         }
         parts = Parts(output, settings, rows, batch_size, processes)
-        parts.make("responses", f"Generating with {model}", partial(_sampler, model, tokenizer, **sampling))
+        parts.make("responses", f"Generating with {model}", partial(_sampler, draw, model, tokenizer, **sampling))
         if reward is not None:
             control = text.special_tokens == "control"
             load = partial(RewardScorer, reward, "reward", batch_size, tokenizer, control, weights)
@@ -126,7 +134,14 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 
 
 def _sampler(
-    path: str, tokenizer: Any, response_length: int, temperature: float, seed: int, precision: str
+    draw: Sampler,
+    path: str,
+    tokenizer: Any,
+    response_length: int,
+    temperature: float,
+    seed: int,
+    precision: str,
+    sampler: SamplerName = "builtin",
 ) -> Callable[[list[Row]], pd.DataFrame]:
     device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]
@@ -136,7 +151,8 @@ def _sampler(
         # on the CPU, so that they are the same on every device
         generators = [torch.Generator().manual_seed(derive_seed(seed, row["number"])) for row in rows]
         drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
-        sampled = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
+        found = draw(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
+        sampled = found[0] if isinstance(found, tuple) else found
         lengths, has_eos = (x.tolist() for x in response_lengths(sampled, eos_ids(tokenizer)))
         tokens = [row[:length] for row, length in zip(sampled.tolist(), lengths, strict=True)]
         return pd.DataFrame({

@@ -42,11 +42,11 @@ from rlhf.ops.losses import importance_weights, masked_total, policy_losses, val
 from rlhf.ops.masking import identity, whiten
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
+from rlhf.sampling.engines import SamplerName
 from rlhf.sampling.grouping import groups
 from rlhf.sampling.responses import Drawn, respond
 from rlhf.sampling.rollout import Rollout, as_scores, in_groups
 from rlhf.sampling.sampler import Decoding, uniforms
-from rlhf.sampling.samplers import SamplerName
 from rlhf.seeding import generator
 
 

@@ -23,7 +23,7 @@ from rlhf.models.tokenizers import PAD_TOKEN, check_pad_in_embedding, check_row,
 from rlhf.models.translated import TranslatedModel
 from rlhf.modules.settings import PPOSettings
 from rlhf.protocols import stage_data
-from rlhf.sampling.samplers import Sampler, SamplerName, make_sampler
+from rlhf.sampling.engines import Sampler, SamplerName, make_sampler
 from rlhf.sampling.vllm_sampler import COLDEST
 from rlhf.strategies import Zero2Strategy
 

@@ -12,6 +12,8 @@ from torch import Tensor
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
+TOGETHER = 8192  # tokens of prompts that are read together
+
 
 class Shape(NamedTuple):
     """What an engine is made for.
@@ -76,6 +78,8 @@ def _engine(shape: Shape) -> Any:
         generation_config="vllm",  # not that of the model
         logprobs_mode="processed_logprobs",  # at the temperature of the sampling
         enable_prefix_caching=False,  # it would outlive its weights
+        enable_chunked_prefill=False,  # the random numbers of half a prompt cannot be taken back on a CPU
+        max_num_batched_tokens=max(shape.room, TOGETHER),
         kv_cache_memory_bytes=int(shape.cache_gib * 2**30),
         enable_sleep_mode=on_gpu,
         enforce_eager=not on_gpu,
