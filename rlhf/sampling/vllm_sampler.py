@@ -70,7 +70,7 @@ class VLLMSampler:
         self._start(model, queries.shape[1] + uniforms.shape[1], dtype)
         self._hand_over(model, dtype)
         prompts = [ids[real].tolist() for ids, real in zip(queries.cpu(), query_mask.bool().cpu(), strict=True)]
-        seeds = (uniforms[:, 0].double().cpu() * 2**53).long().tolist()
+        seeds = (uniforms[:, 0].double().cpu() * 2**32).long().tolist()  # a CPU's generators read 32 bits
         ends = list(decoding.eos_ids)
         found = self._ask("sample", Request(prompts, seeds, decoding.temperature, ends, uniforms.shape[1]))
         ids, mask = pad_sequences([tokens for tokens, _ in found], decoding.pad_id)
