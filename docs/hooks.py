@@ -28,9 +28,9 @@ CODE = re.compile(r"^\[`(\w+)`\]\(([^)]+\.py)\)$", re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".cfg": "ini"}
 REFERENCE = {  # heading -> public names
     "The pipeline": ("pipeline",),
-    "Modules": ("SFTModule", "RewardModule", "PPOModule"),
+    "Modules": ("SFTModule", "RewardModule", "PPOModule", "DPOModule"),
     "Data": ("SFTDataModule", "PreferenceDataModule", "RolloutDataModule", "Source", "TextFormat"),
-    "Settings": ("PPOSettings", "Optimization", "LoRA"),
+    "Settings": ("PPOSettings", "DPOSettings", "Optimization", "LoRA"),
     "Experience": ("Rollout",),
     "Callbacks and strategy": ("Export", "Invariants", "LastCheckpoint", "Zero2Strategy"),
     "Models": ("register_reward_model",),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,7 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes a marker known."""
+    """Makes markers known."""
+    config.addinivalue_line("markers", "vllm: runs an engine of vLLM; skipped where it is not installed")
     config.addinivalue_line("markers", "cpu_only(reason): the subject is what the CPU alone does; skipped on a GPU")
 
 
@@ -134,6 +136,13 @@ def _cpu_only(request: pytest.FixtureRequest, device: str) -> None:
     marker = request.node.get_closest_marker("cpu_only")
     if marker and device != "cpu":
         pytest.skip(f"with --device {device}: {marker.args[0]}")
+
+
+@pytest.fixture(autouse=True)
+def _vllm(request: pytest.FixtureRequest) -> None:
+    """Skips a test that needs vLLM where it is not installed."""
+    if request.node.get_closest_marker("vllm") and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli.main import main
+from rlhf.files import is_complete
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 

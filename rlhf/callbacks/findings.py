@@ -19,6 +19,12 @@ INVARIANTS = {
         "rollout and training differ in precision, temperature, padding or dropout",
         "trainer.precision, and what a subclass changes in `sample_responses` or `loss`",
     ),
+    "engine": Invariant(
+        "D25",
+        "mean difference between the log-probabilities of the engine that sampled and of the policy",
+        "the engine has not the policy's weights of this update, or computes in another precision",
+        "model.sampler, trainer.precision, and what a subclass changes in `sample_responses`",
+    ),
     "first_kl": Invariant(
         "D24",
         "largest difference between the log-probabilities of policy and reference before the first update",
@@ -110,10 +116,14 @@ class Finding(NamedTuple):
 
 
 class Tolerance(NamedTuple):
-    """The largest errors of rounding: of a ratio or log-probability, and of a reward or value of size 1."""
+    """The largest errors of rounding: of a ratio or log-probability, and of a reward or value of size 1.
+
+    `engine` is that of the mean difference between the log-probabilities of two programs.
+    """
 
     ratio: float
     reward: float
+    engine: float
 
 
 def tolerance(precision: str) -> Tolerance:
@@ -123,7 +133,7 @@ def tolerance(precision: str) -> Tolerance:
     moves one log-probability by up to the spacing of numbers there.
     """
     if precision.startswith("bf16"):
-        return Tolerance(ratio=0.25, reward=0.1)
+        return Tolerance(ratio=0.25, reward=0.1, engine=0.05)
     if precision.startswith("16"):
-        return Tolerance(ratio=0.05, reward=0.02)
-    return Tolerance(ratio=1e-4, reward=1e-3)
+        return Tolerance(ratio=0.05, reward=0.02, engine=0.01)
+    return Tolerance(ratio=1e-4, reward=1e-3, engine=2e-5)

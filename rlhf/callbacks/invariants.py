@@ -16,6 +16,7 @@ from rlhf.callbacks.findings import Finding, tolerance
 from rlhf.errors import Positive, UserError
 from rlhf.ops.masking import masked_moments
 from rlhf.protocols import PPOStage, Stage, ppo_stage, rollout_data, stage, stage_data
+from rlhf.sampling.rollout import engine_differences, real_tokens
 
 Severity = Literal["off", "warn", "error"]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,6 +83,7 @@ class Invariants(Callback):
 
     Args:
         ratio: the PPO ratio is 1 before the first step of each update (D33).
+        engine: an engine that samples in place of the policy has its weights, up to rounding (D25).
         first_kl: policy and reference agree before the first update (D24).
         first_value: values equal rewards before the first update, if the critic starts from the reward model (D24).
         demonstration_reward: demonstrations have mean reward 0 (D21).
@@ -98,6 +100,7 @@ class Invariants(Callback):
     """
 
     ratio: Severity = "warn"
+    engine: Severity = "error"
     first_kl: Severity = "warn"
     first_value: Severity = "warn"
     demonstration_reward: Severity = "warn"
@@ -260,6 +263,9 @@ class Invariants(Callback):
         rewards, scores = ~rollout.rewards.isfinite(), ~rollout.scores.isfinite()
         bad = (rewards & rollout.value_mask).sum() + (scores & rollout.mask.any(1)).sum()
         yield Finding("finite_rewards", module.reduce_sum(bad.float()).item(), 0)
+        if hasattr(rollout, "engine_logprobs"):
+            difference, _ = masked_moments(engine_differences(rollout), real_tokens(rollout), module.reduce_sum)
+            yield Finding("engine", difference.item(), limits.engine)
         mean, variance = masked_moments(rollout.kl.sum(1), torch.ones_like(rollout.has_eos), module.reduce_sum)
         noise = 4 * (variance / (len(rollout) * trainer.world_size)).sqrt().item()
         yield Finding("kl", max(0.0, -mean.item()), noise + limits.ratio)

@@ -8,8 +8,9 @@ from typing_extensions import override
 
 from rlhf.hardware import peak_memory_gib
 from rlhf.ops.masking import masked_moments
-from rlhf.ops.sequences import length_mask
-from rlhf.protocols import ppo_stage, rollout_data, stage
+from rlhf.ops.token_rewards import kl_estimate
+from rlhf.protocols import PPOStage, ppo_stage, rollout_data, stage
+from rlhf.sampling.rollout import Rollout, engine_differences, real_tokens
 
 
 class PPOCurves(Callback):
@@ -72,7 +73,7 @@ class PPOCurves(Callback):
         """Computes the curves of the last rollout, over the episodes of all ranks."""
         data, module = rollout_data(trainer), ppo_stage(pl_module)
         rollout, coefficient = data.last_rollout, module.kl_control.coefficient
-        real = length_mask(rollout.lengths, rollout.responses.shape[1])
+        real = real_tokens(rollout)
         kl = rollout.kl.sum(1)
         per_episode = {
             "objective/kl": kl,
@@ -98,4 +99,19 @@ class PPOCurves(Callback):
             "val/num_eos_tokens": curves["rollout/eos_share"] * data.batch_size,
             "lr": self._learning_rate,
             "episode": float(self._episodes(trainer)),
+            **_engine_curves(rollout, module),
         }
+
+
+def _engine_curves(rollout: Rollout, module: PPOStage) -> dict[str, float]:
+    """Computes how far an engine that sampled is from the policy: KL(engine || policy) per token, and differences."""
+    if not hasattr(rollout, "engine_logprobs"):
+        return {}
+    real, differences = real_tokens(rollout), engine_differences(rollout)
+    kl, _ = masked_moments(kl_estimate(rollout.engine_logprobs, rollout.logprobs, "k3"), real, module.reduce_sum)
+    mean, _ = masked_moments(differences, real, module.reduce_sum)
+    return {
+        "rollout/engine_kl": kl.item(),
+        "rollout/engine_difference": mean.item(),
+        "rollout/engine_difference_max": module.reduce_max(differences.max()).item(),
+    }

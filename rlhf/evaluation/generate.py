@@ -40,8 +40,11 @@ from rlhf.models.tokenizers import (
     same_tokens,
 )
 from rlhf.ops.sequences import pad_sequences, response_lengths
-from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.engines import Sampler, SamplerName, make_sampler
+from rlhf.sampling.sampler import Decoding, uniforms
 from rlhf.seeding import derive_seed
+
+CACHE_GIB = 4.0  # of an engine
 
 
 def generate(
@@ -58,6 +61,7 @@ def generate(
     reference: str | None = None,
     eos_tokens: list[str] | None = None,
     precision: Precision = "auto",
+    sampler: SamplerName = "builtin",
 ) -> pd.DataFrame:
     """Writes the responses of a policy to every query of a split to one table.
 
@@ -80,7 +84,9 @@ def generate(
         eos_tokens: tokens that end a response; by default the tokenizer's own and those of the model's
             `generation_config.json`.
         precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
+        sampler: `builtin`, or `vllm` (docs/vllm.md).
     """
+    draw = make_sampler(sampler, False, CACHE_GIB, "batch_size")
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
@@ -93,6 +99,8 @@ def generate(
         rows = _one_per_query(records, f"{data.path} ({data.split})", verbose=processes.rank == 0)
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
         sampling["precision"] = weights = weights_precision(precision)
+        if sampler != "builtin":
+            sampling["sampler"] = sampler
         settings = {
             "model": model_fingerprint(model, "model"),
             "data": files.fingerprint(
@@ -106,14 +114,14 @@ def generate(
             **({"reference": model_fingerprint(reference, "reference")} if reference is not None else {}),
         }
         parts = Parts(output, settings, rows, batch_size, processes)
-        draw = partial(_sampler, model, tokenizer, **sampling)
+        answer = partial(_sampler, draw, model, tokenizer, **sampling)
         load = partial(
             RewardScorer, str(reward), "reward", batch_size, tokenizer, text.special_tokens == "control", weights
         )
         if best_of > 1:
-            parts.make("responses", f"Best of {best_of} by {model}", lambda: best_of_n(draw(), load(), best_of))
+            parts.make("responses", f"Best of {best_of} by {model}", lambda: best_of_n(answer(), load(), best_of))
         else:
-            parts.make("responses", f"Generating with {model}", draw)
+            parts.make("responses", f"Generating with {model}", answer)
         if reward is not None:
             parts.make("scores", f"Scoring with {reward}", lambda: partial(_scores, load(), tokenizer))
         if reference is not None:
@@ -157,7 +165,14 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 
 
 def _sampler(
-    path: str, tokenizer: Any, response_length: int, temperature: float, seed: int, precision: str
+    draw: Sampler,
+    path: str,
+    tokenizer: Any,
+    response_length: int,
+    temperature: float,
+    seed: int,
+    precision: str,
+    sampler: SamplerName = "builtin",
 ) -> Callable[..., pd.DataFrame]:
     device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]
@@ -168,7 +183,8 @@ def _sampler(
         seeds = [derive_seed(seed, row["number"], *([number] if number else [])) for row in rows]
         generators = [torch.Generator().manual_seed(own) for own in seeds]
         drawn = torch.cat([uniforms(1, response_length, generator) for generator in generators])
-        sampled = sample(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
+        found = draw(model, ids.to(device), mask.to(device), drawn.to(device), decoding)
+        sampled = found[0] if isinstance(found, tuple) else found
         lengths, has_eos = (x.tolist() for x in response_lengths(sampled, eos_ids(tokenizer)))
         tokens = [row[:length] for row, length in zip(sampled.tolist(), lengths, strict=True)]
         return pd.DataFrame({

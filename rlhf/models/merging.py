@@ -1,12 +1,18 @@
-"""Adapters in an export, merged into their bases."""
+"""Adapters merged into their bases: in an export, and weight by weight."""
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from rlhf.models.adapter_files import ADAPTER_FILE
+from rlhf.models.adapters import NAME, is_adapted
 from rlhf.models.loading import is_classifier, load_causal_lm, load_config
 from rlhf.models.saving import save_pretrained
 from rlhf.models.scalar_model import ScalarModel
@@ -36,3 +42,42 @@ def merge_exports(root: Path, export: Literal["adapter", "merged", "both"], toke
             for file in list(whole.iterdir()):
                 shutil.move(file, folder)
             whole.rmdir()
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights of a model by their names without adapters, which are merged into them.
+
+    Each is made when it is asked for, so that there is never a second copy of the model. A weight that two modules
+    share comes once.
+    """
+    adapted = is_adapted(model)
+    for name, parameter in model.named_parameters():
+        if adapted and (".lora_" in name or ".original_module." in name):
+            continue
+        weight: Tensor = parameter.detach()
+        if adapted and name.endswith(".weight"):
+            module = model.get_submodule(name.removesuffix(".base_layer.weight").removesuffix(".weight"))
+            weight = _merged(module)
+        yield name.replace(".base_layer.", ".").replace(f".modules_to_save.{NAME}.", "."), weight
+    if not adapted:
+        known = dict(model.named_parameters(remove_duplicate=False))
+        yield from ((name, x.detach()) for name, x in model.state_dict().items() if name not in known)
+
+
+def _merged(layer: Any) -> Tensor:
+    """Computes the weight of a layer, in float32 if it has an adapter or is quantised."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    if not isinstance(layer, LoraLayer):
+        weight: Tensor = layer.weight.detach()
+        return weight if weight.is_floating_point() else dequantize_module_weight(layer).float()
+    adapted: Any = layer
+    if adapted.use_dora.get(NAME):
+        whole = copy.deepcopy(adapted).float()
+        whole.merge()
+        merged: Tensor = whole.get_base_layer().weight
+        return merged.detach()
+    delta: Tensor = adapted.get_delta_weight(NAME)
+    return dequantize_module_weight(adapted.get_base_layer()).float() + delta.float()

@@ -1,5 +1,6 @@
 """PPO, RLOO and GRPO: one Trainer epoch is one update; `rollout` collects experience, `training_step` is the loss."""
 
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,24 @@ from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids
 from rlhf.models.translated import TranslatedModel
 from rlhf.modules.ppo_advantages import set_advantages
-from rlhf.modules.ppo_models import check_models, check_run, load_actor_critic, load_reference, load_reward_model
+from rlhf.modules.ppo_models import (
+    check_models,
+    check_run,
+    load_actor_critic,
+    load_reference,
+    load_reward_model,
+    load_sampler,
+)
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.kl_control import KLControl
-from rlhf.ops.losses import masked_total, policy_losses, value_losses
+from rlhf.ops.losses import importance_weights, masked_total, policy_losses, value_losses
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
-from rlhf.sampling.cuda_graphs import sampling_function
-from rlhf.sampling.grouping import as_many_everywhere, by_length
-from rlhf.sampling.responses import respond
-from rlhf.sampling.rollout import Rollout, in_groups
+from rlhf.sampling.engines import SamplerName
+from rlhf.sampling.grouping import groups
+from rlhf.sampling.responses import Drawn, respond
+from rlhf.sampling.rollout import Rollout, as_scores, in_groups
 from rlhf.sampling.sampler import Decoding, uniforms
 from rlhf.seeding import generator
 
@@ -68,6 +76,7 @@ class PPOModule(StageModule):
         activation_checkpointing: of policy and critic: compute activations again in the backward pass; keep none.
         lora: train adapters only, and leave all other weights as they are (`rlhf.models.adapters.LoRA`).
         quantization: with `lora`, store the matrices of the base in 4 bits (`nf4`) or 8 (`int8`), by bitsandbytes.
+        sampler: `builtin`, or `vllm` (docs/vllm.md).
     """
 
     kind = "ppo"
@@ -89,13 +98,14 @@ class PPOModule(StageModule):
         activation_checkpointing: bool = False,
         lora: LoRA | None = None,
         quantization: Quantization | None = None,
+        sampler: SamplerName = "builtin",
     ) -> None:
         super().__init__(model_path, optimization, pad_token, activation_checkpointing, eos_tokens, lora, quantization)
         check_reward_functions(reward_function=reward_function, evaluation_function=evaluation_function)
         self.reward_path, self.reference_path = reward_path, reference_path or model_path
         self.reward_function, self.evaluation_function = reward_function, evaluation_function
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
-        self.ppo = ppo
+        self.ppo, self.sampler = ppo, load_sampler(sampler, ppo, lora, quantization)
         paths = model_path, self.reference_path, reward_path
         self.reward_tokenizer = check_models(*paths, self.tokenizer, ppo.has_critic)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
@@ -195,41 +205,41 @@ class PPOModule(StageModule):
             # 1. Sample responses; everything after the first EOS is PAD.
             with self._timed("sampling"):
                 episodes = self._respond(batch, self.ppo.temperature, tokens, update)
-            mask, groups = episodes.mask, episodes.groups
             # 2. Log-probabilities and values of the networks that will be trained, then of the reference.
             with self._timed("values"):
-                episodes.logprobs, _, values = in_groups(episodes, groups, self._networks)
+                episodes.logprobs, _, values = in_groups(episodes, episodes.groups, self._networks)
                 episodes.values = torch.where(episodes.value_mask, values, 0.0)
         with self._timed("reference"), self.reference.on(self.device) as reference, self.autocast():
             episodes.ref_logprobs, _ = in_groups(
-                episodes, groups, lambda part: response_logprobs(reference, *part.inputs, self.ppo.temperature)
+                episodes, episodes.groups, lambda part: response_logprobs(reference, *part.inputs, self.ppo.temperature)
             )
         # 3. One score per response; the EOS trick.
         with self._timed("reward"):
-            episodes.scores = self._score(episodes)
+            episodes.scores = as_scores(self.score_responses(episodes), episodes)
             if (penalty := self.ppo.missing_eos_score) is not None:
                 episodes.scores = penalise_missing_eos(episodes.scores, episodes.has_eos, penalty, self.ppo.missing_eos)
         with self._timed("advantages"):
-            # 4. Episodes that are not to be learned from.
+            # 4. The KL, and the episodes that are not to be learned from.
+            kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
+            episodes.kl = torch.where(episodes.mask, kl, 0.0)
             episodes.keep(self.keep_episodes(episodes).to(self.device))
             # 5. Rewards per token: the KL penalty, and the score.
-            kl = kl_estimate(episodes.logprobs, episodes.ref_logprobs, self.ppo.kl_estimator)
-            episodes.kl = torch.where(mask, kl, 0.0)
             episodes.rewards = self.token_rewards(episodes)
             # 6. Advantages and returns.
             set_advantages(episodes, self.ppo, self.reduce_sum)
+            if (cap := self.ppo.importance_cap) is not None:
+                weights = importance_weights(episodes.logprobs, episodes.engine_logprobs, cap)
+                episodes.advantages = episodes.advantages * weights
         return episodes
 
-    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Drawn:
         """Samples token ids `(n, r)` for left-padded queries `(n, P)`. Override this to sample with another engine.
 
-        Args:
-            uniforms: `(n, response_length)`, the random numbers of each row. An engine that draws its own may take its
-                seed from them.
+        It may also return the engine's log-probabilities of them, `(n, r)`, which are compared with the policy's.
+        `uniforms (n, response_length)` are the random numbers of each row, from which an engine can take a seed.
         """
-        draw = sampling_function(self.ppo.cuda_graphs, queries.device)
         decoding = Decoding(temperature, eos_ids(self.tokenizer), self.tokenizer.pad_token_id)
-        return draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
+        return self.sampler(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         """Computes the reward of every episode, `(N,)`: by model, function, or both. Override it for your own.
@@ -265,39 +275,29 @@ class PPOModule(StageModule):
         """Samples responses at the evaluation temperature and scores them, without the EOS trick."""
         tokens = len(batch["queries"]) * (batch["queries"].shape[1] + self.ppo.response_length)
         episodes = self._respond(batch, self.ppo.evaluation_temperature, tokens, 0, seed)
-        episodes.scores = self._score(episodes)
+        episodes.scores = as_scores(self.score_responses(episodes), episodes)
         return episodes
 
     def _respond(self, batch: dict[str, Any], temperature: float, tokens: int, *seed: int) -> Rollout:
         """Samples responses in groups of at most `tokens` tokens with padding."""
 
-        def draw(queries: Tensor, query_mask: Tensor, numbers: Tensor) -> Tensor:
+        def draw(queries: Tensor, query_mask: Tensor, numbers: Tensor) -> Drawn:
             with self.autocast():
                 return self.sample_responses(queries, query_mask, temperature, numbers)
 
         random = generator(self.device, *seed, self.global_rank)
         numbers = uniforms(len(batch["queries"]), self.ppo.response_length, random)
-        episodes = respond(draw, batch, numbers, tokens, self.tokenizer, self.ppo.score_position)
-        episodes.groups = self._groups(episodes, tokens)
+        together = sys.maxsize if self.sampler.takes_all else tokens
+        episodes = respond(draw, batch, numbers, together, self.tokenizer, self.ppo.score_position)
+        everywhere = self.reduce_max if "zero3" in self.placements else None
+        episodes.groups = groups(episodes.total_lengths(), tokens, everywhere, self.device)
         return episodes
-
-    def _groups(self, episodes: Rollout, tokens: int) -> list[list[int]]:
-        lengths = episodes.total_lengths()
-        if "zero3" in self.placements:
-            return as_many_everywhere(lengths, tokens, self.reduce_max, self.device)
-        return by_length(lengths, tokens)
 
     def _timed(self, phase: str) -> AbstractContextManager[None]:
         return timed(self.seconds, phase, self.device)
 
     def _networks(self, part: Rollout) -> Evaluation:
         return self.actor_critic(*part.inputs, self.ppo.temperature)
-
-    def _score(self, episodes: Rollout) -> Tensor:
-        scores = self.score_responses(episodes).to(self.device, torch.float32)
-        if scores.shape != (len(episodes),):
-            raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
-        return scores
 
     def loss(self, now: Evaluation, batch: Rollout) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Computes the loss of a micro-batch, and statistics: `(B, R)` values per token and a mask of those that count.

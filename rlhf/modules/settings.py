@@ -95,6 +95,9 @@ class PPOSettings:
         cuda_graphs: sample with a cache of fixed size and, on a GPU, replay one captured step instead of launching its
             kernels again: the same responses up to rounding, twice as fast on an H200. Null: on a GPU, if it can
             capture a step of the model. True elsewhere: the cache alone.
+        vllm_cache_gib: with `model.sampler` vllm, memory of its cache of keys and values, in GiB.
+        importance_cap: with `model.sampler` vllm, weigh each token in the policy's loss by how much more probable it is
+            for the policy than for the engine, up to this (2 in Yao et al. 2025); null: no weights.
     """
 
     response_length: PositiveInt = 53
@@ -122,6 +125,8 @@ class PPOSettings:
     critic_warmup: NonNegativeInt = 0
     evaluation_temperature: Positive = 0.01
     cuda_graphs: bool | None = None
+    vllm_cache_gib: Positive = 4.0
+    importance_cap: Positive | None = None
 
     @property
     def has_critic(self) -> bool:

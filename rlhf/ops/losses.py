@@ -5,6 +5,8 @@ its own number of tokens but by the average number of tokens per micro-batch of 
 micro-batches and ranks: then the mean over micro-batches (accumulation) and ranks (DDP, ZeRO) is exact for any split.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +58,15 @@ def policy_losses(logprobs: Values, old_logprobs: Values, advantages: Values, cl
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def importance_weights(logprobs: Values, engine_logprobs: Values, cap: float) -> Values:
+    """Computes `min(exp(logprob - engine_logprob), cap)`, what a token that an engine sampled counts in the loss.
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training", with a cap of 2).
+    """
+    return torch.exp((logprobs - engine_logprobs).clamp(max=math.log(cap)))
 
 
 def value_losses(values: Values, old_values: Values, returns: Values, clip: float | None) -> tuple[Values, Mask]:

@@ -49,6 +49,13 @@ def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return groups + [[] for _ in range(parts - len(groups))]
 
 
+def groups(
+    lengths: Sequence[int], tokens: int, reduce_max: Callable[[Tensor], Tensor] | None, device: torch.device
+) -> list[list[int]]:
+    """Groups rows by length; with `reduce_max`, into the same number of groups on every rank."""
+    return by_length(lengths, tokens) if reduce_max is None else as_many_everywhere(lengths, tokens, reduce_max, device)
+
+
 def as_many_everywhere(
     lengths: Sequence[int], tokens: int, reduce_max: Callable[[Tensor], Tensor], device: torch.device
 ) -> list[list[int]]:

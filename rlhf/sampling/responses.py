@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Drawn = Tensor | tuple[Tensor, Tensor]  # token ids and, of an engine, its log-probabilities of them
+
+
 def respond(
-    draw: Callable[[Tensor, Tensor, Tensor], Tensor],
+    draw: Callable[[Tensor, Tensor, Tensor], Drawn],
     batch: dict[str, Any],
     numbers: Tensor,
     tokens: int,
@@ -29,7 +32,8 @@ def respond(
     """Samples a response to each query of a batch, as a rollout with texts and masks.
 
     Args:
-        draw: samples token ids `(n, r)` from queries `(n, P)`, their mask and random numbers `(n, R)`.
+        draw: samples token ids `(n, r)` from queries `(n, P)`, their mask and random numbers `(n, R)`; an engine also
+            returns its own log-probabilities `(n, r)`, which become `engine_logprobs`.
         batch: `queries (N, P)` padded on the left, `query_mask (N, P)`, and `texts`.
         numbers: `(N, R)`, the random numbers of each row; R is the longest response allowed.
         tokens: the most tokens that are sampled together, counting padding and responses of R tokens.
@@ -37,10 +41,14 @@ def respond(
     queries, query_mask, longest = batch["queries"], batch["query_mask"], numbers.shape[1]
     ends, pad_id = eos_ids(tokenizer), tokenizer.pad_token_id
     responses = torch.full((len(queries), longest), pad_id, device=queries.device)
+    own = torch.full(responses.shape, torch.nan, device=queries.device)
     width = 1
     for rows in by_length((query_mask.sum(1) + longest).tolist(), tokens, shortest=0):
         first = int(query_mask[rows].any(0).long().argmax())
-        part = draw(queries[rows, first:], query_mask[rows, first:], numbers[rows])
+        drawn = draw(queries[rows, first:], query_mask[rows, first:], numbers[rows])
+        part, logprobs = drawn if isinstance(drawn, tuple) else (drawn, None)
+        if logprobs is not None:
+            own[rows, : part.shape[1]] = logprobs
         responses[rows, : part.shape[1]] = part
         width = max(width, part.shape[1])
     responses = truncate_after_eos(responses, ends, pad_id)
@@ -53,4 +61,6 @@ def respond(
     decoded = decode_responses(tokenizer, *real)
     texts = [{**text, "response": response} for text, response in zip(batch["texts"], decoded, strict=True)]
     inputs = {"queries": queries, "query_mask": query_mask, "responses": responses}
+    if own.isfinite().any():
+        inputs["engine_logprobs"] = torch.where(mask, own[:, : responses.shape[1]], 0.0)
     return Rollout(texts, **inputs, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
+from rlhf.errors import UserError
 from rlhf.hardware import sent
 from rlhf.ops.sequences import length_mask
 from rlhf.ops.token_rewards import ScorePosition
@@ -56,6 +57,7 @@ class Rollout:
     mask: Bool[Tensor, "N R"]  # the tokens that the policy is trained on: those within `lengths`
     value_mask: Bool[Tensor, "N R"]  # one wider: also the column after the last token
     logprobs: Float32[Tensor, "N R"]  # of the policy, at the sampling temperature
+    engine_logprobs: Float32[Tensor, "N R"]  # of the engine that sampled, if it is another program; 0 outside `lengths`
     ref_logprobs: Float32[Tensor, "N R"]  # of the reference
     values: Float32[Tensor, "N R"]  # 0 outside `value_mask`, and without a critic
     scores: Float32[Tensor, " N"]  # after the penalty for a missing EOS
@@ -145,6 +147,23 @@ def response_masks(lengths: Tensor, width: int, score_position: ScorePosition = 
     """
     mask = length_mask(lengths, width)
     return mask, mask if score_position == "eos" else length_mask(lengths + 1, width)
+
+
+def as_scores(scores: Tensor, episodes: Rollout) -> Tensor:
+    """Returns rewards in float32 on the device of their episodes, of which each must have one."""
+    if scores.shape != (len(episodes),):
+        raise UserError(f"score_responses returned shape {tuple(scores.shape)} for {len(episodes)} episodes.")
+    return scores.to(episodes.responses.device, torch.float32)
+
+
+def real_tokens(episodes: Rollout) -> Tensor:
+    """Returns which tokens of the responses are real, `(N, R)`, those of episodes that are not kept, too."""
+    return length_mask(episodes.lengths, episodes.responses.shape[1])
+
+
+def engine_differences(episodes: Rollout) -> Tensor:
+    """Computes how far the log-probabilities of an engine are from those of the policy, `(N, R)`, 0 on padding."""
+    return torch.where(real_tokens(episodes), episodes.engine_logprobs - episodes.logprobs, 0.0).abs()
 
 
 def in_groups(

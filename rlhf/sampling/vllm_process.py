@@ -1,0 +1,123 @@
+"""The process in which vLLM runs. What it changes in torch and transformers, and its memory, stay there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+TOGETHER = 8192  # tokens of prompts that are read together
+
+
+class Shape(NamedTuple):
+    """What an engine is made for.
+
+    Attributes:
+        folder: has the model's config.json.
+        dtype: of weights and cache, a name of torch's.
+        room: the longest query with its response, in tokens.
+        cache_gib: memory of the cache of keys and values.
+        device: index of the GPU; None on a CPU.
+        threads: of a CPU.
+    """
+
+    folder: str
+    dtype: str
+    room: int
+    cache_gib: float
+    device: int | None
+    threads: int
+
+
+class Request(NamedTuple):
+    """Prompts, a seed for each, and how to sample."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    temperature: float
+    eos_ids: list[int]
+    longest: int  # tokens of a response
+
+
+def serve(connection: Connection, shape: Shape) -> None:
+    """Answers the requests that come over a connection, until its other end is gone; an error is an answer, too."""
+    try:
+        engine = _engine(shape)
+        connection.send((None, None))
+        while True:
+            command, argument = connection.recv()
+            if command == "load":
+                _load(engine, connection)
+            connection.send((None, _sample(engine, argument) if command == "sample" else None))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send((f"{type(error).__name__}: {error}", None))
+
+
+def _engine(shape: Shape) -> Any:
+    on_gpu = shape.device is not None
+    os.environ |= {**ALONE, "LOCAL_RANK": str(shape.device or 0), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
+    if not on_gpu:  # compiling takes longer than it saves
+        os.environ |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(shape.threads)}
+    from vllm import LLM
+
+    return LLM(
+        model=shape.folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",  # the policy's own weights come before each rollout
+        dtype=shape.dtype,
+        max_model_len=shape.room,
+        generation_config="vllm",  # not that of the model
+        logprobs_mode="processed_logprobs",  # at the temperature of the sampling
+        enable_prefix_caching=False,  # it would outlive its weights
+        enable_chunked_prefill=False,  # the random numbers of half a prompt cannot be taken back on a CPU
+        max_num_batched_tokens=max(shape.room, TOGETHER),
+        kv_cache_memory_bytes=int(shape.cache_gib * 2**30),
+        enable_sleep_mode=on_gpu,
+        enforce_eager=not on_gpu,
+        distributed_executor_backend="external_launcher",  # which takes LOCAL_RANK for the GPU
+        disable_log_stats=True,
+        seed=0,
+    )
+
+
+def _load(engine: Any, connection: Connection) -> None:
+    """Takes the weights that follow, one at a time, so that no second copy of all of them is needed."""
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        while (received := connection.recv()) is not None:
+            yield received
+            connection.send((None, None))
+
+    if engine.model_config.enable_sleep_mode:
+        engine.wake_up(tags=["weights"])
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+
+
+def _sample(engine: Any, request: Request) -> list[tuple[list[int], list[float]]]:
+    """Samples token ids and their log-probabilities, from the full distribution; then the engine sleeps, if it can."""
+    from vllm import SamplingParams
+
+    sleeps = engine.model_config.enable_sleep_mode
+    if sleeps:
+        engine.wake_up(tags=["kv_cache"])
+    shared: dict[str, Any] = {"temperature": request.temperature, "max_tokens": request.longest, "logprobs": 0}
+    shared |= {"stop_token_ids": request.eos_ids, "ignore_eos": True, "detokenize": False}
+    prompts = [{"prompt_token_ids": ids} for ids in request.prompts]
+    found = engine.generate(prompts, [SamplingParams(seed=seed, **shared) for seed in request.seeds], use_tqdm=False)
+    if sleeps:
+        engine.sleep(level=2)
+    return [_response(one.outputs[0]) for one in found]
+
+
+def _response(output: Any) -> tuple[list[int], list[float]]:
+    ids = list(output.token_ids)
+    return ids, [known[id_].logprob for known, id_ in zip(output.logprobs, ids, strict=True)]

@@ -1,0 +1,172 @@
+"""Rollouts by vLLM: its tokens and log-probabilities are the policy's, after every update, or the run stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from spies import Stop, StopAt, fit_with_spy
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rlhf.errors import UserError
+from rlhf.models.actor_critic import response_logprobs
+from rlhf.models.adapters import LoRA, add_adapter
+from rlhf.models.merging import merged_weights
+from rlhf.modules import Optimization, PPOModule, PPOSettings
+from rlhf.ops.losses import importance_weights
+from rlhf.ops.sequences import pad_sequences
+from rlhf.sampling import vllm_sampler
+from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.vllm_sampler import VLLMSampler
+from rlhf.synthetic.synthesize import SmallModel, create_model
+
+Make = Callable[..., Any]
+EOS, PAD, GIB = 0, 1, 0.05
+FAST = Optimization(learning_rate=1e-3, schedule="linear")
+SETTINGS = PPOSettings(response_length=8, ppo_epochs=2, vllm_cache_gib=GIB)
+
+
+@pytest.fixture(scope="module")
+def neox_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """A tiny GPT-NeoX whose heads, of 32, vLLM takes on a CPU."""
+    folder = tmp_path_factory.mktemp("neox")
+    create_model(folder, tokenizer, SmallModel(hidden_size=64, layers=2, heads=2, context=512), seed=1)
+    return str(folder)
+
+
+def queries(rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    lengths = [3 + 5 * (row % 7) for row in range(rows)]
+    return pad_sequences([torch.randint(2, vocabulary, (n,)).tolist() for n in lengths], PAD, "left")
+
+
+def mean_difference(model: Any, inputs: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], heat: float) -> float:
+    ids, logprobs = found
+    after_end = (ids == EOS).cumsum(1) - (ids == EOS).long() > 0
+    own, _ = response_logprobs(model, *inputs, ids, ~after_end, heat)
+    return float(torch.where(after_end, 0.0, own - logprobs).abs().mean())
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+@torch.no_grad()
+def test_an_engine_samples_what_the_model_does(kind: str, neox_path: str, from_config: Make) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    llama = LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape)
+    neox = AutoModelForCausalLM.from_pretrained(neox_path).config
+    model = from_config(llama if kind == "llama" else neox)
+    engine, decoding = VLLMSampler(GIB, "cache_gib"), Decoding(0.7, [EOS], PAD)
+    inputs, numbers = queries(8, 400), uniforms(8, 12, torch.Generator().manual_seed(1))
+    found = engine(model, *inputs, numbers, decoding)
+    assert mean_difference(model, inputs, found, 0.7) < 1e-5
+    assert torch.equal(engine(model, *inputs, numbers, decoding)[0], found[0])  # the seeds are those of the rows
+
+    # Frequencies of the first token: within 5 standard errors of the probabilities.
+    query, count = inputs[0][3:4, -18:], 1000
+    many = (query.expand(count, -1), torch.ones(count, 18, dtype=torch.long))
+    drawn, _ = engine(model, *many, torch.rand(count, 1), decoding)
+    shares = torch.bincount(drawn[:, 0], minlength=model.config.vocab_size) / count
+    expected = (model(query).logits[0, -1] / 0.7).softmax(0)
+    assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1 / count).all()
+
+    # Other weights, handed over anew, so sharp that 0.01 is greedy.
+    model.get_output_embeddings().weight.mul_(30)
+    cold = Decoding(0.01, [EOS], PAD)
+    assert torch.equal(engine(model, *inputs, numbers, cold)[0], sample(model, *inputs, numbers, cold))
+    engine.process.kill()
+    with pytest.raises(UserError, match=r"model.sampler vllm: .* has died.*cache_gib"):
+        engine(model, *inputs, numbers, cold)
+
+
+@pytest.fixture
+def run(neox_path: str, trainer: Make, rollout_data: Make) -> Make:
+    """Trains a PPOModule whose rollouts are vLLM's."""
+
+    def words(_: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+        return [float(len(response.split())) for response in responses]
+
+    def run(callbacks: Any = (), max_epochs: int = 2, **settings: Any) -> tuple[PPOModule, Any]:
+        fit = {name: settings.pop(name) for name in ("ckpt_path",) if name in settings}
+        settings = {"ppo": SETTINGS, "optimization": FAST, "reward_function": words, "sampler": "vllm"} | settings
+        module = PPOModule(neox_path, **settings)
+        return module, fit_with_spy(trainer, module, rollout_data(), max_epochs, callbacks, fit)
+
+    return run
+
+
+@pytest.mark.vllm
+def test_a_resumed_run_of_vllm_equals_one_that_never_stopped(run: Make, tmp_path: Path) -> None:
+    expected, spy = run(max_epochs=3)
+    for metrics in spy.metrics:  # after each update, too
+        assert metrics["rollout/engine_difference"] < 1e-5
+        assert abs(metrics["rollout/engine_kl"]) < 1e-6
+        assert metrics["val/ratio_max_deviation"] < 1e-5
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_on_train_epoch_end=True)
+    with pytest.raises(Stop):
+        run(max_epochs=3, callbacks=[checkpoint, StopAt(2)])
+    resumed, after = run(max_epochs=3, ckpt_path=checkpoint.best_model_path)
+    assert torch.equal(after.rollouts[-1].responses, spy.rollouts[-1].responses)
+    for a, b in zip(resumed.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.vllm
+def test_weights_of_an_earlier_update_stop_the_run(run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: list[tuple[str, Tensor]] = []
+
+    def stale(model: Any) -> list[tuple[str, Tensor]]:
+        first[:] = first or [(name, weight.clone()) for name, weight in merged_weights(model)]
+        return first
+
+    monkeypatch.setattr(vllm_sampler, "merged_weights", stale)
+    with pytest.raises(UserError, match=r"Invariant engine .* Look at model.sampler"):
+        run()
+
+
+@pytest.mark.vllm
+def test_vllm_samples_from_merged_adapters(run: Make) -> None:
+    _, spy = run(lora=LoRA(rank=4), ppo=PPOSettings(response_length=8, vllm_cache_gib=GIB, importance_cap=2.0))
+    assert spy.metrics[-1]["rollout/engine_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_merged_weights_are_those_of_a_merged_model(model_path: str, dora: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    names = [name for name, _ in model.named_parameters()]
+    add_adapter(model, LoRA(rank=4, dora=dora, modules_to_save=["embed_in"]), model_path, 1, "model.model_path")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.arange(2, 12)[None]
+    expected = model(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(model_path)
+    weights = dict(merged_weights(model))
+    assert sorted(weights) == sorted(names)
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_importance_weights_are_ratios_up_to_the_cap() -> None:
+    policy, engine = torch.tensor([[0.5, 0.25, 0.8]]).log(), torch.tensor([[0.4, 0.5, 0.1]]).log()
+    torch.testing.assert_close(importance_weights(policy, engine, 2.0), torch.tensor([[1.25, 0.5, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "vllm", "ppo": PPOSettings(temperature=0.001)}, r"model.ppo.temperature is 0.001: vLLM samples"),
+        ({"ppo": PPOSettings(importance_cap=2.0)}, r"importance_cap needs model.sampler vllm"),
+        ({"sampler": "vllm"}, r"model.sampler vllm needs vLLM, which is not installed"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    settings: dict[str, Any], message: str, model_path: str, reward_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_sampler, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=message):
+        PPOModule(model_path, reward_path, **settings)
