@@ -106,7 +106,7 @@ class PPOModule(StageModule):
         self.reward_path, self.reference_path = reward_path, reference_path or model_path
         self.reward_function, self.evaluation_function = reward_function, evaluation_function
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
-        self.ppo, self.sampler = ppo, load_sampler(sampler, ppo, lora, quantization)
+        self.ppo, self.sampler = ppo, load_sampler(sampler, ppo)
         self.reward_tokenizer = check_models(model_path, self.reference_path, reward_path, self.tokenizer)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
             raise UserError("PPO has no reward: set model.reward_path, model.reward_function, or both.")
