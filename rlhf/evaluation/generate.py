@@ -40,8 +40,10 @@ from rlhf.models.tokenizers import (
     same_tokens,
 )
 from rlhf.ops.sequences import pad_sequences, response_lengths
-from rlhf.sampling.engines import Sampler, SamplerName, make_sampler
-from rlhf.sampling.sampler import Decoding, uniforms
+from rlhf.sampling.engines import SamplerName
+from rlhf.sampling.responses import Drawn
+from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.vllm_sampler import VLLMSampler
 from rlhf.seeding import derive_seed
 
 CACHE_GIB = 4.0  # of an engine
@@ -86,7 +88,7 @@ def generate(
         precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
         sampler: `builtin`, or `vllm` (docs/vllm.md).
     """
-    draw = make_sampler(sampler, False, CACHE_GIB, "batch_size")
+    draw: Callable[..., Drawn] = sample if sampler == "builtin" else VLLMSampler(CACHE_GIB, "batch_size")
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
@@ -165,7 +167,7 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 
 
 def _sampler(
-    draw: Sampler,
+    draw: Callable[..., Drawn],
     path: str,
     tokenizer: Any,
     response_length: int,

@@ -36,7 +36,6 @@ class Workload:
     """The shapes of a run that decide how much memory each process needs."""
 
     stage: Literal["sft", "reward", "dpo", "ppo"]
-    critic: bool = True  # of PPO: whether there is one
     strategy: Literal["single", "ddp", "zero2"] = "single"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"  # autocast over float32 weights; under zero2 bf16 weights
     world_size: int = 1
@@ -53,6 +52,7 @@ class Workload:
     lora: LoRA | None = None  # adapters are trained in place of all weights
     quantization: Literal["nf4", "int8"] | None = None  # of the base of the adapters
     bases: int = 1  # of policy and critic: 2, if the reward model is no adapter on the policy's base
+    critic: bool = True  # of PPO: whether there is one
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,10 +73,10 @@ def _merged(layer: Any) -> Tensor:
         weight: Tensor = layer.weight.detach()
         return weight if weight.is_floating_point() else dequantize_module_weight(layer).float()
     adapted: Any = layer
-    if adapted.use_dora.get(NAME):
-        whole = copy.deepcopy(adapted).float()
-        whole.merge()
-        merged: Tensor = whole.get_base_layer().weight
-        return merged.detach()
     delta: Tensor = adapted.get_delta_weight(NAME)
-    return dequantize_module_weight(adapted.get_base_layer()).float() + delta.float()
+    merged = dequantize_module_weight(adapted.get_base_layer()).float() + delta.float()
+    if not adapted.use_dora.get(NAME):
+        return merged
+    inputs = 0 if adapted.fan_in_fan_out else 1  # the dimension; the lengths of what is left are trained by DoRA
+    lengths: Tensor = adapted.lora_magnitude_vector[NAME].weight.float().unsqueeze(inputs)
+    return merged * lengths / merged.norm(dim=inputs, keepdim=True)

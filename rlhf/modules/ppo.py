@@ -105,7 +105,7 @@ class PPOModule(StageModule):
         self.reward_path, self.reference_path = reward_path, reference_path or model_path
         self.reward_function, self.evaluation_function = reward_function, evaluation_function
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
-        self.ppo, self.sampler = ppo, load_sampler(sampler, ppo, lora, quantization)
+        self.ppo, self.sampler, self.draw = ppo, sampler, load_sampler(sampler, ppo)
         paths = model_path, self.reference_path, reward_path
         self.reward_tokenizer = check_models(*paths, self.tokenizer, ppo.has_critic)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
@@ -239,7 +239,7 @@ class PPOModule(StageModule):
         `uniforms (n, response_length)` are the random numbers of each row, from which an engine can take a seed.
         """
         decoding = Decoding(temperature, eos_ids(self.tokenizer), self.tokenizer.pad_token_id)
-        return self.sampler(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
+        return self.draw(self.actor_critic.policy, queries, query_mask, uniforms, decoding)
 
     def score_responses(self, episodes: Rollout) -> Tensor:
         """Computes the reward of every episode, `(N,)`: by model, function, or both. Override it for your own.
@@ -287,7 +287,7 @@ class PPOModule(StageModule):
 
         random = generator(self.device, *seed, self.global_rank)
         numbers = uniforms(len(batch["queries"]), self.ppo.response_length, random)
-        together = sys.maxsize if self.sampler.takes_all else tokens
+        together = sys.maxsize if self.draw.takes_all else tokens
         episodes = respond(draw, batch, numbers, together, self.tokenizer, self.ppo.score_position)
         everywhere = self.reduce_max if "zero3" in self.placements else None
         episodes.groups = groups(episodes.total_lengths(), tokens, everywhere, self.device)

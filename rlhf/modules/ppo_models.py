@@ -17,7 +17,6 @@ from rlhf.models.frozen import FrozenModel, M, Placement
 from rlhf.models.half_weights import Forward, keep_half, language_model_forward, scalar_forward
 from rlhf.models.loading import check_language_model, check_reward_model, checkpoint_activations
 from rlhf.models.networks import AdaptedNetworks, Networks
-from rlhf.models.quantization import Quantization
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import (
     PAD_TOKEN,
@@ -108,7 +107,7 @@ def check_run(
         )
 
 
-def load_sampler(name: SamplerName, ppo: PPOSettings, lora: LoRA | None, quantization: Quantization | None) -> Sampler:
+def load_sampler(name: SamplerName, ppo: PPOSettings) -> Sampler:
     """Makes the sampler, and refuses settings that it cannot follow; an engine starts when it is first called."""
     if name == "builtin" and ppo.importance_cap is not None:
         raise UserError("model.ppo.importance_cap needs model.sampler vllm: the built-in sampler is the policy itself.")
@@ -116,8 +115,6 @@ def load_sampler(name: SamplerName, ppo: PPOSettings, lora: LoRA | None, quantiz
         for setting in ("temperature", "evaluation_temperature"):
             if (value := getattr(ppo, setting)) < COLDEST:
                 raise UserError(f"model.ppo.{setting} is {value:g}: vLLM samples at {COLDEST} or more; raise it.")
-        if lora is not None and lora.dora and quantization is not None:
-            raise UserError("model.sampler vllm needs merged weights: use model.lora.dora or model.quantization alone.")
     return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib, "model.ppo.vllm_cache_gib")
 
 
