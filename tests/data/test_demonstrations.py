@@ -110,7 +110,7 @@ def test_the_share_is_the_mean_number_of_counted_tokens(make: Attach, loss_on: s
 
 def test_a_training_batch_carries_nothing_to_sample_from(make: Attach) -> None:
     batch = next(iter(make().train_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask", "loss_mask", "share", "rows"}
+    assert set(batch) == {"input_ids", "attention_mask", "loss_mask", "share", "rows", "indices"}
     assert all(batch[k].dtype == torch.long for k in ("input_ids", "attention_mask", "loss_mask"))
 
 

@@ -111,16 +111,14 @@ def test_a_rollout_does_not_depend_on_how_many_rows_go_at_a_time(fit: Make, size
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_under_zero3_every_process_has_as_many_groups(
-    fit: Make, monkeypatch: pytest.MonkeyPatch, model_path: str, reward_path: str
-) -> None:
+def test_under_zero3_every_process_has_as_many_groups(fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    _, data = fit("ppo", max_epochs=1)
-    rollout = data.last_rollout
-    module = PPOModule(model_path, reward_path, reward_placement="zero3", ppo=PPOSettings(response_length=6))
-    own = len(PPOModule(model_path, reward_path)._groups(rollout, 10_000))
+    module, data = fit("ppo", max_epochs=1)
+    batch = next(iter(data.val_dataloader()[0]))
+    own = len(module.respond(batch, 0).groups)
+    monkeypatch.setattr(PPOModule, "placements", ("device", "zero3"))
     monkeypatch.setattr(module, "reduce_max", lambda x: torch.maximum(x, torch.tensor([5, -8])))
-    groups = module._groups(rollout, 10_000)
+    groups = module.respond(batch, 0).groups
     assert own < 5 == len(groups)
-    assert sorted(row for group in groups for row in group) == list(range(8))
+    assert sorted(row for group in groups for row in group) == list(range(len(batch["queries"])))

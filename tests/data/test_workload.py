@@ -36,7 +36,7 @@ def run(kind: str, checkpointing: bool = False, reduce_max: Any = lambda x: x) -
     )
     module = SimpleNamespace(lora=None, quantization=None, 
         kind=kind, model_config=CONFIG, reduce_max=reduce_max, activation_checkpointing=checkpointing,
-        response_room=16, placements=("device", "cpu"), reward_path="reward",
+        response_room=16, placements=("device", "cpu"), reward_path="reward", ppo=SimpleNamespace(has_critic=True),
     )  # fmt: skip
     data = SimpleNamespace(
         longest=lambda: LONGEST, tokens=None, micro_batch_size=1, eval_batch_size=1, rollout_batch_size=1,
