@@ -114,7 +114,8 @@ def test_a_rollout_does_not_depend_on_how_many_rows_go_at_a_time(fit: Make, size
 def test_under_zero3_every_process_has_as_many_groups(fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    module, data = fit("ppo", max_epochs=1)
+    _, data = fit("ppo", max_epochs=1)
+    module = data.module
     batch = next(iter(data.val_dataloader()[0]))
     own = len(module.respond(batch, 0).groups)
     monkeypatch.setattr(PPOModule, "placements", ("device", "zero3"))
