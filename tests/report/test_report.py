@@ -350,7 +350,7 @@ def test_a_config_of_a_report(tmp_path: Path) -> None:
 
 
 def test_the_config_in_the_docs_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     config = tmp_path / "report.yaml"
     config.write_text(re.search(r"```yaml\n(# report.yaml\n.*?)```", text, re.DOTALL)[1])
     with pytest.raises(SystemExit) as stop:
