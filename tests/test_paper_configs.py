@@ -34,8 +34,8 @@ FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 SIZES = ["1b", "2.8b", "6.9b"]
 EXPORT = "rlhf.callbacks.export.Export"
 SHAPES = {"1b": (2048, 16, 8, 50304), "2.8b": (2560, 32, 32, 50304), "6.9b": (4096, 32, 32, 50432)}
-STAGES = ["sft", "reward", "dpo", "ppo"]
-PAIRS = list(product(STAGES, SIZES))
+STAGES = ["sft", "reward", "ppo"]  # of the pipeline
+PAIRS = list(product([*STAGES, "dpo"], SIZES))
 EXAMPLES = {"sft": (116_722, 128), "reward": (92_858, 64), "dpo": (92_858, 64), "ppo": (1_000_000, 512)}
 
 
@@ -304,7 +304,7 @@ def test_two_steps_on_a_small_model(
     given = [f"--model.model_path={model_path}", f"--run_dir={tmp_path}/run", "--data.batch_size=8"]
     given += ["--data.micro_batch_size=2", "--data.eval_batch_size=8"]
     for split in ("train", "validation", *(["demonstrations"] if stage == "reward" else [])):
-        path = pairs if stage == "reward" and split != "demonstrations" else prompts
+        path = pairs if stage in ("reward", "dpo") and split != "demonstrations" else prompts
         given += [f"--data.{split}.{key}={value}" for key, value in {"path": path, **source}.items()]
     given += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
     if stage == "ppo":
