@@ -103,7 +103,7 @@ def cases(folder: Path, shape: Shape, options: argparse.Namespace) -> list[dict[
     """Measures all sizes, first with activations kept, then with activations that are computed again."""
     device, found = torch.device(options.device), []
     paths = str(folder / "policy"), str(folder / "reward")
-    models = load_actor_critic(Networks(torch.float32, device, 1), *paths, False).train()
+    models = load_actor_critic(Networks(torch.float32, device, 1), *paths, False, True).train()
     for recompute in (False, True):
         if recompute:
             checkpoint_activations(models.policy)

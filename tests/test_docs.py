@@ -90,6 +90,7 @@ def parse(words: list[str]) -> None:
             main([*words, "--print_config"])
         return
     verb, given = ("pipeline", words[2:]) if words[0] == "check" else (words[0], words[1:])
+    given = [word if word != "--watch" else "--watch=true" for word in given]  # as `main` does it
     if verb == "pipeline":
         given, _ = split_words(given, [*SECTIONS, "judge"])
     parsed(getattr(importlib.import_module(VERBS[verb][0]), verb), given)

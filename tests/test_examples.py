@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 from rlhf.cli.main import main
-from rlhf.files import is_complete
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 
@@ -51,21 +49,3 @@ def test_the_docs_show_the_example_as_it_is() -> None:
     assert shown is not None
     lines = [line.strip() for line in shown.group().removesuffix("```").splitlines() if line.strip()]
     assert all(line in source for line in lines)
-
-
-def test_a_reward_from_a_function_alone_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    train = importlib.import_module("examples.friendly_words").train
-    rewards = train(str(tmp_path))
-    assert rewards[-1] > 2 * rewards[0] + 0.05
-    assert is_complete(tmp_path / "export")
-
-
-def test_an_ablation_and_the_comparison_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    kl = importlib.import_module("examples.ablation").main(str(tmp_path), updates=3)
-    assert kl["no_kl_penalty"] != kl["default"]
-    runs = [str(tmp_path / name) for name in kl]
-    differences = importlib.import_module("examples.comparison").main(*runs, str(tmp_path / "comparison"))
-    assert len(differences)
-    assert (tmp_path / "comparison" / "report.html").exists()

@@ -5,8 +5,6 @@ its own number of tokens but by the average number of tokens per micro-batch of 
 micro-batches and ranks: then the mean over micro-batches (accumulation) and ranks (DDP, ZeRO) is exact for any split.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +64,7 @@ def importance_weights(logprobs: Values, engine_logprobs: Values, cap: float) ->
     Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training", with a cap of 2).
     """
-    return torch.exp((logprobs - engine_logprobs).clamp(max=math.log(cap)))
+    return torch.exp(logprobs - engine_logprobs).clamp(max=cap)
 
 
 def value_losses(values: Values, old_values: Values, returns: Values, clip: float | None) -> tuple[Values, Mask]:
