@@ -42,7 +42,7 @@ def test_what_is_in_the_folder_wins(empty: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_names(empty: Path) -> None:
-    with pytest.raises(UserError, match=r"no file quikstart; .*: ablations, custom, quickstart, scaling, tldr, or"):
+    with pytest.raises(UserError, match=r"no file quikstart; .*: ablations, baselines, custom, quickstart, scaling, tldr, or"):
         find_config("quikstart")
 
 
