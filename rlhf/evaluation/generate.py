@@ -101,8 +101,6 @@ def generate(
         rows = _one_per_query(records, f"{data.path} ({data.split})", verbose=processes.rank == 0)
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
         sampling["precision"] = weights = weights_precision(precision)
-        if sampler != "builtin":
-            sampling["sampler"] = sampler
         settings = {
             "model": model_fingerprint(model, "model"),
             "data": files.fingerprint(
@@ -112,6 +110,7 @@ def generate(
             **sampling,
             "reward": None if reward is None else model_fingerprint(reward, "reward"),
             "eos": [*eos_ids(tokenizer)],
+            **({"sampler": sampler} if sampler != "builtin" else {}),
             **({"best_of": best_of} if best_of > 1 else {}),
             **({"reference": model_fingerprint(reference, "reference")} if reference is not None else {}),
         }
@@ -174,7 +173,6 @@ def _sampler(
     temperature: float,
     seed: int,
     precision: str,
-    sampler: SamplerName = "builtin",
 ) -> Callable[..., pd.DataFrame]:
     device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]

@@ -94,7 +94,7 @@ class DPOModule(PairModule):
         splits, trainer = pair_data(self.trainer).splits, self.trainer
         measured = ["validation"] if trainer.state.fn == "validate" or "test" not in splits else ["test"]
         if trainer.state.fn == "fit":
-            measured = ["train", "validation"]
+            measured = ["train", *(["validation"] if trainer.limit_val_batches else [])]
         return [name for part in measured for name in (part, part + NEWS) if len(splits.get(name, ()))]
 
     def _limit(self, split: str) -> int | None:

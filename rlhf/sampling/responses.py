@@ -41,14 +41,15 @@ def respond(
     queries, query_mask, longest = batch["queries"], batch["query_mask"], numbers.shape[1]
     ends, pad_id = eos_ids(tokenizer), tokenizer.pad_token_id
     responses = torch.full((len(queries), longest), pad_id, device=queries.device)
-    own = torch.full(responses.shape, torch.nan, device=queries.device)
+    engine: Tensor | None = None  # its log-probabilities
     width = 1
     for rows in by_length((query_mask.sum(1) + longest).tolist(), tokens, shortest=0):
         first = int(query_mask[rows].any(0).long().argmax())
         drawn = draw(queries[rows, first:], query_mask[rows, first:], numbers[rows])
         part, logprobs = drawn if isinstance(drawn, tuple) else (drawn, None)
         if logprobs is not None:
-            own[rows, : part.shape[1]] = logprobs
+            engine = torch.zeros(responses.shape, device=queries.device) if engine is None else engine
+            engine[rows, : part.shape[1]] = logprobs
         responses[rows, : part.shape[1]] = part
         width = max(width, part.shape[1])
     responses = truncate_after_eos(responses, ends, pad_id)
@@ -61,6 +62,6 @@ def respond(
     decoded = decode_responses(tokenizer, *real)
     texts = [{**text, "response": response} for text, response in zip(batch["texts"], decoded, strict=True)]
     inputs = {"queries": queries, "query_mask": query_mask, "responses": responses}
-    if own.isfinite().any():
-        inputs["engine_logprobs"] = torch.where(mask, own[:, : responses.shape[1]], 0.0)
+    if engine is not None:
+        inputs["engine_logprobs"] = torch.where(mask, engine[:, : responses.shape[1]], 0.0)
     return Rollout(texts, **inputs, lengths=lengths, has_eos=has_eos, mask=mask, value_mask=value_mask)
