@@ -76,6 +76,8 @@ class UpdateSettings(Protocol):
     @property
     def missing_eos_score(self) -> float | None: ...
     @property
+    def vllm_cache_gib(self) -> float: ...
+    @property
     def kl_target(self) -> float | None: ...
     @property
     def kl_horizon(self) -> int: ...
@@ -89,6 +91,7 @@ class PPOStage(Stage, Protocol):
     kl_control: KLControl
     ratio_deviation: Tensor
     seconds: dict[str, float]
+    sampler: str
 
     @property
     def ppo(self) -> UpdateSettings: ...

@@ -21,7 +21,7 @@ from rlhf.models.adapters import LoRA
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import eos_ids, load_tokenizer
 from rlhf.modules import Optimization, PPOModule, PPOSettings, RewardModule, SFTModule
-from rlhf.sampling import vllm_sampler
+from rlhf.sampling import vllm_engine
 from rlhf.synthetic.gold_score import gold_scores
 
 Settings = dict[str, list[Any]]
@@ -191,7 +191,7 @@ def test_every_setting_and_every_choice_is_named_here(kind: type) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a policy, a reference and a reward model, in which no run takes a step."""
-    monkeypatch.setattr(vllm_sampler, "find_spec", lambda _: True)
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda _: True)
     shutil.copytree(model_path, tmp_path / "policy")
     shutil.copytree(model_path, tmp_path / "reference")
     ScalarModel.from_policy(model_path, 3).save(tmp_path / "reward", load_tokenizer(model_path))

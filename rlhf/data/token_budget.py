@@ -51,6 +51,8 @@ def workload(trainer: Trainer, module: Stage, data: StageDataModule) -> Workload
         ppo = cast(PPOStage, module)
         reference, reward = ppo.placements
         extra |= {"reference": reference, "reward": reward if ppo.reward_path else None, "critic": ppo.ppo.has_critic}
+        if ppo.sampler == "vllm":
+            extra |= {"engine_cache_gib": ppo.ppo.vllm_cache_gib, "engine_sleeps": strategy.root_device.type == "cuda"}
         if ppo.reward_path is not None and ppo.lora is not None:
             paths = (ppo.model_path, "model.model_path"), (ppo.reward_path, "model.reward_path")
             extra["bases"] = len({base_name(*path) for path in paths})

@@ -46,8 +46,6 @@ from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_sampler import VLLMSampler
 from rlhf.seeding import derive_seed
 
-CACHE_GIB = 4.0  # of an engine
-
 
 def generate(
     output: str,
@@ -64,6 +62,7 @@ def generate(
     eos_tokens: list[str] | None = None,
     precision: Precision = "auto",
     sampler: SamplerName = "builtin",
+    vllm_cache_gib: Positive = 4.0,
 ) -> pd.DataFrame:
     """Writes the responses of a policy to every query of a split to one table.
 
@@ -87,8 +86,11 @@ def generate(
             `generation_config.json`.
         precision: of the weights of both models; `auto` is bfloat16 on GPUs and float32 on CPUs.
         sampler: `builtin`, or `vllm` (docs/vllm.md).
+        vllm_cache_gib: with `vllm`, memory of its cache of keys and values, in GiB.
     """
-    draw: Callable[..., Drawn] = sample if sampler == "builtin" else VLLMSampler(CACHE_GIB, "batch_size")
+    draw: Callable[..., Drawn] = sample
+    if sampler == "vllm":
+        draw = VLLMSampler(vllm_cache_gib, ("sampler", "vllm_cache_gib"), best_device(), fixed=True)
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
@@ -174,7 +176,9 @@ def _sampler(
     seed: int,
     precision: str,
 ) -> Callable[..., pd.DataFrame]:
-    device, decoding = best_device(), Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
+    # An engine has the weights on the device itself.
+    device = torch.device("cpu") if isinstance(draw, VLLMSampler) else best_device()
+    decoding = Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]
 
     def respond(rows: list[Row], number: int = 0) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
+from rlhf.hardware import GIB
 from rlhf.models.adapters import LoRA, train_adapter_only
 from rlhf.models.classifiers import classifier_config
 from rlhf.models.frozen import Placement
@@ -53,6 +54,8 @@ class Workload:
     quantization: Literal["nf4", "int8"] | None = None  # of the base of the adapters
     bases: int = 1  # of policy and critic: 2, if the reward model is no adapter on the policy's base
     critic: bool = True  # of PPO: whether there is one
+    engine_cache_gib: float = 0.0  # of another program that samples; 0: there is none
+    engine_sleeps: bool = True  # and gives its memory back while the model is trained, as on GPUs
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Phase:
     activations: int = 0
     logits: int = 0
     kv_cache: int = 0
+    engine: int = 0
 
     @property
     def total(self) -> int:
@@ -85,7 +89,10 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     pairs = 2 if workload.stage in ("reward", "dpo") else 1
     micro, rows = pairs * workload.micro_batch, pairs * workload.inference_batch
     # Beside the two moments of each value ZeRO keeps a float32 master copy of each rank's share.
-    always = Phase(f.stored * f.parameters + f.base(), (3 if f.zero else 2) * f.moments, f.frozen("device"))
+    always = Phase(
+        f.stored * f.parameters + f.base(), (3 if f.zero else 2) * f.moments, f.frozen("device"),
+        engine=0 if workload.engine_sleeps else f.engine(),
+    )  # fmt: skip
     stepped = replace(always, gradients=FLOAT32 * f.own, buffers=0 if f.zero else f.reduction())
     # Without ZeRO gradients live until the next forward of training; PPO frees them before its rollout.
     between = always if f.zero or workload.stage == "ppo" else stepped
@@ -99,7 +106,7 @@ def estimate(config: PreTrainedConfig, workload: Workload) -> dict[str, Phase]:
     read = replace(forward, frozen_models=moved, **either)
     kept = {"activations": f.activations(micro), "logits": f.output_layer(micro)}
     phases = {
-        "sampling": replace(forward, kv_cache=f.kv_cache(rows)),
+        "sampling": replace(between, engine=f.engine()) if f.engine() else replace(forward, kv_cache=f.kv_cache(rows)),
         "scoring": max(values, read, key=lambda phase: phase.total) if workload.stage == "ppo" else read,
         "training": replace(stepped, buffers=f.reduction(), weight_copies=f.copies_in_training(), **kept),
         "step": replace(stepped, buffers=stepped.buffers + f.moments),  # square roots of all second moments at once
@@ -289,6 +296,11 @@ class _Formula:
                 size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
                 values += 2 * (getattr(layer, "num_key_value_heads", None) or heads) * size
         return rows * self.tokens * values * self.stored
+
+    def engine(self) -> int:
+        # Its weights are whole, in the precision of the policy's computing.
+        cache = int(GIB * self.run.engine_cache_gib)
+        return cache and cache + self.compute * self.language_model.parameters
 
     def placed(self, placement: Placement) -> list[Network]:
         held = [(self.run.reference, self.language_model), (self.run.reward, self.scalar_model)]

@@ -115,7 +115,7 @@ def load_sampler(name: SamplerName, ppo: PPOSettings) -> Sampler:
         for setting in ("temperature", "evaluation_temperature"):
             if (value := getattr(ppo, setting)) < COLDEST:
                 raise UserError(f"model.ppo.{setting} is {value:g}: vLLM samples at {COLDEST} or more; raise it.")
-    return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib, "model.ppo.vllm_cache_gib")
+    return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib)
 
 
 def load_reference(

@@ -51,6 +51,8 @@ class BuiltinSampler:
         return sampling_function(self.cuda_graphs, queries.device)(model, queries, query_mask, uniforms, decoding)
 
 
-def make_sampler(name: SamplerName, cuda_graphs: bool | None, cache_gib: float, setting: str) -> Sampler:
-    """Returns a sampler by its name; `setting` names `cache_gib`, which is for vLLM alone, in messages."""
-    return BuiltinSampler(cuda_graphs) if name == "builtin" else VLLMSampler(cache_gib, setting)
+def make_sampler(name: SamplerName, cuda_graphs: bool | None, cache_gib: float) -> Sampler:
+    """Returns the sampler of PPO by its name; `cache_gib` is for vLLM alone."""
+    if name == "builtin":
+        return BuiltinSampler(cuda_graphs)
+    return VLLMSampler(cache_gib, ("model.sampler", "model.ppo.vllm_cache_gib"))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-
 TOGETHER = 8192  # tokens of prompts that are read together
 
 
@@ -19,20 +19,24 @@ class Shape(NamedTuple):
     """What an engine is made for.
 
     Attributes:
-        folder: has the model's config.json.
-        dtype: of weights and cache, a name of torch's.
+        model: folder with the model's config.json, or a name on the hub.
+        dtype: of weights and cache.
+        device: where it runs.
         room: the longest query with its response, in tokens.
         cache_gib: memory of the cache of keys and values.
-        device: index of the GPU; None on a CPU.
         threads: of a CPU.
+        loads: whether it loads the model's weights; else they are handed over.
+        sleeps: whether it gives its memory back between calls, on a GPU.
     """
 
-    folder: str
-    dtype: str
+    model: str
+    dtype: torch.dtype
+    device: torch.device
     room: int
     cache_gib: float
-    device: int | None
     threads: int
+    loads: bool = False
+    sleeps: bool = False
 
 
 class Request(NamedTuple):
@@ -54,7 +58,8 @@ def serve(connection: Connection, shape: Shape) -> None:
             command, argument = connection.recv()
             if command == "load":
                 _load(engine, connection)
-            connection.send((None, _sample(engine, argument) if command == "sample" else None))
+            answers: dict[str, Callable[[Any, Any], Any]] = {"sample": _sample, "read": _read}
+            connection.send((None, answers[command](engine, argument) if command in answers else None))
     except EOFError:
         return
     except Exception as error:
@@ -62,17 +67,17 @@ def serve(connection: Connection, shape: Shape) -> None:
 
 
 def _engine(shape: Shape) -> Any:
-    on_gpu = shape.device is not None
-    os.environ |= {**ALONE, "LOCAL_RANK": str(shape.device or 0), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    on_gpu = shape.device.type == "cuda"
+    os.environ |= {**ALONE, "LOCAL_RANK": str(shape.device.index or 0), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
     if not on_gpu:  # compiling takes longer than it saves
         os.environ |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(shape.threads)}
     from vllm import LLM
 
     return LLM(
-        model=shape.folder,
+        model=shape.model,
         skip_tokenizer_init=True,
-        load_format="dummy",  # the policy's own weights come before each rollout
+        load_format="auto" if shape.loads else "dummy",
         dtype=shape.dtype,
         max_model_len=shape.room,
         generation_config="vllm",  # not that of the model
@@ -81,7 +86,7 @@ def _engine(shape: Shape) -> Any:
         enable_chunked_prefill=False,  # the random numbers of half a prompt cannot be taken back on a CPU
         max_num_batched_tokens=max(shape.room, TOGETHER),
         kv_cache_memory_bytes=int(shape.cache_gib * 2**30),
-        enable_sleep_mode=on_gpu,
+        enable_sleep_mode=on_gpu and shape.sleeps,
         enforce_eager=not on_gpu,
         distributed_executor_backend="external_launcher",  # which takes LOCAL_RANK for the GPU
         disable_log_stats=True,
@@ -116,6 +121,18 @@ def _sample(engine: Any, request: Request) -> list[tuple[list[int], list[float]]
     if sleeps:
         engine.sleep(level=2)
     return [_response(one.outputs[0]) for one in found]
+
+
+def _read(engine: Any, prompts: list[list[int]]) -> list[list[float]]:
+    """Computes the log-probability of each token after those before it; that of the first one is 0."""
+    from vllm import SamplingParams
+
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    found = engine.generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False)
+    return [
+        [0.0, *(known[id_].logprob for known, id_ in zip(one.prompt_logprobs[1:], ids[1:], strict=True))]
+        for one, ids in zip(found, prompts, strict=True)
+    ]
 
 
 def _response(output: Any) -> tuple[list[int], list[float]]:

@@ -1,35 +1,25 @@
-"""Sampling by vLLM, in a process beside each training process, on the same device."""
+"""Sampling by vLLM, whose weights are those of the model at every call."""
 
 from __future__ import annotations
 
-import weakref
-from importlib.util import find_spec
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.models.merging import merged_weights
 from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling.sampler import Decoding
-from rlhf.sampling.vllm_process import Request, Shape, serve
+from rlhf.sampling.vllm_engine import Engine, check_vllm
+from rlhf.sampling.vllm_process import Request, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COLDEST = 0.01  # vLLM raises temperatures below
 STEP = 64  # an engine has room for a multiple of so many tokens
-
-
-def check_vllm() -> None:
-    """Refuses to sample by vLLM where it is not installed."""
-    if find_spec("vllm") is None:
-        raise UserError(
-            "model.sampler vllm needs vLLM, which is not installed here: see docs/vllm.md, or leave model.sampler out."
-        )
 
 
 class VLLMSampler:
@@ -40,16 +30,20 @@ class VLLMSampler:
 
     Args:
         cache_gib: memory of the engine's cache of keys and values.
-        setting: of it, for error messages.
+        names: of the settings `sampler` and `vllm_cache_gib`, for error messages.
+        device: where it samples; by default on that of the model.
+        fixed: whether the model never changes: its weights are handed over once, and the engine does not sleep.
     """
 
     takes_all = True  # rows: they need no padding, and the engine splits them itself
 
-    def __init__(self, cache_gib: float, setting: str) -> None:
-        check_vllm()
-        self.cache_gib, self.setting = cache_gib, setting
+    def __init__(
+        self, cache_gib: float, names: tuple[str, str], device: torch.device | None = None, fixed: bool = False
+    ) -> None:
+        check_vllm(names[0])
+        self.cache_gib, self.names, self.device, self.fixed = cache_gib, names, device, fixed
+        self.engine: Engine | None = None
         self._room = 0
-        self._close: Any = lambda: None
 
     @torch.no_grad()
     def __call__(
@@ -65,87 +59,51 @@ class VLLMSampler:
             Token ids `(B, r)` and the engine's log-probabilities of them `(B, r)`, 0 on padding.
         """
         if decoding.temperature < COLDEST:
-            raise UserError(f"model.sampler vllm samples at temperatures of {COLDEST} or more only; raise it.")
+            raise UserError(f"{self.names[0]} vllm samples at temperatures of {COLDEST} or more only; raise it.")
         dtype = _dtype(model)
-        self._start(model, queries.shape[1] + uniforms.shape[1], dtype)
-        self._hand_over(model, dtype)
+        engine, is_new = self._started(model, queries.shape[1] + uniforms.shape[1], dtype)
+        if is_new or not self.fixed:
+            _hand_over(model, dtype, engine)
         prompts = [ids[real].tolist() for ids, real in zip(queries.cpu(), query_mask.bool().cpu(), strict=True)]
         seeds = (uniforms[:, 0].double().cpu() * 2**32).long().tolist()  # a CPU's generators read 32 bits
         ends = list(decoding.eos_ids)
-        found = self._ask("sample", Request(prompts, seeds, decoding.temperature, ends, uniforms.shape[1]))
+        found = engine.ask("sample", Request(prompts, seeds, decoding.temperature, ends, uniforms.shape[1]))
         ids, mask = pad_sequences([tokens for tokens, _ in found], decoding.pad_id)
         logprobs = torch.zeros(ids.shape)
         logprobs[mask.bool()] = torch.tensor([x for _, row in found for x in row])
         return ids.to(queries.device), logprobs.to(queries.device)
 
-    def _start(self, model: PreTrainedModel, room: int, dtype: torch.dtype) -> None:
-        """Starts the engine, or again one with more room for longer rows."""
-        if room <= self._room:
-            return
-        self._close()
+    def _started(self, model: PreTrainedModel, room: int, dtype: torch.dtype) -> tuple[Engine, bool]:
+        """Returns an engine with room for rows of a length, and whether it is a new one."""
+        if self.engine is not None and self.engine.close.alive and room <= self._room:
+            return self.engine, False
+        if self.engine is not None:
+            self.engine.close()
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or room
         self._room = min(-(-room // STEP) * STEP, max(context, room))
-        device = model.device
+        sampler, cache = self.names
+        advice = (
+            f"If it lacks memory, change {cache} ({self.cache_gib:g}); without {sampler} the built-in sampler goes on "
+            "from the last checkpoint."
+        )
         with TemporaryDirectory() as folder:
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(folder)
-            index = device.index or 0 if device.type == "cuda" else None
-            shape = Shape(
-                folder, str(dtype).removeprefix("torch."), self._room, self.cache_gib, index, torch.get_num_threads()
-            )
-            spawn = mp.get_context("spawn")
-            self._connection, other = spawn.Pipe()
-            self.process = spawn.Process(target=serve, args=(other, shape), daemon=True)
-            self.process.start()
-            other.close()
-            self._close = weakref.finalize(self, _end, self._connection, self.process)
-            self._answer()
-
-    def _hand_over(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._send(("load", None))
-        for name, weight in merged_weights(model):
-            # A copy on a CPU: what is sent moves to shared memory, and the trained weights stay where they are.
-            moved = weight.to(dtype, copy=not weight.is_cuda) if weight.is_floating_point() else weight.clone()
-            self._send((name, moved.contiguous()))
-            self._answer()
-        self._send(None)
-        self._answer()
-
-    def _ask(self, command: str, argument: Any) -> Any:
-        self._send((command, argument))
-        return self._answer()
-
-    def _send(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
-        except OSError:
-            self._answer()
-
-    def _answer(self) -> Any:
-        """Receives the engine's answer.
-
-        Raises:
-            UserError: if the engine has failed, or died.
-        """
-        try:
-            error, answer = self._connection.recv()
-        except (EOFError, OSError):
-            error = "its process has died; there may not be enough memory"
-        if error is not None:
-            self._room = 0
-            why = " ".join(error.split())[:300].rstrip(".")
-            raise UserError(
-                f"model.sampler vllm: the engine has failed: {why}. If it lacks memory, change {self.setting} "
-                f"({self.cache_gib:g}); without model.sampler the built-in sampler goes on from the last checkpoint."
-            )
-        return answer
+            device, threads = self.device or model.device, torch.get_num_threads()
+            shape = Shape(folder, dtype, device, self._room, self.cache_gib, threads, sleeps=not self.fixed)
+            self.engine = Engine(shape, sampler, advice)
+        return self.engine, True
 
 
-def _end(connection: Any, process: Any) -> None:
-    connection.close()  # it ends by itself then
-    process.join(10)
-    if process.is_alive():
-        process.kill()
+def _hand_over(model: PreTrainedModel, dtype: torch.dtype, engine: Engine) -> None:
+    engine.send(("load", None))
+    for name, weight in merged_weights(model):
+        # A copy on a CPU: what is sent moves to shared memory, and the trained weights stay where they are.
+        moved = weight.to(dtype, copy=not weight.is_cuda) if weight.is_floating_point() else weight.clone()
+        engine.send((name, moved.contiguous()))
+        engine.answer()
+    engine.send(None)
+    engine.answer()
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:

@@ -241,6 +241,20 @@ def test_the_cache_is_that_of_a_real_forward(kind: str, how: dict[str, str], aut
     assert found.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+def test_an_engine_samples_in_place_of_the_model_and_sleeps_otherwise_if_it_can() -> None:
+    config = CONFIGS["gpt_neox"]()
+    plain = estimate(config, workload("ppo", AUTOCAST))
+    found = estimate(config, workload("ppo", AUTOCAST, engine_cache_gib=0.5))
+    weights = 2 * networks(config)[0].parameters
+    assert found["sampling"].engine == weights + 2**29
+    assert found["sampling"].kv_cache == found["sampling"].weight_copies == 0
+    assert {name: phase for name, phase in found.items() if name != "sampling"} == {
+        name: phase for name, phase in plain.items() if name != "sampling"
+    }
+    awake = estimate(config, workload("ppo", AUTOCAST, engine_cache_gib=0.5, engine_sleeps=False))
+    assert all(phase.engine == weights + 2**29 for phase in awake.values())
+
+
 def test_zero_shares_out_gradients_and_states() -> None:
     config = CONFIGS["gpt_neox"]()
     n = networks(config)[0].parameters

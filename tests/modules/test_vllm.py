@@ -20,7 +20,7 @@ from rlhf.models.merging import merged_weights
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.ops.losses import importance_weights
 from rlhf.ops.sequences import pad_sequences
-from rlhf.sampling import vllm_sampler
+from rlhf.sampling import vllm_engine, vllm_sampler
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_sampler import VLLMSampler
 from rlhf.synthetic.synthesize import SmallModel, create_model
@@ -59,7 +59,7 @@ def test_an_engine_samples_what_the_model_does(kind: str, neox_path: str, from_c
     llama = LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape)
     neox = AutoModelForCausalLM.from_pretrained(neox_path).config
     model = from_config(llama if kind == "llama" else neox)
-    engine, decoding = VLLMSampler(GIB, "cache_gib"), Decoding(0.7, [EOS], PAD)
+    engine, decoding = VLLMSampler(GIB, ("sampler", "cache_gib")), Decoding(0.7, [EOS], PAD)
     inputs, numbers = queries(8, 400), uniforms(8, 12, torch.Generator().manual_seed(1))
     found = engine(model, *inputs, numbers, decoding)
     assert mean_difference(model, inputs, found, 0.7) < 1e-5
@@ -77,9 +77,10 @@ def test_an_engine_samples_what_the_model_does(kind: str, neox_path: str, from_c
     model.get_output_embeddings().weight.mul_(30)
     cold = Decoding(0.01, [EOS], PAD)
     assert torch.equal(engine(model, *inputs, numbers, cold)[0], sample(model, *inputs, numbers, cold))
-    engine.process.kill()
-    with pytest.raises(UserError, match=r"model.sampler vllm: .* has died.*cache_gib"):
+    engine.engine.process.kill()
+    with pytest.raises(UserError, match=r"sampler vllm: .* has died.*cache_gib"):
         engine(model, *inputs, numbers, cold)
+    assert engine(model, *inputs, numbers, cold)[0].shape[0] == 8  # by another one
 
 
 @pytest.fixture
@@ -167,6 +168,6 @@ def test_importance_weights_are_ratios_up_to_the_cap() -> None:
 def test_settings_that_do_not_go_together(
     settings: dict[str, Any], message: str, model_path: str, reward_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_sampler, "find_spec", lambda _: None)
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
         PPOModule(model_path, reward_path, **settings)

@@ -1,0 +1,73 @@
+"""A handle of vLLM's engine, which runs in a process beside this one, on the same device."""
+
+from __future__ import annotations
+
+import weakref
+from importlib.util import find_spec
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from rlhf.errors import UserError
+from rlhf.sampling.vllm_process import Shape, serve
+
+
+def check_vllm(setting: str) -> None:
+    """Refuses a setting that takes vLLM where it is not installed."""
+    if find_spec("vllm") is None:
+        raise UserError(f"{setting} vllm needs vLLM, which is not installed here: see docs/vllm.md, or leave it out.")
+
+
+class Engine:
+    """Starts an engine, and asks it; it ends with this object, or with this process.
+
+    Args:
+        shape: what it is made for.
+        setting: that asked for vLLM, for error messages.
+        advice: what to do if the engine lacks memory.
+    """
+
+    def __init__(self, shape: Shape, setting: str, advice: str) -> None:
+        self._setting, self._advice = setting, advice
+        spawn = mp.get_context("spawn")
+        self._connection, other = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(other, shape), daemon=True)
+        self.process.start()
+        other.close()
+        self.close = weakref.finalize(self, _end, self._connection, self.process)
+        self.answer()
+
+    def ask(self, command: str, argument: Any = None) -> Any:
+        """Sends a command, and returns the answer."""
+        self.send((command, argument))
+        return self.answer()
+
+    def send(self, message: Any) -> None:
+        """Sends a message; tensors move to memory that both processes share."""
+        try:
+            self._connection.send(message)
+        except OSError:
+            self.answer()
+
+    def answer(self) -> Any:
+        """Receives an answer.
+
+        Raises:
+            UserError: if the engine has failed, or died.
+        """
+        try:
+            error, answer = self._connection.recv()
+        except (EOFError, OSError):
+            error = "its process has died; there may not be enough memory"
+        if error is not None:
+            self.close()
+            why = " ".join(error.split())[:300].rstrip(".")
+            raise UserError(f"{self._setting} vllm: the engine has failed: {why}. {self._advice}")
+        return answer
+
+
+def _end(connection: Any, process: Any) -> None:
+    connection.close()  # it ends by itself then
+    process.join(10)
+    if process.is_alive():
+        process.kill()
