@@ -187,6 +187,14 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
 
 
 @pytest.fixture(scope="session")
+def wide_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """Folder of a tiny GPT-NeoX whose heads, of 32, vLLM takes on a CPU."""
+    folder = tmp_path_factory.mktemp("wide")
+    create_model(folder, tokenizer, SmallModel(hidden_size=64, layers=2, heads=2, context=512), seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def chat_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     """Folder of a tiny model whose tokenizer has a ChatML template, ends turns with EOS, and puts BOS before texts."""
     chat = copy.deepcopy(tokenizer)

@@ -14,6 +14,8 @@ from rlhf.studies.processes import stage_processes
 if TYPE_CHECKING:
     from rlhf.studies.runner import Runner, Stage
 
+SMALL = 1e-5  # scale of a new head, at which rewards differ, but have a mean of 0 as those of a centred model
+
 
 def try_stages(stages: Sequence[Stage], runner: Runner, base: str) -> None:
     """Runs `check` for every stage that trains.
@@ -57,6 +59,8 @@ def _replaced(word: str, stand_ins: dict[str, str]) -> str:
 
 def _stand_in(base: str, folder: Path, stage: Stage) -> str:
     """Returns the base model, with rows for PAD where SFT adds them, or a reward model made of it."""
+    import torch
+
     from rlhf.models.loading import load_causal_lm
     from rlhf.models.saving import save_pretrained
     from rlhf.models.scalar_model import ScalarModel
@@ -68,7 +72,10 @@ def _stand_in(base: str, folder: Path, stage: Stage) -> str:
     made = folder / stage.name
     tokenizer = load_tokenizer(base, stage.settings.get("model.pad_token"))
     if stage.name == "reward":
-        ScalarModel.from_policy(base, seed=1).save(made, tokenizer)
+        reward = ScalarModel.from_policy(base, seed=1)
+        with torch.no_grad():
+            reward.head_weight.mul_(SMALL)
+        reward.save(made, tokenizer)
         return str(made)
     model = load_causal_lm(base)
     model.resize_token_embeddings(len(tokenizer))

@@ -136,7 +136,7 @@ def test_a_switch_changes_what_it_names_and_nothing_besides(update: Make, device
 def test_every_setting_of_ppo_is_switched() -> None:
     switched = {name for change, _ in EFFECTS for name in change}
     of_groups, of_engines = {"advantage", "samples_per_prompt", "kl_in"}, {"vllm_cache_gib", "importance_cap"}
-    elsewhere = {"response_length"} | of_groups | of_engines  # test_groups.py, test_vllm.py
+    elsewhere = {"response_length"} | of_groups | of_engines  # test_groups.py, engines
     assert switched | elsewhere == {field.name for field in fields(PPOSettings)}
 
 

@@ -23,7 +23,6 @@ from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling import vllm_engine, vllm_sampler
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_sampler import VLLMSampler
-from rlhf.synthetic.synthesize import SmallModel, create_model
 
 Make = Callable[..., Any]
 EOS, PAD, GIB = 0, 1, 0.05
@@ -32,11 +31,9 @@ SETTINGS = PPOSettings(response_length=8, ppo_epochs=2, vllm_cache_gib=GIB)
 
 
 @pytest.fixture(scope="module")
-def neox_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
-    """A tiny GPT-NeoX whose heads, of 32, vLLM takes on a CPU."""
-    folder = tmp_path_factory.mktemp("neox")
-    create_model(folder, tokenizer, SmallModel(hidden_size=64, layers=2, heads=2, context=512), seed=1)
-    return str(folder)
+def engine() -> VLLMSampler:
+    """Samples in all tests of models of one shape, as an engine takes seconds to start."""
+    return VLLMSampler(GIB, ("sampler", "cache_gib"))
 
 
 def queries(rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -54,12 +51,15 @@ def mean_difference(model: Any, inputs: tuple[Tensor, Tensor], found: tuple[Tens
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
 @torch.no_grad()
-def test_an_engine_samples_what_the_model_does(kind: str, neox_path: str, from_config: Make) -> None:
+def test_an_engine_samples_what_the_model_does(
+    kind: str, wide_path: str, from_config: Make, engine: VLLMSampler
+) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     llama = LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape)
-    neox = AutoModelForCausalLM.from_pretrained(neox_path).config
+    neox = AutoModelForCausalLM.from_pretrained(wide_path).config
     model = from_config(llama if kind == "llama" else neox)
-    engine, decoding = VLLMSampler(GIB, ("sampler", "cache_gib")), Decoding(0.7, [EOS], PAD)
+    engine = engine if kind == "gpt_neox" else VLLMSampler(GIB, ("sampler", "cache_gib"))
+    decoding = Decoding(0.7, [EOS], PAD)
     inputs, numbers = queries(8, 400), uniforms(8, 12, torch.Generator().manual_seed(1))
     found = engine(model, *inputs, numbers, decoding)
     assert mean_difference(model, inputs, found, 0.7) < 1e-5
@@ -77,14 +77,15 @@ def test_an_engine_samples_what_the_model_does(kind: str, neox_path: str, from_c
     model.get_output_embeddings().weight.mul_(30)
     cold = Decoding(0.01, [EOS], PAD)
     assert torch.equal(engine(model, *inputs, numbers, cold)[0], sample(model, *inputs, numbers, cold))
-    engine.engine.process.kill()
-    with pytest.raises(UserError, match=r"sampler vllm: .* has died.*cache_gib"):
-        engine(model, *inputs, numbers, cold)
-    assert engine(model, *inputs, numbers, cold)[0].shape[0] == 8  # by another one
+    if kind == "llama":
+        assert engine.engine is not None
+        engine.engine.process.kill()
+        with pytest.raises(UserError, match=r"sampler vllm: .* has died.*cache_gib"):
+            engine(model, *inputs, numbers, cold)
 
 
 @pytest.fixture
-def run(neox_path: str, trainer: Make, rollout_data: Make) -> Make:
+def run(wide_path: str, trainer: Make, rollout_data: Make, engine: VLLMSampler) -> Make:
     """Trains a PPOModule whose rollouts are vLLM's."""
 
     def words(_: list[str], responses: list[str], records: list[dict[str, Any]]) -> list[float]:
@@ -93,7 +94,8 @@ def run(neox_path: str, trainer: Make, rollout_data: Make) -> Make:
     def run(callbacks: Any = (), max_epochs: int = 2, **settings: Any) -> tuple[PPOModule, Any]:
         fit = {name: settings.pop(name) for name in ("ckpt_path",) if name in settings}
         settings = {"ppo": SETTINGS, "optimization": FAST, "reward_function": words, "sampler": "vllm"} | settings
-        module = PPOModule(neox_path, **settings)
+        module = PPOModule(wide_path, **settings)
+        module.draw = engine
         return module, fit_with_spy(trainer, module, rollout_data(), max_epochs, callbacks, fit)
 
     return run
@@ -129,9 +131,12 @@ def test_weights_of_an_earlier_update_stop_the_run(run: Make, monkeypatch: pytes
 
 
 @pytest.mark.vllm
-def test_vllm_samples_from_merged_adapters(run: Make) -> None:
-    _, spy = run(lora=LoRA(rank=4), ppo=PPOSettings(response_length=8, vllm_cache_gib=GIB, importance_cap=2.0))
+def test_vllm_samples_from_merged_adapters_and_predicts(run: Make, trainer: Make, rollout_data: Make) -> None:
+    ppo = PPOSettings(response_length=8, vllm_cache_gib=GIB, importance_cap=2.0)
+    module, spy = run(lora=LoRA(rank=4), ppo=ppo)
     assert spy.metrics[-1]["rollout/engine_difference"] < 1e-5
+    samples = [sample for batch in trainer().predict(module, rollout_data()) for sample in batch]
+    assert [sample["score"] for sample in samples] == [len(sample["response"].split()) for sample in samples]
 
 
 @pytest.mark.parametrize("dora", [False, True])
