@@ -60,7 +60,8 @@ def words(wide_path: str, tmp_path: Path, write_jsonl: Callable[..., str]) -> li
         "--model.reward_function=examples.short_answers.number_of_words", "--model.sampler=vllm",
         "--model.ppo.vllm_cache_gib=0.05", "--model.ppo.critic_warmup=0", "--model.ppo.response_length=8",
         f"--data.train.path={file}", f"--data.validation.path={file}", "--data.validation.split=train",
-        "--data.batch_size=8", "--data.micro_batch_size=2", "--trainer.check_val_every_n_epoch=1", "--trainer.devices=2",
+        "--data.batch_size=8", "--data.micro_batch_size=2", "--trainer.check_val_every_n_epoch=1",
+        "--trainer.devices=2",
     ]  # fmt: skip
 
 
