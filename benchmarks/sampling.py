@@ -4,7 +4,8 @@
     python benchmarks/sampling.py --shape 1b --device cuda --precision bf16 --rows 64
 
 All sample at temperature 0.7 from the full distribution, up to 53 tokens, and stop when all responses have ended.
-`graph` is ours with `cuda_graphs`: a cache of fixed size, and on a GPU one captured step. Prints a row per regime and
+`graph` is ours with `cuda_graphs`: a cache of fixed size, and on a GPU one captured step. `vllm`, where it is there, is
+`sampler vllm` with the hand-over of all weights; its CPU seconds are in another process. Prints a row per regime and
 way: seconds (CPU seconds of all threads), tokens per second, the share of what the memory's bandwidth allows, and how
 many times as fast as `generate`; medians over the rounds. On the last line everything as JSON.
 """
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +34,7 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.cuda_graphs import sample_in_graph
 from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.vllm_sampler import VLLMSampler
 
 LENGTH = 53
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,6 +72,9 @@ def compare(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str
         "graph": lambda: sample_in_graph(model, ids, mask, numbers, decoding),
         "generate": theirs,
     }
+    if find_spec("vllm") is not None:
+        engine = VLLMSampler(options.vllm_cache_gib, ("sampler", "--vllm_cache_gib"))
+        ways["vllm"] = lambda: engine(model, ids, mask, numbers, decoding)[0]
     times = [{way: measured(draw, device) for way, draw in ways.items()} for _ in range(options.rounds + 1)][1:]
     figures = {}
     for way in ways:
@@ -93,6 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights")
+    parser.add_argument("--vllm_cache_gib", type=float, default=4.0, help="of vLLM's keys and values")
     parser.add_argument("--peak_bandwidth", type=float, default=3350.0, help="GB/s (default: H100 SXM)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
