@@ -1,6 +1,15 @@
 """PPO with a reward from a function and nothing else: no SFT, no reward model. Stories of trouble become cheerful.
 
 python -m examples.sentiment runs/sentiment
+
+RESULT
+
+From the command line, with the prompts that it wrote, and a report:
+
+rlhf pipeline --config custom --model configs/quickstart/base_model --prompts runs/sentiment/prompts.jsonl \
+    --reward_function examples.sentiment.sentiment --response_length 40 --learning_rate 7e-4 --validation 0.1 \
+    --ppo.trainer.max_epochs 16 --ppo.model.ppo.kl_coefficient 0.1 --ppo.model.ppo.critic_warmup 2 \
+    --ppo.model.ppo.missing_eos_score=-4
 """
 
 import json
@@ -16,9 +25,8 @@ from rlhf.callbacks.progress_bar import StageProgress
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 
-BASE = "configs/quickstart/base_model"
-GLAD = set("beach birthday calm fine forgive friend normal party wedding".split())
-SAD = set("bad broke burned even forgot hit hurts lied lost missed ruined scared sue wrong yelled".split())
+GLAD = {"beach", "birthday", "calm", "fine", "forgive", "friend", "normal", "party", "wedding"}
+SAD = {"broke", "burned", "forgot", "hit", "hurts", "lied", "lost", "missed", "ruined", "scared", "wrong", "yelled"}
 
 
 def sentiment(queries: list[str], responses: list[str]) -> list[float]:
@@ -29,32 +37,29 @@ def sentiment(queries: list[str], responses: list[str]) -> list[float]:
 
 @cache
 def classifier():
-    """Loads a classifier of sentiments from the hub."""
+    """Loads a sentiment classifier from the hub."""
     from transformers import pipeline
 
     return pipeline("sentiment-analysis", "distilbert/distilbert-base-uncased-finetuned-sst-2-english", top_k=None)
 
 
 def classified_sentiment(queries: list[str], responses: list[str]) -> list[float]:
-    """Takes the classifier's probability that a response is positive: a reward for models that write real English."""
-    return [{s["label"]: s["score"] for s in scores}["POSITIVE"] for scores in classifier()(responses)]
+    """Takes its probability that a response is positive: the reward for a model that writes real English."""
+    return [{found["label"]: found["score"] for found in labels}["POSITIVE"] for labels in classifier()(responses)]
 
 
-def write_prompts(file: Path) -> None:
-    """Writes titles of embedded posts, such as "Trouble with my uncle", which the model makes a story of."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    titles = dict.fromkeys(post["title"] for post in demonstrations(256, 1, "train"))
-    file.write_text("".join(json.dumps({"prompt": f"TITLE: {title}\n\nTL;DR:"}) + "\n" for title in titles))
-
-
-def train(folder: str, kl_coefficient: float = 0.1, updates: int = 20, seed: int = 1) -> list[float]:
+def train(folder: str, kl_coefficient: float = 0.1, updates: int = 16, seed: int = 1) -> list[float]:
     """Runs PPO, which shows samples before and after; returns the mean reward of each update."""
     seed_everything(seed)
-    write_prompts(prompts := Path(folder) / "prompts.jsonl")
-    ppo = PPOSettings(response_length=40, kl_coefficient=kl_coefficient, critic_warmup=3)
-    module = PPOModule(BASE, reward_function=sentiment, ppo=ppo, optimization=Optimization(learning_rate=7e-4))
-    source = Source(str(prompts))
-    data = RolloutDataModule(source, source, batch_size=64, micro_batch_size=64)
+    titles = dict.fromkeys(post["title"] for post in demonstrations(256, 1, "train"))  # such as Trouble with my uncle
+    prompts = Path(folder) / "prompts.jsonl"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("".join(json.dumps({"prompt": f"TITLE: {title}\n\nTL;DR:"}) + "\n" for title in titles))
+    # A response that does not end gets less than any that does.
+    ppo = PPOSettings(response_length=40, kl_coefficient=kl_coefficient, missing_eos_score=-4.0, critic_warmup=2)
+    settings = {"ppo": ppo, "optimization": Optimization(learning_rate=7e-4)}
+    module = PPOModule("configs/quickstart/base_model", reward_function=sentiment, **settings)
+    data = RolloutDataModule(Source(str(prompts)), Source(str(prompts)), batch_size=64, micro_batch_size=64)
     trainer = Trainer(
         max_epochs=updates, accelerator="cpu", devices=1, callbacks=[Export(), StageProgress()],
         default_root_dir=folder, log_every_n_steps=1, num_sanity_val_steps=-1, check_val_every_n_epoch=updates,

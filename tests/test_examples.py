@@ -1,17 +1,24 @@
-"""The example in the docs is the example that is tested."""
+"""The examples do what they and the docs say."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+from test_docs import commands_of, parse, words_of_ours
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from examples import ablation, comparison, sentiment
 from rlhf.cli.main import main
 from rlhf.report.curve_files import read_curves
 from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.fixture
@@ -24,6 +31,63 @@ def words(tmp_path: Path, model_path: str, write_jsonl: object) -> list[str]:
         f"--data.validation.path={file}", "--data.validation.split=train", "--data.batch_size=8",
         "--data.micro_batch_size=4", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """The folder and the result of the ablation, with the settings that it has; its default is the first example."""
+    folder = tmp_path_factory.mktemp("ablation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return folder, ablation.ablate(str(folder))
+
+
+def test_a_sentiment_as_reward_becomes_cheerful(runs: tuple[Path, pd.DataFrame]) -> None:
+    curves = read_curves(runs[0] / "default")
+    rewards, before_and_after = curves["objective/scores"].tolist(), curves["validation/score"].tolist()
+    assert rewards[0] < -0.5
+    assert rewards[-1] > 0.5
+    assert before_and_after[0] < 0 < 0.5 < before_and_after[1]
+
+
+def test_without_the_kl_penalty_the_policy_goes_farther(runs: tuple[Path, pd.DataFrame]) -> None:
+    kl = runs[1]["kl"]
+    assert 0 < 1.5 * kl["default"] < kl["no_kl_penalty"]
+
+
+def test_two_runs_are_compared(
+    runs: tuple[Path, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ends = comparison.compare(*(str(runs[0] / name) for name in ablation.RUNS), "page").set_index("curve")
+    assert list(ends) == ["stage", *ablation.RUNS]
+    last = read_curves(runs[0] / "no_kl_penalty")["objective/kl"].iloc[-4:]  # a quarter of 16 updates
+    assert ends.loc["objective/kl", "no_kl_penalty"] == pytest.approx(last.mean())
+    assert "no_kl_penalty" in Path("page/report.html").read_text()
+
+
+def test_a_classifier_of_transformers_as_reward(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=2, **labels).eval()
+    classify = pipeline("sentiment-analysis", model=model, tokenizer=tokenizer, top_k=None, device="cpu")
+    monkeypatch.setattr(sentiment, "classifier", lambda: classify)
+    texts = ["My cat is fine.", "I lost my keys."]
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    assert sentiment.classified_sentiment([], texts) == pytest.approx(logits.softmax(1)[:, 1].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_the_commands_of_an_example_exist(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    docs = ast.get_docstring(ast.parse(file.read_text())) or ""
+    lines = re.findall(r"^(?:rlhf|python) .*(?:\\\n.*)*", docs, re.MULTILINE)
+    for command in (command for line in lines for command in commands_of(line)):
+        if (ours := words_of_ours(command)) is None:
+            assert command[:3] == ["python", "-m", f"examples.{file.stem}"]
+        else:
+            parse(ours)
 
 
 def test_a_reward_function_by_name(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
