@@ -2,6 +2,10 @@
 
 python -m examples.ablation runs/ablation
 
+Over three seeds the reward of the last update was 0.83 (0.72 to 0.91) with it and 2.46 (1.02 to 3.30) without it, the KL
+4.4 (4.3 to 4.6) and 35 (12 to 57) nats per response. What the reward gains, the sentences lose: "My me at the beach, my
+birthday at the beach, my birthday at the beach".
+
 Over seeds, with a plot, on the models of the quickstart (configs/ablations has more details to leave out):
 
 rlhf ablate --config ablations --ablations '[no_kl_penalty]'
@@ -17,7 +21,7 @@ from rlhf.report.curve_files import read_curves
 RUNS = {"default": 0.1, "no_kl_penalty": 0.0}  # name -> model.ppo.kl_coefficient
 
 
-def ablate(folder: str, updates: int = 20) -> pd.DataFrame:
+def ablate(folder: str, updates: int = 16) -> pd.DataFrame:
     """Runs PPO twice; returns the reward and the KL (nats per response) of the last update of each run."""
     rows = {}
     for name, kl_coefficient in RUNS.items():

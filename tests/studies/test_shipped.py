@@ -66,9 +66,9 @@ def test_paths_in_a_config_lead_to_the_package(empty: Path, words: list[str]) ->
 
 def test_a_pipeline_from_python_finds_them_too(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {"model": "configs/quickstart/base_model", "demonstrations": "none.jsonl", "ppo": False}
-    with pytest.raises(UserError, match="sft: data.train: there is no file none.jsonl"):
+    with pytest.raises(UserError, match=r"sft: data.train: there is no file none.jsonl"):
         rlhf.pipeline(**own)
-    # It is the model's own: without the model there is no rule of thumb, and the learning rate is the paper's.
+    # Where the model was not found, the learning rate was silently that of the paper.
     assert "a rule of thumb for a model of 0.2 million parameters" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^stages.sft.config: there is no file .*/configs/quickstart/nothing.yaml"):
         rlhf.pipeline(**own, config_dir="configs/quickstart", sft={"config": "nothing.yaml"})
