@@ -2,8 +2,8 @@
 
 python -m examples.ablation runs/ablation
 
-Over three seeds the reward of the last update was 0.83 (0.72 to 0.91) with it and 2.46 (1.02 to 3.30) without it, the KL
-4.4 (4.3 to 4.6) and 35 (12 to 57) nats per response. What the reward gains, the sentences lose: "My me at the beach, my
+Over three seeds the last reward was 0.83 (0.72 to 0.91) with it and 2.46 (1.02 to 3.30) without it, the last KL 4.4
+(4.3 to 4.6) and 35 (12 to 57) nats per response. What the reward gains, the sentences lose: "My me at the beach, my
 birthday at the beach, my birthday at the beach".
 
 Over seeds, with a plot, on the models of the quickstart (configs/ablations has more details to leave out):

@@ -2,8 +2,8 @@
 
 python -m examples.sentiment runs/sentiment
 
-Over three seeds the mean reward rose from -1.06 (-1.22 to -0.89) to 0.83 (0.72 to 0.91) in 16 updates, which took 38 s of
-CPU time on an AMD EPYC. The KL was 4.3 to 4.6 nats per response then. Who "lost 90 dollars" is now "at the beach".
+Over three seeds the mean reward rose from -1.06 (-1.22 to -0.89) to 0.83 (0.72 to 0.91) in 16 updates, which took 38 s
+of CPU time on an AMD EPYC; the KL was 4.3 to 4.6 nats per response then. Who "lost 90 dollars" is now "at the beach".
 
 From the command line, with the prompts that it wrote, and a report:
 
@@ -60,7 +60,8 @@ def train(folder: str, kl_coefficient: float = 0.1, updates: int = 16, seed: int
     ppo = PPOSettings(response_length=40, kl_coefficient=kl_coefficient, missing_eos_score=-4.0, critic_warmup=2)
     settings = {"ppo": ppo, "optimization": Optimization(learning_rate=7e-4)}
     module = PPOModule("configs/quickstart/base_model", reward_function=sentiment, **settings)
-    data = RolloutDataModule(Source(str(prompts)), Source(str(prompts)), batch_size=64, micro_batch_size=64)
+    validation, training = Source(str(prompts), part=(0.0, 0.1)), Source(str(prompts), part=(0.1, 1.0))
+    data = RolloutDataModule(training, validation, batch_size=64, micro_batch_size=64)
     trainer = Trainer(
         max_epochs=updates, accelerator="cpu", devices=1, callbacks=[Export(), StageProgress()],
         default_root_dir=folder, log_every_n_steps=1, num_sanity_val_steps=-1, check_val_every_n_epoch=updates,

@@ -6,7 +6,6 @@ import ast
 import re
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from test_docs import commands_of, parse, words_of_ours
@@ -33,37 +32,23 @@ def words(tmp_path: Path, model_path: str, write_jsonl: object) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
-    """The folder and the result of the ablation, with the settings that it has; its default is the first example."""
-    folder = tmp_path_factory.mktemp("ablation")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return folder, ablation.ablate(str(folder))
+def test_a_sentiment_an_ablation_and_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings that they have; the default of the ablation is the first example."""
+    monkeypatch.chdir(ROOT)
+    kl = ablation.ablate(str(tmp_path))["kl"]
+    assert 0 < 1.5 * kl["default"] < kl["no_kl_penalty"]
 
-
-def test_a_sentiment_as_reward_becomes_cheerful(runs: tuple[Path, pd.DataFrame]) -> None:
-    curves = read_curves(runs[0] / "default")
+    curves = read_curves(tmp_path / "default")
     rewards, before_and_after = curves["objective/scores"].tolist(), curves["validation/score"].tolist()
     assert rewards[0] < -0.5
     assert rewards[-1] > 0.5
     assert before_and_after[0] < 0 < 0.5 < before_and_after[1]
 
-
-def test_without_the_kl_penalty_the_policy_goes_farther(runs: tuple[Path, pd.DataFrame]) -> None:
-    kl = runs[1]["kl"]
-    assert 0 < 1.5 * kl["default"] < kl["no_kl_penalty"]
-
-
-def test_two_runs_are_compared(
-    runs: tuple[Path, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ends = comparison.compare(*(str(runs[0] / name) for name in ablation.RUNS), "page").set_index("curve")
+    ends = comparison.compare(*(str(tmp_path / name) for name in ablation.RUNS), str(tmp_path)).set_index("curve")
     assert list(ends) == ["stage", *ablation.RUNS]
-    last = read_curves(runs[0] / "no_kl_penalty")["objective/kl"].iloc[-4:]  # a quarter of 16 updates
+    last = read_curves(tmp_path / "no_kl_penalty")["objective/kl"].iloc[-4:]  # a quarter of 16 updates
     assert ends.loc["objective/kl", "no_kl_penalty"] == pytest.approx(last.mean())
-    assert "no_kl_penalty" in Path("page/report.html").read_text()
+    assert "no_kl_penalty" in (tmp_path / "report.html").read_text()
 
 
 def test_a_classifier_of_transformers_as_reward(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
