@@ -2,9 +2,9 @@
 
 python -m examples.ablation runs/ablation
 
-Over three seeds the last reward was 0.83 (0.72 to 0.91) with it and 2.46 (1.02 to 3.30) without it, the last KL 4.4
-(4.3 to 4.6) and 35 (12 to 57) nats per response. What the reward gains, the sentences lose: "My me at the beach, my
-birthday at the beach, my birthday at the beach".
+Over three seeds the last reward was 0.87 (0.80 to 0.98) with it and 2.12 (1.03 to 3.09) without it, the last KL 4.7
+(4.1 to 5.6) and 38 (9 to 71) nats per response. What the reward gains, the sentences lose: "My me at the beach, tell me
+at the beach, I need to know who is right."
 
 Over seeds, with a plot, on the models of the quickstart (configs/ablations has more details to leave out):
 

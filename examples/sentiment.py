@@ -2,8 +2,11 @@
 
 python -m examples.sentiment runs/sentiment
 
-Over three seeds the mean reward rose from -1.06 (-1.22 to -0.89) to 0.83 (0.72 to 0.91) in 16 updates, which took 38 s
-of CPU time on an AMD EPYC; the KL was 4.3 to 4.6 nats per response then. Who "lost 90 dollars" is now "at the beach".
+Over three seeds the mean reward rose from -1.03 (-1.09 to -0.95) to 0.87 (0.80 to 0.98) in 16 updates, in 35 to 38 s of
+CPU time on an AMD EPYC; the last KL was 4.7 (4.1 to 5.6) nats per response. An answer to "My sister moved my stuff":
+
+    before  My sister moved my stuff at me at home and I lost 90 dollars, I need to know who is right.
+    after   My sister moved my stuff at the beach, I need to know who is right.
 
 From the command line, with the prompts that it wrote, and a report:
 

@@ -36,7 +36,7 @@ def test_a_sentiment_an_ablation_and_a_comparison(tmp_path: Path, monkeypatch: p
     """With the settings that they have; the default of the ablation is the first example."""
     monkeypatch.chdir(ROOT)
     kl = ablation.ablate(str(tmp_path))["kl"]
-    assert 0 < 1.5 * kl["default"] < kl["no_kl_penalty"]
+    assert 0 < 1.2 * kl["default"] < kl["no_kl_penalty"]
 
     curves = read_curves(tmp_path / "default")
     rewards, before_and_after = curves["objective/scores"].tolist(), curves["validation/score"].tolist()
