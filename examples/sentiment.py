@@ -2,18 +2,18 @@
 
 python -m examples.sentiment runs/sentiment
 
-Over three seeds the mean reward rose from -1.03 (-1.09 to -0.95) to 0.87 (0.80 to 0.98) in 16 updates, in 35 to 38 s of
-CPU time on an AMD EPYC; the last KL was 4.7 (4.1 to 5.6) nats per response. An answer to "My sister moved my stuff":
+Over five seeds the mean reward rose from -1.08 (-1.17 to -0.95) to 0.83 (0.59 to 0.98) in 16 updates, the KL to 4.6
+(4.1 to 5.6) nats per response. A run takes 28 s on one free core of an AMD EPYC. An answer to "My sister moved my stuff":
 
     before  My sister moved my stuff at me at home and I lost 90 dollars, I need to know who is right.
     after   My sister moved my stuff at the beach, I need to know who is right.
 
-From the command line, with the prompts that it wrote, and a report:
+The same from the command line, with the prompts that it wrote, and a report:
 
 rlhf pipeline --config custom --model configs/quickstart/base_model --prompts runs/sentiment/prompts.jsonl \
     --reward_function examples.sentiment.sentiment --response_length 40 --learning_rate 7e-4 --validation 0.1 \
     --ppo.trainer.max_epochs 16 --ppo.model.ppo.kl_coefficient 0.1 --ppo.model.ppo.critic_warmup 2 \
-    --ppo.model.ppo.missing_eos_score=-4
+    --ppo.model.ppo.missing_eos_score=-4 --ppo.model.optimization.schedule cosine --seed 1
 """
 
 import json
