@@ -3,7 +3,7 @@
 python -m examples.sentiment runs/sentiment
 
 Over five seeds the mean reward rose from -1.08 (-1.17 to -0.95) to 0.83 (0.59 to 0.98) in 16 updates, the KL to 4.6
-(4.1 to 5.6) nats per response. A run takes 28 s on one free core of an AMD EPYC. An answer to "My sister moved my stuff":
+(4.1 to 5.6) nats per response. A run takes 28 s on one free core of an AMD EPYC. On "My sister moved my stuff":
 
     before  My sister moved my stuff at me at home and I lost 90 dollars, I need to know who is right.
     after   My sister moved my stuff at the beach, I need to know who is right.
