@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import rlhf
-from rlhf.cli.shipped import with_configs_found, with_shipped_found
 from rlhf.cli.values import check_values, import_class
 from rlhf.errors import ROOM, UserError, causes, find_user_error, full_disk
 from rlhf.models.remote_code import trust_remote_code, trusts_remote_code
+from rlhf.studies.shipped import with_configs_found, with_shipped_found
 
 _FEW = 10  # keys, which a message can list
 _CONFIGS = (".yaml", ".yml")  # other files are data, unless they stand behind --config

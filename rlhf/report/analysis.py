@@ -8,7 +8,7 @@ import pandas as pd
 from rlhf.evaluation import statistics
 from rlhf.report import agreement, calibration, claims, lengths, overoptimisation, rouge_means, run_findings, summary
 from rlhf.report.curve_files import curve_rows
-from rlhf.report.run_differences import run_differences
+from rlhf.report.run_differences import curve_ends, run_differences
 from rlhf.report.run_folders import progress, settings_that_differ
 from rlhf.report.runs import PPO, RUN, SFT, Run, check_shared_queries, judged_rows, margin_rows, ordered
 
@@ -46,7 +46,7 @@ class Evidence(NamedTuple):
     course: pd.DataFrame  # of `course`, with SFT as update 0; where no run has checkpoints, of `validated_course`
     curves: pd.DataFrame  # of `curve_rows`: those of PANELS, and all of validation
     findings: pd.DataFrame  # of `run_findings.findings_table`
-    between: dict[str, pd.DataFrame]  # of `run_differences.run_differences` and `run_folders.settings_that_differ`
+    between: dict[str, pd.DataFrame]  # of `run_folders.settings_that_differ`, and of `run_differences`
     progress: pd.DataFrame  # of `run_folders.progress`
 
 
@@ -67,7 +67,11 @@ def gather(runs: Sequence[Run]) -> Evidence:
     findings = run_findings.findings_table(runs, rows)
     between = {}
     if len(runs) > 1 and runs[0].parameters is None:
-        between = {"run_differences": run_differences(runs, rows), "settings": settings_that_differ(runs)}
+        between = {
+            "settings": settings_that_differ(runs),
+            "curve_ends": curve_ends(curves),
+            "run_differences": run_differences(runs, rows),
+        }
     return Evidence(rows, margin_rows(runs), course, curves, findings, between, progress(runs))
 
 

@@ -42,3 +42,13 @@ def curve_rows(runs: Iterable[Run], names: Sequence[str]) -> pd.DataFrame:
                     points = curve.rename_axis("step").rename("value").reset_index()
                     parts.append(points.assign(size=run.size, seed=run.seed, stage=stage, curve=name))
     return pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)
+
+
+def last_quarter(points: pd.DataFrame, run: Sequence[str], step: str = "step") -> pd.DataFrame:
+    """Keeps the points of the last quarter of each run, by which its end is judged.
+
+    Args:
+        run: columns that tell one run, or one of its curves, from another.
+        step: column of the x-axis.
+    """
+    return points[points[step] > 0.75 * points.groupby([*run])[step].transform("max")]

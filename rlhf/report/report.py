@@ -105,7 +105,7 @@ def _show(tables: dict[str, pd.DataFrame]) -> None:
         constant = [name for name in ("size", "seed") if summary[name].nunique() == 1]
         shown = [summary.drop(columns=constant), *(tables[name] for name in PRINTED if name in tables)]
     else:
-        shown = [tables["progress"]]
+        shown = [tables[name] for name in ("progress", "curve_ends") if name in tables]
     Console().print(Markdown("\n\n".join(map(markdown, shown))))
 
 

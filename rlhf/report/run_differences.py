@@ -1,4 +1,4 @@
-"""Any runs held against the first one, query by query."""
+"""Any runs held against the first one, query by query, and the ends of their curves beside each other."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import pandas as pd
 
 from rlhf.evaluation.statistics import NOTHING, paired_difference, seed_means
 from rlhf.evaluation.tables import read_notes
+from rlhf.report.curve_files import last_quarter
 from rlhf.report.runs import Run
 
 MEASURES = {"win rate": "outcome", "score": "a_score", "gold": "a_gold"}
@@ -40,6 +41,19 @@ def run_differences(runs: Sequence[Run], rows: pd.DataFrame) -> pd.DataFrame:
                 if queries:
                     table.append((policy, measure, name, names[0], queries, *(found if same else NOTHING), note))
     return pd.DataFrame(table, columns=COLUMNS)
+
+
+def curve_ends(curves: pd.DataFrame) -> pd.DataFrame:
+    """Puts the ends of curves beside each other: `stage`, `curve`, and a column per run.
+
+    The end is the mean over the last quarter, averaged over the seeds of a run; NaN where a run has no such curve.
+
+    Args:
+        curves: as returned by `curve_files.curve_rows`.
+    """
+    keys = ["stage", "curve", "size"]
+    ends = last_quarter(curves, [*keys, "seed"]).groupby([*keys, "seed"], sort=False)["value"].mean()
+    return ends.groupby(keys, sort=False).mean().unstack().reset_index().rename_axis(columns=None)
 
 
 def _measured_by(runs: Sequence[Run], name: str, policy: str, rows: pd.DataFrame, measure: str) -> set[str]:

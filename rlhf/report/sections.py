@@ -63,11 +63,14 @@ def add_summary(page: Page, rows: pd.DataFrame) -> None:
 
 
 def add_comparison(page: Page) -> None:
-    """Adds what tells several runs apart, in their settings and in what their policies gained."""
-    if page.tables["run_differences"].empty and page.tables["settings"].empty:
-        return
+    """Adds what tells several runs apart, in their settings, their curves, and what their policies gained."""
     page.section("Comparison of the runs")
     page.table("settings", "Settings that differ, by the configs that the runs saved:", short=True)
+    page.table(
+        "curve_ends",
+        "Mean of the last quarter of each curve, averaged over seeds:",
+        short="summary" not in page.tables,
+    )
     page.table(
         "run_differences",
         "Each policy minus the same policy of the first run, over the queries that both answered, by the paired "

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from rlhf.evaluation.statistics import KEYS, win_rates
+from rlhf.report.curve_files import last_quarter
 from rlhf.report.runs import PPO, RUN, SFT, per_group, reference_name
 
 FINAL_MEANS = {"objective/kl": "KL", "rollout/response_length": "length", "rollout/eos_share": "EOS share"}
@@ -48,7 +49,7 @@ def ppo_gains(rows: pd.DataFrame) -> list[str]:
 def side_by_side(rates: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Puts win rates beside the mean KL, length and EOS share of PPO's last quarter, NaN where there is no curve."""
     own = curves[curves["stage"] == "ppo"]
-    last = own[own["step"] > 0.75 * own.groupby(["size", "seed", "curve"])["step"].transform("max")]
+    last = last_quarter(own, ["size", "seed", "curve"])
     finals = last.pivot_table("value", ["size", "seed"], "curve").reindex(columns=list(FINAL_MEANS))
     finals = finals.rename(columns=FINAL_MEANS).reset_index().assign(policy=PPO)
     return rates[[*KEYS, "win_rate", "low", "high"]].merge(finals, "left", ["size", "seed", "policy"])

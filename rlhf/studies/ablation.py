@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from rlhf import files
 from rlhf.errors import Seed, UserError
 from rlhf.evaluation.tables import write_table
-from rlhf.report.curve_files import read_curves
+from rlhf.report.curve_files import last_quarter, read_curves
 from rlhf.report.page import markdown
 from rlhf.studies.runner import Job, Runner, Stage, run_jobs
 
@@ -104,7 +104,7 @@ def read_points(runs: dict[tuple[str, int], Path]) -> pd.DataFrame:
 
 def final_values(points: pd.DataFrame) -> pd.DataFrame:
     """Averages the last quarter of each run: a row per `ablation` and `seed`, a column per metric."""
-    last = points[points["episodes"] > 0.75 * points.groupby(["ablation", "seed"])["episodes"].transform("max")]
+    last = last_quarter(points, ["ablation", "seed"], "episodes")
     table = last.pivot_table(index=["ablation", "seed"], columns="metric", values="value", sort=False)
     return table[[metric for metric in METRICS if metric in table]]
 

@@ -17,6 +17,7 @@ from rlhf.studies.preflight import complaints
 from rlhf.studies.processes import stage_processes
 from rlhf.studies.recipe import Recipe, Shared
 from rlhf.studies.runner import TABLES, Runner, Settings, Stage
+from rlhf.studies.shipped import find_shipped
 from rlhf.studies.trial import try_stages
 
 
@@ -125,6 +126,7 @@ def pipeline(
     Returns:
         What was made.
     """
+    model, config_dir = model and find_shipped(model), find_shipped(config_dir)  # as on a command line
     every = {"trainer": trainer or {}} if devices is None else {"trainer": {**(trainer or {}), "devices": devices}}
     shared = Shared(
         model, demonstrations, comparisons, prompts, validation, validation_seed, reward_model, reward_function, judge,

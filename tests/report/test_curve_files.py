@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from rlhf.callbacks.curves import CurveLogger
 from rlhf.errors import UserError
-from rlhf.report.curve_files import curve_rows, read_curves
+from rlhf.report.curve_files import curve_rows, last_quarter, read_curves
 from rlhf.report.runs import Run
 
 
@@ -37,3 +38,8 @@ def test_curves_of_several_runs(tmp_path: Path) -> None:
     assert len(rows) == 16
     assert rows[rows["seed"] == 2]["value"].tolist() == [2.0 * step for step in range(1, 9)]
     assert list(curve_rows([], ["kl"])) == list(rows) == ["size", "seed", "stage", "curve", "step", "value"]
+
+
+def test_the_last_quarter_of_each_run() -> None:
+    points = pd.DataFrame({"run": ["a"] * 8 + ["b"] * 4, "step": [*range(10, 90, 10), *range(1, 5)]})
+    assert last_quarter(points, ["run"])["step"].tolist() == [70, 80, 4]

@@ -67,6 +67,24 @@ def test_runs_by_their_folders_are_compared_with_the_first(tmp_path: Path) -> No
     assert "Stages so far" not in text
 
 
+def test_bare_runs_are_compared_by_the_ends_of_their_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run folders of a Trainer in a script: no saved config, nothing judged, two seeds of `b`."""
+    for name, kl in {"a": 1.0, "b/seed-1": 2.0, "b/seed-2": 4.0}.items():
+        logger = CurveLogger(tmp_path / name)
+        for update in range(1, 9):
+            logger.log_metrics({"objective/kl": kl * update, "seconds/update": 1.0}, 64 * update)
+    CurveLogger(tmp_path / "a").log_metrics({"validation/score": 0.5}, 512)
+    paths = [str(tmp_path / name) for name in ("a", "b/seed-1", "b/seed-2")]
+    table = report(str(tmp_path / "out"), paths)["curve_ends"]
+    assert list(table) == ["stage", "curve", "a", "b"]
+    ends = table.set_index("curve")[["a", "b"]]
+    assert ends.loc["objective/kl"].tolist() == [7.5, 22.5]  # updates 7 and 8 of 8
+    assert ends.loc["validation/score"].fillna(-1.0).tolist() == [0.5, -1.0]
+    assert len(ends) == 2  # what a report has no chart of is not compared
+    assert "| ppo | objective/kl | 7.500 | 22.500 |" in (tmp_path / "out" / "report.md").read_text()
+    assert "22.500" in capsys.readouterr().out
+
+
 def test_seeds_of_a_run_are_averaged_before_they_are_compared(tmp_path: Path) -> None:
     """Folders such as those of a study or of ablations: a name, and in it `seed-<n>`."""
     wins = {"b/seed-1": 0.5, "b/seed-2": 0.7, "a/seed-1": 0.9, "a/seed-2": 1.0}

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+import rlhf
 from rlhf.cli.parsing import parse
-from rlhf.cli.shipped import find_config, shipped_configs
 from rlhf.errors import UserError
+from rlhf.studies.shipped import find_config, shipped_configs
 
 
 @pytest.fixture
@@ -61,3 +62,13 @@ def test_paths_in_a_config_lead_to_the_package(empty: Path, words: list[str]) ->
     assert config.others == {"a": [str(shipped_configs() / "tldr"), "configs/nothing", "quickstart"]}
     (empty / "configs" / "quickstart" / "base_model").mkdir(parents=True)
     assert parse(parser, words).model.path == "configs/quickstart/base_model"
+
+
+def test_a_pipeline_from_python_finds_them_too(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"model": "configs/quickstart/base_model", "demonstrations": "none.jsonl", "ppo": False}
+    with pytest.raises(UserError, match=r"sft: data.train: there is no file none.jsonl"):
+        rlhf.pipeline(**own)
+    # Where the model was not found, the learning rate was silently that of the paper.
+    assert "a rule of thumb for a model of 0.2 million parameters" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^stages.sft.config: there is no file .*/configs/quickstart/nothing.yaml"):
+        rlhf.pipeline(**own, config_dir="configs/quickstart", sft={"config": "nothing.yaml"})
