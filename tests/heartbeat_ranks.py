@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from rlhf import heartbeat
 from rlhf.callbacks.checkpoint_io import verify
 from rlhf.errors import UserError
+from rlhf.sampling.vllm_engine import Engine
 
 PIDS: list[Any] = [None, None, None]
 
@@ -47,11 +50,15 @@ def bug() -> None:
 
 
 def work() -> None:
-    """A pause of all processes; then long work of one, first in small steps, then on a disk."""
+    """A pause of all processes; then long work of one, first in small steps, then of its engine, then on a disk."""
     pids = " ".join(map(str, PIDS))
     subprocess.Popen(["sh", "-c", f"kill -STOP {pids}; sleep 10; kill -CONT {pids}"])
     for _ in range(50):
         time.sleep(0.2)
+    engine: Any = object.__new__(Engine)
+    engine._connection, other = multiprocessing.Pipe()
+    threading.Timer(10, other.send, [(None, "sampled")]).start()
+    assert engine.answer() == "sampled"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "last.ckpt"
         torch.save({"weight": torch.zeros(3)}, file)

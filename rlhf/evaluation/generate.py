@@ -43,6 +43,7 @@ from rlhf.ops.sequences import pad_sequences, response_lengths
 from rlhf.sampling.engines import SamplerName
 from rlhf.sampling.responses import Drawn
 from rlhf.sampling.sampler import Decoding, sample, uniforms
+from rlhf.sampling.vllm_engine import check_vllm
 from rlhf.sampling.vllm_sampler import VLLMSampler
 from rlhf.seeding import derive_seed
 
@@ -88,9 +89,8 @@ def generate(
         sampler: `builtin`, or `vllm` (docs/vllm.md).
         vllm_cache_gib: with `vllm`, memory of its cache of keys and values, in GiB.
     """
-    draw: Callable[..., Drawn] = sample
     if sampler == "vllm":
-        draw = VLLMSampler(vllm_cache_gib, ("sampler", "vllm_cache_gib"), best_device(), fixed=True)
+        check_vllm("sampler")
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
@@ -117,7 +117,7 @@ def generate(
             **({"reference": model_fingerprint(reference, "reference")} if reference is not None else {}),
         }
         parts = Parts(output, settings, rows, batch_size, processes)
-        answer = partial(_sampler, draw, model, tokenizer, **sampling)
+        answer = partial(_sampler, sampler, vllm_cache_gib, model, tokenizer, **sampling)
         load = partial(
             RewardScorer, str(reward), "reward", batch_size, tokenizer, text.special_tokens == "control", weights
         )
@@ -168,7 +168,8 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 
 
 def _sampler(
-    draw: Callable[..., Drawn],
+    sampler: SamplerName,
+    cache_gib: float,
     path: str,
     tokenizer: Any,
     response_length: int,
@@ -176,8 +177,11 @@ def _sampler(
     seed: int,
     precision: str,
 ) -> Callable[..., pd.DataFrame]:
-    # An engine has the weights on the device itself.
-    device = torch.device("cpu") if isinstance(draw, VLLMSampler) else best_device()
+    draw: Callable[..., Drawn] = sample
+    device = best_device()
+    if sampler == "vllm":  # it has the weights on the device itself, and ends with this step
+        draw = VLLMSampler(cache_gib, ("sampler", "vllm_cache_gib"), device, fixed=True)
+        device = torch.device("cpu")
     decoding = Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]
 

@@ -50,10 +50,11 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Each is made when it is asked for, so that there is never a second copy of the model. A weight that two modules
     share comes once.
     """
-    adapted = is_adapted(model)
-    for name, parameter in model.named_parameters():
-        if adapted and (".lora_" in name or ".original_module." in name):
+    adapted, seen = is_adapted(model), set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in seen or (adapted and (".lora_" in name or ".original_module." in name)):
             continue
+        seen.add(parameter)
         weight: Tensor = parameter.detach()
         if adapted and name.endswith(".weight"):
             module = model.get_submodule(name.removesuffix(".base_layer.weight").removesuffix(".weight"))

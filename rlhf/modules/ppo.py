@@ -38,7 +38,7 @@ from rlhf.modules.ppo_models import (
 from rlhf.modules.settings import Optimization, PPOSettings
 from rlhf.modules.stage_module import StageModule
 from rlhf.ops.kl_control import KLControl
-from rlhf.ops.losses import importance_weights, masked_total, policy_losses, value_losses
+from rlhf.ops.losses import masked_total, policy_losses, value_losses
 from rlhf.ops.token_rewards import kl_estimate, penalise_missing_eos, score_index, token_rewards
 from rlhf.protocols import rollout_data
 from rlhf.sampling.engines import SamplerName
@@ -105,7 +105,8 @@ class PPOModule(StageModule):
         self.reward_path, self.reference_path = reward_path, reference_path or model_path
         self.reward_function, self.evaluation_function = reward_function, evaluation_function
         self.reference_placement, self.reward_placement = reference_placement, reward_placement
-        self.ppo, self.sampler, self.draw = ppo, sampler, load_sampler(sampler, ppo)
+        self.ppo, self.sampler = ppo, sampler
+        self.draw = load_sampler(sampler, ppo, own=is_overridden("sample_responses", self, PPOModule))
         paths = model_path, self.reference_path, reward_path
         self.reward_tokenizer = check_models(*paths, self.tokenizer, ppo.has_critic)
         if reward_path is None and reward_function is None and not self._scores_its_own_way:
@@ -225,11 +226,8 @@ class PPOModule(StageModule):
             episodes.keep(self.keep_episodes(episodes).to(self.device))
             # 5. Rewards per token: the KL penalty, and the score.
             episodes.rewards = self.token_rewards(episodes)
-            # 6. Advantages and returns.
+            # 6. Advantages, with their importance weights, and returns.
             set_advantages(episodes, self.ppo, self.reduce_sum)
-            if (cap := self.ppo.importance_cap) is not None:
-                weights = importance_weights(episodes.logprobs, episodes.engine_logprobs, cap)
-                episodes.advantages = episodes.advantages * weights
         return episodes
 
     def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, uniforms: Tensor) -> Drawn:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from rlhf.errors import UserError
 from rlhf.modules.settings import PPOSettings
 from rlhf.ops.advantages import gae, group_normalised, leave_one_out
+from rlhf.ops.losses import importance_weights
 from rlhf.ops.masking import Reduce, identity, whiten
 from rlhf.sampling.rollout import Rollout
 
@@ -32,4 +34,11 @@ def set_advantages(episodes: Rollout, ppo: PPOSettings, reduce_sum: Reduce) -> N
     reduce = {"global": reduce_sum, "rank": identity}.get(over)
     if reduce is not None:
         advantages = whiten(advantages, episodes.mask, reduce=reduce)
+    if (cap := ppo.importance_cap) is not None:
+        if not hasattr(episodes, "engine_logprobs"):
+            raise UserError(
+                "model.ppo.importance_cap needs an engine's log-probabilities, but sample_responses returned none; "
+                "return them, or leave it out."
+            )
+        advantages = advantages * importance_weights(episodes.logprobs, episodes.engine_logprobs, cap)
     episodes.advantages = torch.where(episodes.mask, advantages, 0.0)

@@ -107,9 +107,13 @@ def check_run(
         )
 
 
-def load_sampler(name: SamplerName, ppo: PPOSettings) -> Sampler:
-    """Makes the sampler, and refuses settings that it cannot follow; an engine starts when it is first called."""
-    if name == "builtin" and ppo.importance_cap is not None:
+def load_sampler(name: SamplerName, ppo: PPOSettings, own: bool) -> Sampler:
+    """Makes the sampler, and refuses settings that it cannot follow; an engine starts when it is first called.
+
+    Args:
+        own: whether a subclass samples in its own way, perhaps with an engine of its own.
+    """
+    if name == "builtin" and ppo.importance_cap is not None and not own:
         raise UserError("model.ppo.importance_cap needs model.sampler vllm: the built-in sampler is the policy itself.")
     if name == "vllm":
         for setting in ("temperature", "evaluation_temperature"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
+import signal
 from importlib.util import find_spec
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch.multiprocessing as mp
 
 from rlhf.errors import UserError
 from rlhf.sampling.vllm_process import Shape, serve
+
+LOOK_EVERY = 0.2  # seconds between two looks at whether the engine has answered
 
 
 def check_vllm(setting: str) -> None:
@@ -34,7 +37,8 @@ class Engine:
         self.process = spawn.Process(target=serve, args=(other, shape), daemon=True)
         self.process.start()
         other.close()
-        self.close = weakref.finalize(self, _end, self._connection, self.process)
+        # Before multiprocessing waits for it at the end of this process.
+        self.close = Finalize(self, _end, (self._connection, self.process), exitpriority=0)
         self.answer()
 
     def ask(self, command: str, argument: Any = None) -> Any:
@@ -56,9 +60,14 @@ class Engine:
             UserError: if the engine has failed, or died.
         """
         try:
+            while not self._connection.poll(LOOK_EVERY):  # so the heartbeat sees that it is not stuck
+                pass
             error, answer = self._connection.recv()
         except (EOFError, OSError):
-            error = "its process has died; there may not be enough memory"
+            self.process.join(10)
+            code = self.process.exitcode or 0
+            how = f"by {signal.Signals(-code).name} (was the memory full?)" if code < 0 else "of the error above"
+            error = f"its process has died {how}"
         if error is not None:
             self.close()
             why = " ".join(error.split())[:300].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ class Request(NamedTuple):
 
 def serve(connection: Connection, shape: Shape) -> None:
     """Answers the requests that come over a connection, until its other end is gone; an error is an answer, too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # sent to all, they are for the training, which ends
+        signal.signal(number, signal.SIG_IGN)  # after this update
     try:
         engine = _engine(shape)
         connection.send((None, None))
@@ -86,6 +89,7 @@ def _engine(shape: Shape) -> Any:
         enable_chunked_prefill=False,  # the random numbers of half a prompt cannot be taken back on a CPU
         max_num_batched_tokens=max(shape.room, TOGETHER),
         kv_cache_memory_bytes=int(shape.cache_gib * 2**30),
+        gpu_memory_utilization=0.01,  # a GPU of which less is free is refused, though the training is on it, too
         enable_sleep_mode=on_gpu and shape.sleeps,
         enforce_eager=not on_gpu,
         distributed_executor_backend="external_launcher",  # which takes LOCAL_RANK for the GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from rlhf.sampling.vllm_engine import Engine, check_vllm
 from rlhf.sampling.vllm_process import Request, Shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 COLDEST = 0.01  # vLLM raises temperatures below
 STEP = 64  # an engine has room for a multiple of so many tokens
@@ -60,6 +61,8 @@ class VLLMSampler:
         """
         if decoding.temperature < COLDEST:
             raise UserError(f"{self.names[0]} vllm samples at temperatures of {COLDEST} or more only; raise it.")
+        if not self.fixed:
+            torch.cuda.empty_cache()  # what the training has freed, for the engine
         dtype = _dtype(model)
         engine, is_new = self._started(model, queries.shape[1] + uniforms.shape[1], dtype)
         if is_new or not self.fixed:
@@ -75,7 +78,7 @@ class VLLMSampler:
 
     def _started(self, model: PreTrainedModel, room: int, dtype: torch.dtype) -> tuple[Engine, bool]:
         """Returns an engine with room for rows of a length, and whether it is a new one."""
-        if self.engine is not None and self.engine.close.alive and room <= self._room:
+        if self.engine is not None and self.engine.close.still_active() and room <= self._room:
             return self.engine, False
         if self.engine is not None:
             self.engine.close()
@@ -87,8 +90,7 @@ class VLLMSampler:
             "from the last checkpoint."
         )
         with TemporaryDirectory() as folder:
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(folder)
+            _config(model).save_pretrained(folder)
             device, threads = self.device or model.device, torch.get_num_threads()
             shape = Shape(folder, dtype, device, self._room, self.cache_gib, threads, sleeps=not self.fixed)
             self.engine = Engine(shape, sampler, advice)
@@ -104,6 +106,16 @@ def _hand_over(model: PreTrainedModel, dtype: torch.dtype, engine: Engine) -> No
         engine.answer()
     engine.send(None)
     engine.answer()
+
+
+def _config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Returns the config of the model as it is: an adapter may have unshared an embedding."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if config.get_text_config().tie_word_embeddings:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        config.get_text_config().tie_word_embeddings = inputs.weight is outputs.weight
+    return config
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
