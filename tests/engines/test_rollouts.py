@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from spies import Stop, StopAt, fit_with_spy
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.actor_critic import response_logprobs
@@ -73,14 +75,16 @@ def test_an_engine_samples_what_the_model_does(
     expected = (model(query).logits[0, -1] / 0.7).softmax(0)
     assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1 / count).all()
 
-    # Other weights, handed over anew, so sharp that 0.01 is greedy.
+    # Other weights, handed over anew, so sharp that 0.01 is greedy, after a signal to all processes to stop soon.
+    assert engine.engine is not None
+    assert engine.engine.process.pid is not None
+    os.kill(engine.engine.process.pid, signal.SIGTERM)
     model.get_output_embeddings().weight.mul_(30)
     cold = Decoding(0.01, [EOS], PAD)
     assert torch.equal(engine(model, *inputs, numbers, cold)[0], sample(model, *inputs, numbers, cold))
     if kind == "llama":
-        assert engine.engine is not None
         engine.engine.process.kill()
-        with pytest.raises(UserError, match=r"sampler vllm: .* has died.*cache_gib"):
+        with pytest.raises(UserError, match=r"sampler vllm: .* has died by SIGKILL.*cache_gib"):
             engine(model, *inputs, numbers, cold)
 
 
@@ -155,6 +159,22 @@ def test_merged_weights_are_those_of_a_merged_model(model_path: str, dora: bool)
     assert sorted(weights) == sorted(names)
     plain.load_state_dict(weights)
     torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_embedding_that_an_adapter_trains_is_handed_over_beside_the_output_layer(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=500, tie_word_embeddings=True, **shape))
+    assert vllm_sampler._config(model).tie_word_embeddings
+    assert "lm_head.weight" not in dict(merged_weights(model))
+    add_adapter(model, LoRA(rank=4, modules_to_save=["embed_tokens"]), str(tmp_path), 1, "model.model_path")
+    embedding = model.get_input_embeddings()
+    before = embedding.weight.clone()
+    embedding.weight.add_(1.0)
+    weights = dict(merged_weights(model))
+    assert torch.equal(weights["model.embed_tokens.weight"], embedding.weight)
+    assert torch.equal(weights["lm_head.weight"], before)
+    assert not vllm_sampler._config(model).tie_word_embeddings
 
 
 def test_importance_weights_are_ratios_up_to_the_cap() -> None:

@@ -12,10 +12,13 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf.errors import UserError
+from rlhf.models.actor_critic import response_logprobs
 from rlhf.models.half_weights import CASTS
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.sampling.grouping import groups
+from rlhf.sampling.responses import Drawn
 from rlhf.sampling.rollout import Rollout
 
 Make = Callable[..., Any]
@@ -89,6 +92,39 @@ def test_the_longest_response_has_a_column_for_its_score(fitted: Make) -> None:
     assert rollout.value_mask.sum(1).tolist() == [4, 2, 3, 4]
     landed = rollout.rewards.gather(1, rollout.lengths.unsqueeze(1)).squeeze(1)
     assert torch.equal(landed, rollout.scores)
+
+
+class OwnEngine(PPOModule):
+    """Samples by an engine to which every second token is half as probable as to the policy, the others 4 times."""
+
+    @torch.no_grad()
+    def sample_responses(self, queries: Tensor, query_mask: Tensor, temperature: float, numbers: Tensor) -> Drawn:
+        ids = super().sample_responses(queries, query_mask, temperature, numbers)
+        if not self.ppo.importance_cap:
+            return ids
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        logprobs, _ = response_logprobs(self.actor_critic.policy, queries, query_mask, ids, mask, temperature)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        return ids, logprobs + torch.where(columns % 2 == 0, 0.25, 2.0).log()
+
+
+def test_importance_weights_of_an_engine_weigh_the_advantages(fitted: Make, model_path: str, reward_path: str) -> None:
+    module, batch = fitted(OwnEngine)
+    plain = module.rollout(batch, 0)
+    module.ppo = replace(SETTINGS, importance_cap=3.0)
+    weighed = module.rollout(batch, 0)
+    weights = torch.where(torch.arange(plain.advantages.shape[1], device=module.device) % 2 == 0, 3.0, 0.5)
+    torch.testing.assert_close(weighed.advantages, plain.advantages * weights, atol=1e-4, rtol=1e-4)
+    assert weighed.advantages.abs().max() > 0.1
+    assert torch.equal(weighed.returns, plain.returns)
+    OwnEngine(model_path, reward_path, ppo=module.ppo)  # is not refused
+
+
+def test_importance_weights_need_log_probabilities(fitted: Make) -> None:
+    module, batch = fitted(Short)
+    module.ppo = replace(SETTINGS, importance_cap=2.0)
+    with pytest.raises(UserError, match=r"importance_cap needs .* sample_responses returned none"):
+        module.rollout(batch, 0)
 
 
 def test_rollout_and_training_have_the_same_precision(
