@@ -136,4 +136,4 @@ def tolerance(precision: str) -> Tolerance:
         return Tolerance(ratio=0.25, reward=0.1, engine=0.05)
     if precision.startswith("16"):
         return Tolerance(ratio=0.05, reward=0.02, engine=0.01)
-    return Tolerance(ratio=1e-4, reward=1e-3, engine=2e-5)
+    return Tolerance(ratio=1e-4, reward=1e-3, engine=1e-4)

@@ -265,7 +265,8 @@ class Invariants(Callback):
         yield Finding("finite_rewards", module.reduce_sum(bad.float()).item(), 0)
         if hasattr(rollout, "engine_logprobs"):
             difference, _ = masked_moments(engine_differences(rollout), real_tokens(rollout), module.reduce_sum)
-            yield Finding("engine", difference.item(), limits.engine)
+            # Differences of logits grow with 1 / temperature.
+            yield Finding("engine", difference.item(), limits.engine / min(1.0, module.ppo.temperature))
         mean, variance = masked_moments(rollout.kl.sum(1), torch.ones_like(rollout.has_eos), module.reduce_sum)
         noise = 4 * (variance / (len(rollout) * trainer.world_size)).sqrt().item()
         yield Finding("kl", max(0.0, -mean.item()), noise + limits.ratio)

@@ -44,7 +44,7 @@ from rlhf.sampling.engines import SamplerName
 from rlhf.sampling.responses import Drawn
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_engine import check_vllm
-from rlhf.sampling.vllm_sampler import VLLMSampler
+from rlhf.sampling.vllm_sampler import VLLMSampler, check_temperature
 from rlhf.seeding import derive_seed
 
 
@@ -89,13 +89,14 @@ def generate(
         sampler: `builtin`, or `vllm` (docs/vllm.md).
         vllm_cache_gib: with `vllm`, memory of its cache of keys and values, in GiB.
     """
+    temperature = temperature or (0.01 if best_of == 1 else 0.7)
     if sampler == "vllm":
         check_vllm("sampler")
+        check_temperature(temperature, "temperature")
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
         check_reference(reference, "reference", tokenizer)
-    temperature = temperature or (0.01 if best_of == 1 else 0.7)
     with ranks(output) as processes:
         with processes.first_alone():
             records = load_demonstrations(data, "data", tokenizer, text, need_response=False).to_list()

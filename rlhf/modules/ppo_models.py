@@ -31,7 +31,7 @@ from rlhf.models.translated import TranslatedModel
 from rlhf.modules.settings import PPOSettings
 from rlhf.protocols import stage_data
 from rlhf.sampling.engines import Sampler, SamplerName, make_sampler
-from rlhf.sampling.vllm_sampler import COLDEST
+from rlhf.sampling.vllm_sampler import check_temperature
 from rlhf.strategies import Zero2Strategy
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ def load_sampler(name: SamplerName, ppo: PPOSettings, own: bool) -> Sampler:
         raise UserError("model.ppo.importance_cap needs model.sampler vllm: the built-in sampler is the policy itself.")
     if name == "vllm":
         for setting in ("temperature", "evaluation_temperature"):
-            if (value := getattr(ppo, setting)) < COLDEST:
-                raise UserError(f"model.ppo.{setting} is {value:g}: vLLM samples at {COLDEST} or more; raise it.")
+            check_temperature(getattr(ppo, setting), f"model.ppo.{setting}")
+        if ppo.cuda_graphs is not None:
+            raise UserError("model.ppo.cuda_graphs is for the built-in sampler; leave it out, or model.sampler vllm.")
     return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from importlib.util import find_spec
 from multiprocessing.util import Finalize
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.multiprocessing as mp
 
 from rlhf.errors import UserError
+from rlhf.models.merging import merged_weights
 from rlhf.sampling.vllm_process import Shape, serve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOOK_EVERY = 0.2  # seconds between two looks at whether the engine has answered
 
@@ -25,16 +32,17 @@ class Engine:
     """Starts an engine, and asks it; it ends with this object, or with this process.
 
     Args:
+        folder: has the config of its model.
         shape: what it is made for.
         setting: that asked for vLLM, for error messages.
         advice: what to do if the engine lacks memory.
     """
 
-    def __init__(self, shape: Shape, setting: str, advice: str) -> None:
+    def __init__(self, folder: str, shape: Shape, setting: str, advice: str) -> None:
         self._setting, self._advice = setting, advice
         spawn = mp.get_context("spawn")
         self._connection, other = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(other, shape), daemon=True)
+        self.process = spawn.Process(target=serve, args=(other, folder, shape, torch.get_num_threads()), daemon=True)
         self.process.start()
         other.close()
         # Before multiprocessing waits for it at the end of this process.
@@ -73,6 +81,30 @@ class Engine:
             why = " ".join(error.split())[:300].rstrip(".")
             raise UserError(f"{self._setting} vllm: the engine has failed: {why}. {self._advice}")
         return answer
+
+
+def start_engine(model: PreTrainedModel, shape: Shape, setting: str, advice: str) -> Engine:
+    """Starts an engine for a model, which has no weights yet. Arguments as for `Engine`."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if config.get_text_config().tie_word_embeddings:  # an adapter may have unshared them
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        config.get_text_config().tie_word_embeddings = inputs.weight is outputs.weight
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return Engine(folder, shape, setting, advice)
+
+
+def hand_over(model: PreTrainedModel, dtype: torch.dtype, engine: Engine) -> None:
+    """Gives an engine the weights of a model, with adapters merged into them."""
+    engine.send(("load", None))
+    for name, weight in merged_weights(model):
+        # A copy on a CPU: what is sent moves to shared memory, and the trained weights stay where they are.
+        moved = weight.to(dtype, copy=not weight.is_cuda) if weight.is_floating_point() else weight.clone()
+        engine.send((name, moved.contiguous()))
+        engine.answer()
+    engine.send(None)
+    engine.answer()
 
 
 def _end(connection: Any, process: Any) -> None:

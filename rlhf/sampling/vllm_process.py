@@ -20,23 +20,17 @@ class Shape(NamedTuple):
     """What an engine is made for.
 
     Attributes:
-        model: folder with the model's config.json, or a name on the hub.
         dtype: of weights and cache.
         device: where it runs.
         room: the longest query with its response, in tokens.
         cache_gib: memory of the cache of keys and values.
-        threads: of a CPU.
-        loads: whether it loads the model's weights; else they are handed over.
         sleeps: whether it gives its memory back between calls, on a GPU.
     """
 
-    model: str
     dtype: torch.dtype
     device: torch.device
     room: int
     cache_gib: float
-    threads: int
-    loads: bool = False
     sleeps: bool = False
 
 
@@ -50,12 +44,12 @@ class Request(NamedTuple):
     longest: int  # tokens of a response
 
 
-def serve(connection: Connection, shape: Shape) -> None:
+def serve(connection: Connection, folder: str, shape: Shape, threads: int) -> None:
     """Answers the requests that come over a connection, until its other end is gone; an error is an answer, too."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # sent to all, they are for the training, which ends
         signal.signal(number, signal.SIG_IGN)  # after this update
     try:
-        engine = _engine(shape)
+        engine = _engine(folder, shape, threads)
         connection.send((None, None))
         while True:
             command, argument = connection.recv()
@@ -69,18 +63,18 @@ def serve(connection: Connection, shape: Shape) -> None:
         connection.send((f"{type(error).__name__}: {error}", None))
 
 
-def _engine(shape: Shape) -> Any:
+def _engine(folder: str, shape: Shape, threads: int) -> Any:
     on_gpu = shape.device.type == "cuda"
     os.environ |= {**ALONE, "LOCAL_RANK": str(shape.device.index or 0), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
     if not on_gpu:  # compiling takes longer than it saves
-        os.environ |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(shape.threads)}
+        os.environ |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
     from vllm import LLM
 
     return LLM(
-        model=shape.model,
+        model=folder,
         skip_tokenizer_init=True,
-        load_format="auto" if shape.loads else "dummy",
+        load_format="dummy",  # the model's own weights come before the first call
         dtype=shape.dtype,
         max_model_len=shape.room,
         generation_config="vllm",  # not that of the model
@@ -108,7 +102,26 @@ def _load(engine: Any, connection: Connection) -> None:
 
     if engine.model_config.enable_sleep_mode:
         engine.wake_up(tags=["weights"])
-    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights()})
+    engine.collective_rpc(_reload, args=(weights(),))
+
+
+def _reload(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Loads weights, of which none of the model's may be missing; vLLM itself goes on with those of before."""
+    model, loaded = worker.model_runner.get_model(), set[str]()
+    names = {name for name, _ in model.named_parameters()}
+    load = model.load_weights
+
+    def load_weights(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+        loaded.update(load(weights) or names)  # some models do not tell
+        return loaded
+
+    model.load_weights = load_weights
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights
+    if missing := sorted(names - loaded):
+        raise ValueError(f"it was not given the weights {', '.join(missing)}")
 
 
 def _sample(engine: Any, request: Request) -> list[tuple[list[int], list[float]]]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.models.merging import merged_weights
 from rlhf.ops.sequences import pad_sequences
 from rlhf.sampling.sampler import Decoding
-from rlhf.sampling.vllm_engine import Engine, check_vllm
+from rlhf.sampling.vllm_engine import Engine, check_vllm, hand_over, start_engine
 from rlhf.sampling.vllm_process import Request, Shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 COLDEST = 0.01  # vLLM raises temperatures below
-STEP = 64  # an engine has room for a multiple of so many tokens
+ROOM = 4096  # tokens of a row, as far as the model's context goes; for a longer one an engine starts anew
+
+
+def check_temperature(temperature: float, setting: str) -> None:
+    """Refuses a temperature that vLLM would raise."""
+    if temperature < COLDEST:
+        raise UserError(f"{setting} is {temperature:g}: vLLM samples at {COLDEST} or more; raise it.")
 
 
 class VLLMSampler:
@@ -59,14 +62,12 @@ class VLLMSampler:
         Returns:
             Token ids `(B, r)` and the engine's log-probabilities of them `(B, r)`, 0 on padding.
         """
-        if decoding.temperature < COLDEST:
-            raise UserError(f"{self.names[0]} vllm samples at temperatures of {COLDEST} or more only; raise it.")
         if not self.fixed:
             torch.cuda.empty_cache()  # what the training has freed, for the engine
         dtype = _dtype(model)
         engine, is_new = self._started(model, queries.shape[1] + uniforms.shape[1], dtype)
         if is_new or not self.fixed:
-            _hand_over(model, dtype, engine)
+            hand_over(model, dtype, engine)
         prompts = [ids[real].tolist() for ids, real in zip(queries.cpu(), query_mask.bool().cpu(), strict=True)]
         seeds = (uniforms[:, 0].double().cpu() * 2**32).long().tolist()  # a CPU's generators read 32 bits
         ends = list(decoding.eos_ids)
@@ -83,39 +84,15 @@ class VLLMSampler:
         if self.engine is not None:
             self.engine.close()
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or room
-        self._room = min(-(-room // STEP) * STEP, max(context, room))
+        self._room = max(room, min(ROOM, context))
         sampler, cache = self.names
         advice = (
             f"If it lacks memory, change {cache} ({self.cache_gib:g}); without {sampler} the built-in sampler goes on "
             "from the last checkpoint."
         )
-        with TemporaryDirectory() as folder:
-            _config(model).save_pretrained(folder)
-            device, threads = self.device or model.device, torch.get_num_threads()
-            shape = Shape(folder, dtype, device, self._room, self.cache_gib, threads, sleeps=not self.fixed)
-            self.engine = Engine(shape, sampler, advice)
+        shape = Shape(dtype, self.device or model.device, self._room, self.cache_gib, sleeps=not self.fixed)
+        self.engine = start_engine(model, shape, sampler, advice)
         return self.engine, True
-
-
-def _hand_over(model: PreTrainedModel, dtype: torch.dtype, engine: Engine) -> None:
-    engine.send(("load", None))
-    for name, weight in merged_weights(model):
-        # A copy on a CPU: what is sent moves to shared memory, and the trained weights stay where they are.
-        moved = weight.to(dtype, copy=not weight.is_cuda) if weight.is_floating_point() else weight.clone()
-        engine.send((name, moved.contiguous()))
-        engine.answer()
-    engine.send(None)
-    engine.answer()
-
-
-def _config(model: PreTrainedModel) -> PreTrainedConfig:
-    """Returns the config of the model as it is: an adapter may have unshared an embedding."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if config.get_text_config().tie_word_embeddings:
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        config.get_text_config().tie_word_embeddings = inputs.weight is outputs.weight
-    return config
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:

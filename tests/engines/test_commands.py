@@ -19,7 +19,7 @@ from rlhf.data.sources import Source
 from rlhf.evaluation.generate import generate
 from rlhf.evaluation.judges import LocalJudge, Pair
 from rlhf.report.curve_files import read_curves
-from rlhf.sampling import vllm_sampler
+from rlhf.sampling import vllm_engine
 from rlhf.synthetic.posts import demonstrations
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +118,8 @@ def test_tables_are_those_of_the_builtin_sampler(
         handed.append(model)
         return merged(model)
 
-    merged = vllm_sampler.merged_weights
-    monkeypatch.setattr(vllm_sampler, "merged_weights", weights)
+    merged = vllm_engine.merged_weights
+    monkeypatch.setattr(vllm_engine, "merged_weights", weights)
     found = generate(str(tmp_path / "vllm.parquet"), **settings, sampler="vllm", vllm_cache_gib=0.05)
     assert found["response"].tolist() == expected["response"].tolist()
     assert len(handed) <= 2  # not for each of three batches: at the start, and for longer rows

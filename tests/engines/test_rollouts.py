@@ -22,7 +22,7 @@ from rlhf.models.merging import merged_weights
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.ops.losses import importance_weights
 from rlhf.ops.sequences import pad_sequences
-from rlhf.sampling import vllm_engine, vllm_sampler
+from rlhf.sampling import vllm_engine
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_sampler import VLLMSampler
 
@@ -54,7 +54,7 @@ def mean_difference(model: Any, inputs: tuple[Tensor, Tensor], found: tuple[Tens
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
 @torch.no_grad()
 def test_an_engine_samples_what_the_model_does(
-    kind: str, wide_path: str, from_config: Make, engine: VLLMSampler
+    kind: str, wide_path: str, from_config: Make, engine: VLLMSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     llama = LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape)
@@ -85,6 +85,11 @@ def test_an_engine_samples_what_the_model_does(
     if kind == "llama":
         engine.engine.process.kill()
         with pytest.raises(UserError, match=r"sampler vllm: .* has died by SIGKILL.*cache_gib"):
+            engine(model, *inputs, numbers, cold)
+        # A weight that is not handed over is no weight of before.
+        weights = [named for named in merged_weights(model) if named[0] != "model.layers.1.mlp.down_proj.weight"]
+        monkeypatch.setattr(vllm_engine, "merged_weights", lambda _: weights)
+        with pytest.raises(UserError, match=r"was not given the weights model.layers.1.mlp.down_proj.weight\."):
             engine(model, *inputs, numbers, cold)
 
 
@@ -129,7 +134,7 @@ def test_weights_of_an_earlier_update_stop_the_run(run: Make, monkeypatch: pytes
         first[:] = first or [(name, weight.clone()) for name, weight in merged_weights(model)]
         return first
 
-    monkeypatch.setattr(vllm_sampler, "merged_weights", stale)
+    monkeypatch.setattr(vllm_engine, "merged_weights", stale)
     with pytest.raises(UserError, match=r"Invariant engine .* Look at model.sampler"):
         run()
 

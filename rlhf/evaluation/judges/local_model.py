@@ -19,7 +19,7 @@ from rlhf.models.loading import check_context, check_language_model, load_causal
 from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, load_tokenizer
 from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 from rlhf.sampling.engines import SamplerName
-from rlhf.sampling.vllm_engine import Engine, check_vllm
+from rlhf.sampling.vllm_engine import Engine, check_vllm, hand_over, start_engine
 from rlhf.sampling.vllm_process import Shape
 
 TEMPLATE = """Below are a post and two summaries of it. The better summary tells the points of the post that matter \
@@ -116,11 +116,13 @@ class LocalJudge(AskingJudge):
         return partial(label_logprobs, model.to(str(best_device())).eval())
 
     def _vllm(self, longest: int) -> Callable[[LabelledPairs], Tensor]:
-        room = longest + 1  # it wants to sample a token
-        dtype, threads = getattr(torch, self.precision), torch.get_num_threads()
-        shape = Shape(self._model, dtype, best_device(), room, CACHE_GIB, threads, loads=True)
+        dtype = getattr(torch, self.precision)
+        model: Any = load_causal_lm(self._model, "judge.model", dtype)
+        shape = Shape(dtype, best_device(), longest + 1, CACHE_GIB)  # it wants to sample a token
         advice = "Without judge.engine the built-in one goes on from the last answer."
-        return partial(vllm_label_logprobs, Engine(shape, "judge.engine", advice))
+        engine = start_engine(model, shape, "judge.engine", advice)
+        hand_over(model, dtype, engine)
+        return partial(vllm_label_logprobs, engine)
 
 
 def label_lengths(pairs: LabelledPairs) -> list[int]:
