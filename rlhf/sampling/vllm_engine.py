@@ -17,7 +17,7 @@ from rlhf.models.merging import merged_weights
 from rlhf.sampling.vllm_process import Shape, serve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LOOK_EVERY = 0.2  # seconds between two looks at whether the engine has answered
 
@@ -85,13 +85,8 @@ class Engine:
 
 def start_engine(model: PreTrainedModel, shape: Shape, setting: str, advice: str) -> Engine:
     """Starts an engine for a model, which has no weights yet. Arguments as for `Engine`."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if config.get_text_config().tie_word_embeddings:  # an adapter may have unshared them
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        config.get_text_config().tie_word_embeddings = inputs.weight is outputs.weight
     with TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
+        _config(model).save_pretrained(folder)
         return Engine(folder, shape, setting, advice)
 
 
@@ -105,6 +100,16 @@ def hand_over(model: PreTrainedModel, dtype: torch.dtype, engine: Engine) -> Non
         engine.answer()
     engine.send(None)
     engine.answer()
+
+
+def _config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Returns the config of the model as it is: an adapter may have unshared an embedding."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if config.get_text_config().tie_word_embeddings:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        config.get_text_config().tie_word_embeddings = inputs.weight is outputs.weight
+    return config
 
 
 def _end(connection: Any, process: Any) -> None:

@@ -170,7 +170,7 @@ def test_merged_weights_are_those_of_a_merged_model(model_path: str, dora: bool)
 def test_an_embedding_that_an_adapter_trains_is_handed_over_beside_the_output_layer(tmp_path: Path) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=500, tie_word_embeddings=True, **shape))
-    assert vllm_sampler._config(model).tie_word_embeddings
+    assert vllm_engine._config(model).tie_word_embeddings
     assert "lm_head.weight" not in dict(merged_weights(model))
     add_adapter(model, LoRA(rank=4, modules_to_save=["embed_tokens"]), str(tmp_path), 1, "model.model_path")
     embedding = model.get_input_embeddings()
@@ -179,7 +179,7 @@ def test_an_embedding_that_an_adapter_trains_is_handed_over_beside_the_output_la
     weights = dict(merged_weights(model))
     assert torch.equal(weights["model.embed_tokens.weight"], embedding.weight)
     assert torch.equal(weights["lm_head.weight"], before)
-    assert not vllm_sampler._config(model).tie_word_embeddings
+    assert not vllm_engine._config(model).tie_word_embeddings
 
 
 def test_importance_weights_are_ratios_up_to_the_cap() -> None:
