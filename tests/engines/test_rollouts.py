@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ SETTINGS = PPOSettings(response_length=8, ppo_epochs=2, vllm_cache_gib=GIB)
 @pytest.fixture(scope="module")
 def engine() -> VLLMSampler:
     """Samples in all tests of models of one shape, as an engine takes seconds to start."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
     return VLLMSampler(GIB, ("sampler", "cache_gib"))
 
 
