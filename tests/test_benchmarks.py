@@ -307,23 +307,6 @@ def test_a_task_survives_the_command_line() -> None:
 # -------------------------------------------------------------------------------------------------------- a GPU
 
 
-def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu = part("gpu")
-    parts = gpu.parts()
-    assert list(parts) == ["tests", "ppo", "lora", "sampling", "training", "trl", "placements"]
-    (case, *_) = parts["sampling"]
-    assert gpu.run(case, True, 120.0, tmp_path / "log")
-    row = capsys.readouterr().out
-    assert row.startswith(f"| {gpu.device_name()} | {case.name} | full, ours: ")
-    for way in ("full, graph", "full, generate", "early, ours"):
-        assert f"{way}: " in row
-    assert gpu.run(parts["lora"][-1], True, 120.0, tmp_path / "log")
-    assert "full, ours: " in capsys.readouterr().out
-    failing = case._replace(rehearsal=["-c", "raise SystemExit('no memory')"])
-    assert not gpu.run(failing, True, 120.0, None)
-    assert "no memory" in capsys.readouterr().out
-
-
 HIDDEN = """
 import importlib.metadata, sys
 from_name = importlib.metadata.Distribution.from_name
@@ -336,25 +319,32 @@ sys.modules["deepspeed"] = sys.modules["trl"] = None
 """
 
 
-def test_parts_for_a_gpu_are_rehearsed_without_deepspeed_and_trl(
+def test_parts_for_a_gpu_are_rehearsed_on_a_cpu_without_deepspeed_and_trl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What needs neither runs; what needs one of them says so in its row."""
+    """What needs neither runs; what needs one of them says so in its row, and what fails shows why."""
     (tmp_path / "sitecustomize.py").write_text(HIDDEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name in ("deepspeed", "trl"):
         monkeypatch.setitem(sys.modules, name, None)
     gpu = part("gpu")
     parts = gpu.parts()
-    for name in ("training", "ppo", "trl", "placements"):
-        assert gpu.run(parts[name][0], True, 240.0, tmp_path / name), capsys.readouterr().out
-    training, ppo, trl, placements = capsys.readouterr().out.splitlines()
+    assert list(parts) == ["tests", "ppo", "lora", "sampling", "training", "trl", "placements"]
+    adapters = parts["lora"][-1]  # of the same command as all of `ppo`
+    for case in (parts["sampling"][0], parts["training"][0], adapters, parts["trl"][0], parts["placements"][0]):
+        assert gpu.run(case, True, 240.0, tmp_path / "log"), capsys.readouterr().out
+    sampling, training, ppo, trl, placements = capsys.readouterr().out.splitlines()
+    assert sampling.startswith(f"| {gpu.device_name()} | bf16 | full, ours: ")
+    for way in ("full, graph", "full, generate", "early, ours"):
+        assert f"{way}: " in sampling
     assert "matrix product" in training
     assert "2 rows, activations kept: " in training
     assert "2 rows, activations again: " in training
     assert "full, ours: " in ppo
     assert "not measured: trl is not installed" in trl
     assert "not measured: deepspeed is not installed" in placements
+    assert not gpu.run(adapters._replace(rehearsal=["-c", "raise SystemExit('no memory')"]), True, 120.0, None)
+    assert "no memory" in capsys.readouterr().out
 
 
 def test_peaks_of_a_gpu_stand_beside_their_estimate() -> None:

@@ -197,13 +197,16 @@ def test_interrupted_at_a_silent_endpoint_it_ends_after_one_timeout(
 ) -> None:
     """It does not try again, and what it leaves behind does not hold up the end of the process."""
     calls = itertools.count(1)
-    server = endpoint(lambda prompt, times: interrupt() if next(calls) == 2 else None)
+    # Two answers first: a client that is slow to start does not take the time of the two that never come.
+    server = endpoint(
+        lambda prompt, times: truth(prompt) if (n := next(calls)) <= 2 else interrupt() if n == 4 else None
+    )
     interrupt = lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # noqa: E731
     before = set(threading.enumerate())
     with pytest.raises(SystemExit) as stop:
         main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=2"])
     assert stop.value.code == 130
-    assert sum(server.seen.values()) <= 4
+    assert sum(server.seen.values()) <= 2 + 4
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
     assert "waiting for up to 2 answers that are on their way" in capsys.readouterr().err
 
