@@ -99,7 +99,7 @@ def test_a_stage_whose_processes_lightning_has_started(
         f"{at}.event={event}", f"{at}.rank=1", f"{at}.hook={hook}", f"{at}.number=2",
     ]  # fmt: skip
     command = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ENVIRONMENT)
     assert done.returncode == status, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1, done.stderr[-3000:]
