@@ -45,7 +45,8 @@ def run(words: list[str], processes: int, log: str, nodes: bool) -> list[int]:
     """Exit statuses of all processes of a command; minus the number of the signal that has ended one.
 
     Args:
-        nodes: each process is a node of its own, as Lightning starts it; else they are those of one node.
+        nodes: each process is a node of its own, as Lightning starts it; else they are those of one node, as torchrun
+            and Lightning start them.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,9 +70,8 @@ def ranks(rank: int, processes: int, nodes: bool, port: int) -> dict[str, str]:
     """The environment of a process, which tells it which one it is."""
     if processes == 1:
         return {}
-    if nodes:
-        return {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+    own = {"NODE_RANK": rank} if nodes else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    return {name: str(value) for name, value in {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
 
 
 def fork(words: list[str], environment: dict[str, str], log: str) -> int:
