@@ -218,8 +218,12 @@ def test_interrupted_at_a_silent_endpoint_it_ends_after_one_timeout(
     server = endpoint(lambda prompt, times: interrupt() if next(calls) == 2 else None)
     interrupt = lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # noqa: E731
     before = set(threading.enumerate())
-    with pytest.raises(SystemExit) as stop:
-        main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=60"])
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets jobs in the background ignore it
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main([*tables(6), *asked(server), "--judge.concurrency=2", "--judge.timeout=60"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert stop.value.code == 130
     assert sum(server.seen.values()) == 2
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
