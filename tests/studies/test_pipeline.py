@@ -103,6 +103,8 @@ def test_from_nothing_to_a_report(
     shutil.move(run / "ppo", tmp_path / "ppo")
 
     def pretend(words: list[str], log: Path | None = None) -> Ended:
+        if words[0] == "rehearse":
+            return inner(words, log)
         commands.append(words)
         if words[0] == "fit":
             shutil.move(tmp_path / "ppo", run / "ppo")
