@@ -1,4 +1,4 @@
-"""The quickstart's recipe improves the gold score: its own configs on a tenth of its comparisons, PPO with one seed.
+"""The quickstart's recipe improves the gold score: its own configs on a tenth of its data, PPO with one seed.
 
 `benchmarks/quickstart.py` runs it whole, in 24 trainings.
 """
@@ -29,7 +29,7 @@ def fit(stage: str, run: Path, *words: str) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, an SFT model and a reward model."""
     run = tmp_path_factory.mktemp("quickstart")
-    sizes = Sizes(0, train=1_600, validation=64, comparisons=2_000, comparisons_validation=64, comparisons_news=8)
+    sizes = Sizes(0, train=1_600, validation=64, comparisons=4_000, comparisons_validation=64, comparisons_news=8)
     synthesize(str(run / "data"), seed=1, sizes=sizes)
     fit("sft", run, f"--run_dir={run}/sft", f"--model.model_path={QUICKSTART}/base_model")
     demonstrations = f"--data.demonstrations.path={run}/data/demonstrations"
