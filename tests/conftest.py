@@ -370,11 +370,11 @@ def trainer(tmp_path: Path, device: str) -> Callable[..., Trainer]:
 
 
 @pytest.fixture(scope="session")
-def driver() -> Iterator[Callable[[list[str], int, Path], list[int]]]:
+def driver() -> Iterator[Callable[..., list[int]]]:
     """Runs a command of train.py as one or several processes that need not import anything; see driver.py.
 
-    Takes its words, the number of processes, and the file to which they append what they print; returns their exit
-    statuses.
+    Takes its words, the number of processes, the file to which they append what they print, and whether each is a node;
+    returns their exit statuses.
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -383,8 +383,8 @@ def driver() -> Iterator[Callable[[list[str], int, Path], list[int]]]:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def run(words: list[str], processes: int, log: Path) -> list[int]:
-            order = {"words": words, "processes": processes, "log": str(log)}
+        def run(words: list[str], processes: int, log: Path, nodes: bool = False) -> list[int]:
+            order = {"words": words, "processes": processes, "log": str(log), "nodes": nodes}
             print(json.dumps(order), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
 

@@ -1,6 +1,7 @@
 """Runs commands of train.py in forks of this one process, which has imported everything.
 
-Reads a line of JSON per command, {"words": [...], "processes": 2, "log": "file"}, and answers with the exit statuses.
+Reads a line of JSON per command, {"words": [...], "processes": 2, "log": "file", "nodes": false}, and answers with the
+exit statuses.
 """
 
 from __future__ import annotations
@@ -40,12 +41,17 @@ def main() -> None:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
 
-def run(words: list[str], processes: int, log: str) -> list[int]:
-    """Exit statuses of all processes of a command; minus the number of the signal that has ended one."""
+def run(words: list[str], processes: int, log: str, nodes: bool) -> list[int]:
+    """Exit statuses of all processes of a command; minus the number of the signal that has ended one.
+
+    Args:
+        nodes: each process is a node of its own, as Lightning starts it; else they are those of one node, as torchrun
+            and Lightning start them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    left = {fork(words, rank, processes, port, log): rank for rank in range(processes)}
+    left = {fork(words, ranks(rank, processes, nodes, port), log): rank for rank in range(processes)}
     statuses, deadline = [0] * processes, time.monotonic() + LONGEST
     while left:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -60,15 +66,22 @@ def run(words: list[str], processes: int, log: str) -> list[int]:
     return statuses
 
 
-def fork(words: list[str], rank: int, processes: int, port: int, log: str) -> int:
+def ranks(rank: int, processes: int, nodes: bool, port: int) -> dict[str, str]:
+    """The environment of a process, which tells it which one it is."""
+    if processes == 1:
+        return {}
+    own = {"NODE_RANK": rank} if nodes else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    return {name: str(value) for name, value in {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
+
+
+def fork(words: list[str], environment: dict[str, str], log: str) -> int:
     """The number of a process that runs a command as one of several."""
     pid = os.fork()
     if pid:
         return pid
     status: Any = 1
     try:
-        if processes > 1:
-            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+        os.environ |= environment
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)

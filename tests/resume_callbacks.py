@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 
+from rlhf import heartbeat
 from rlhf.errors import UserError
 
 Event = Literal[
@@ -123,3 +124,11 @@ class Happens(Callback):
             then()
 
         torch.save = half
+
+
+class ShortSilence(Callback):
+    """From here on a fifteenth of --silence is enough: all processes have started, which can take long."""
+
+    def on_train_start(self, *_: Any) -> None:
+        beat: Any = heartbeat._heartbeat
+        beat.minutes, beat.patience = beat.minutes / 15, beat.patience // 15

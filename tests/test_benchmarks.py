@@ -275,14 +275,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: str, command: str 
     return capsys.readouterr().out
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    sides = ["ours", "trl"] if HAS_PPO else ["ours"]
-    out = run(monkeypatch, capsys, "--regime=early", "--sides", *sides)
+@needs_ppo
+def test_the_command_with_both_sides(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """That with our side alone is rehearsed below, by `gpu.py`."""
+    check_output(run(monkeypatch, capsys, "--regime=early", "--sides", "ours", "trl"), "early", ["ours", "trl"])
+
+
+def check_output(out: str, regime: str, sides: list[str]) -> None:
+    """What `ppo_throughput.py` has printed."""
     found = json.loads(out.splitlines()[-1])
     assert found["settings"]["ppo_epochs"] == 4
-    assert list(found["early"]["medians"]) == sides
-    assert all(len(rows) == 1 for rows in found["early"]["updates"].values())
-    assert (found["early"]["ratio"] is not None) == (len(sides) == 2)
+    assert list(found[regime]["medians"]) == sides
+    assert all(len(rows) == 1 for rows in found[regime]["updates"].values())
+    assert (found[regime]["ratio"] is not None) == (len(sides) == 2)
     assert "episodes/s" in out
 
 
@@ -307,23 +312,6 @@ def test_a_task_survives_the_command_line() -> None:
 # -------------------------------------------------------------------------------------------------------- a GPU
 
 
-def test_parts_for_a_gpu_are_rehearsed_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu = part("gpu")
-    parts = gpu.parts()
-    assert list(parts) == ["tests", "ppo", "lora", "sampling", "training", "trl", "placements"]
-    (case, *_) = parts["sampling"]
-    assert gpu.run(case, True, 120.0, tmp_path / "log")
-    row = capsys.readouterr().out
-    assert row.startswith(f"| {gpu.device_name()} | {case.name} | full, ours: ")
-    for way in ("full, graph", "full, generate", "early, ours"):
-        assert f"{way}: " in row
-    assert gpu.run(parts["lora"][-1], True, 120.0, tmp_path / "log")
-    assert "full, ours: " in capsys.readouterr().out
-    failing = case._replace(rehearsal=["-c", "raise SystemExit('no memory')"])
-    assert not gpu.run(failing, True, 120.0, None)
-    assert "no memory" in capsys.readouterr().out
-
-
 HIDDEN = """
 import importlib.metadata, sys
 from_name = importlib.metadata.Distribution.from_name
@@ -336,25 +324,33 @@ sys.modules["deepspeed"] = sys.modules["trl"] = None
 """
 
 
-def test_parts_for_a_gpu_are_rehearsed_without_deepspeed_and_trl(
+def test_parts_for_a_gpu_are_rehearsed_on_a_cpu_without_deepspeed_and_trl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What needs neither runs; what needs one of them says so in its row."""
+    """What needs neither runs; what needs one of them says so in its row, and what fails shows why."""
     (tmp_path / "sitecustomize.py").write_text(HIDDEN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for name in ("deepspeed", "trl"):
         monkeypatch.setitem(sys.modules, name, None)
     gpu = part("gpu")
     parts = gpu.parts()
-    for name in ("training", "ppo", "trl", "placements"):
-        assert gpu.run(parts[name][0], True, 240.0, tmp_path / name), capsys.readouterr().out
-    training, ppo, trl, placements = capsys.readouterr().out.splitlines()
+    assert list(parts) == ["tests", "ppo", "lora", "sampling", "training", "trl", "placements"]
+    adapters = parts["lora"][-1]  # of the same command as all of `ppo`
+    for case in (parts["sampling"][0], parts["training"][0], adapters, parts["trl"][0], parts["placements"][0]):
+        assert gpu.run(case, True, 600.0, tmp_path / case.name), capsys.readouterr().out
+    sampling, training, ppo, trl, placements = capsys.readouterr().out.splitlines()
+    assert sampling.startswith(f"| {gpu.device_name()} | bf16 | full, ours: ")
+    for way in ("full, graph", "full, generate", "early, ours"):
+        assert f"{way}: " in sampling
     assert "matrix product" in training
     assert "2 rows, activations kept: " in training
     assert "2 rows, activations again: " in training
     assert "full, ours: " in ppo
+    check_output((tmp_path / adapters.name).read_text(), "full", ["ours"])
     assert "not measured: trl is not installed" in trl
     assert "not measured: deepspeed is not installed" in placements
+    assert not gpu.run(adapters._replace(rehearsal=["-c", "raise SystemExit('no memory')"]), True, 120.0, None)
+    assert "no memory" in capsys.readouterr().out
 
 
 def test_peaks_of_a_gpu_stand_beside_their_estimate() -> None:

@@ -41,8 +41,12 @@ COMMAND = re.compile(r"^\s*(\$ |python3? |pip |rlhf |torchrun |import |from \w+ 
 FEW = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1")
 SHORTER = {  # what is added to the commands of the docs, so that they take seconds
     "fit": [f"--{setting}" for setting in FEW],
-    "pipeline": [f"--{stage}.{setting}" for stage in ("sft", "reward", "ppo") for setting in FEW],
+    "pipeline": [
+        *(f"--{stage}.{setting}" for stage in ("sft", "reward", "ppo") for setting in FEW),
+        *(f"--ppo.data.{kind}batch_size=16" for kind in ("", "micro_", "rollout_")),
+    ],
 }
+SHORTER["check pipeline"] = SHORTER["pipeline"][-3:]
 SMALL = {"train": 256, "validation": 64, "comparisons": 64, "comparisons_validation": 64, "comparisons_news": 8}
 
 
@@ -126,7 +130,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         runpy.run_module(words[2], run_name="__main__")
         return 0
     try:
-        main([*ours, *SHORTER.get(ours[0], [])])
+        main([*ours, *SHORTER.get(" ".join(ours[: 1 + (ours[0] == "check")]), [])])
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

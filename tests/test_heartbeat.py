@@ -73,31 +73,33 @@ def test_long_work_of_one_process_and_a_pause_of_all_are_no_silence(together: To
 
 
 @pytest.mark.parametrize(
-    ("event", "hook", "status", "what"),
+    ("event", "hook", "silence", "status", "what"),
     [
         (
             "stop",
             "on_train_batch_start",
+            3,
             TEMPORARY,
             r"process 1 \(.*, last seen train in epoch 1 after step [01], .*silent for 0\.2 ",
         ),
-        ("stop", "__init__", TEMPORARY, r"Not all 2 processes have connected within 0\.2 minutes"),
-        ("fail", "on_train_batch_start", 2, r"the reward function is wrong\.$"),
+        ("stop", "__init__", 0.2, TEMPORARY, r"Not all 2 processes have connected within 0\.2 minutes"),
+        ("fail", "on_train_batch_start", 3, 2, r"the reward function is wrong\.$"),
     ],
 )
 def test_a_stage_whose_processes_lightning_has_started(
-    tmp_path: Path, model_path: str, write_jsonl: Callable[..., str], event: str, hook: str, status: int, what: str
-) -> None:
+    tmp_path: Path, model_path: str, write_jsonl: Callable[..., str], event: str, hook: str, silence: float,
+    status: int, what: str,
+) -> None:  # fmt: skip
     data, run, at = write_jsonl("d.jsonl", demonstrations(16, 1, "train")), tmp_path / "run", "--trainer.callbacks"
     words = [
         "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={run}", f"--model.model_path={model_path}",
         f"--data.train.path={data}", f"--data.validation.path={data}", "--data.validation.split=train",
         "--data.batch_size=8", "--data.micro_batch_size=4", "--trainer.accelerator=cpu", "--trainer.devices=2",
-        "--silence=0.2", f"{at}+=resume_callbacks.Happens", f"{at}.event={event}", f"{at}.rank=1",
-        f"{at}.hook={hook}", f"{at}.number=2",
+        f"--silence={silence}", f"{at}+=resume_callbacks.ShortSilence", f"{at}+=resume_callbacks.Happens",
+        f"{at}.event={event}", f"{at}.rank=1", f"{at}.hook={hook}", f"{at}.number=2",
     ]  # fmt: skip
     command = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ENVIRONMENT)
     assert done.returncode == status, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1, done.stderr[-3000:]

@@ -27,51 +27,49 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def with_torchrun(words: list[str]) -> None:
+    """Runs a command on both nodes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--master_addr=127.0.0.1"]
+    start.append(f"--master_port={free_port()}")
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | {"OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [*start, f"--node_rank={node}", str(ROOT / "train.py"), *words],
+            env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=500)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)[-4000:]
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
 def test_two_nodes_make_one_run(
-    launcher: str, tmp_path: Path, model_path: str, write_jsonl: Callable[..., str]
+    launcher: str, tmp_path: Path, model_path: str, write_jsonl: Callable[..., str], driver: Callable[..., list[int]]
 ) -> None:
+    """By torchrun, and one by one with the variables that Lightning reads."""
     prompts = write_jsonl("demonstrations.jsonl", demonstrations(16, 1, "train"))
     ScalarModel.from_policy(model_path, 3).save(tmp_path / "reward", load_tokenizer(model_path))
-    port = free_port()
     words = [
-        str(ROOT / "train.py"), "fit", f"--config={ROOT}/configs/quickstart/ppo.yaml", f"--run_dir={tmp_path}/run",
+        "fit", f"--config={ROOT}/configs/quickstart/ppo.yaml", f"--run_dir={tmp_path}/run",
         f"--model.model_path={model_path}", f"--model.reward_path={tmp_path}/reward", f"--data.train.path={prompts}",
         f"--data.validation={{path: {prompts}, limit: 5}}", "--data.batch_size=8", "--data.micro_batch_size=4",
         "--model.ppo.response_length=6", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1",
         "--trainer.accelerator=cpu", "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp",
     ]  # fmt: skip
-    nodes = []
-    for node in range(2):
-        start, own = [sys.executable], {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if launcher == "torchrun":
-            addresses = ["--master_addr=127.0.0.1", f"--master_port={port}"]
-            start, own = (
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", *addresses],
-                {},
-            )
-        clean = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | {"OMP_NUM_THREADS": "1"}
-        nodes.append(
-            subprocess.Popen(
-                [*start, *words], env=clean | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    printed = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)[-4000:]
+    if launcher == "lightning":
+        log = tmp_path / "log"
+        assert driver(words, 2, log, nodes=True) == [0, 0], log.read_text()[-4000:]
+    else:
+        with_torchrun(words)
     curves = read_curves(tmp_path / "run")
     assert curves["episode"].tolist() == [8, 16]
     assert curves["val/ratio_max_deviation"].max() < 1e-5
     assert curves["invariants/ranks"].max() == 0
     assert (tmp_path / "run" / "export" / "rlhf.json").is_file()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        ".lock",
-        ".owner.json",
-        "checkpoints",
-        "config.yaml",
-        "curves.jsonl",
-        "export",
-        "tensorboard",
-    ]
+        ".lock", ".owner.json", "checkpoints", "config.yaml", "curves.jsonl", "export", "tensorboard",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

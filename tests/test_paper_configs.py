@@ -19,8 +19,9 @@ import rlhf.studies.scaling
 from rlhf.cli.main import main
 from rlhf.data.loaders import accumulation
 from rlhf.data.token_budget import ROOM
+from rlhf.models import memory
 from rlhf.models.adapters import LoRA
-from rlhf.models.memory import Workload, estimate
+from rlhf.models.memory import Workload, estimate, networks
 from rlhf.models.scalar_model import ScalarModel
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.report.curve_files import read_curves
@@ -148,29 +149,53 @@ def needed(stage: str, size: str, config: dict[str, Any], rows: int) -> dict[str
     return {name: phase.total / 2**30 for name, phase in estimate(pythia, run).items()}
 
 
-@pytest.mark.parametrize(("machine", "size", "memory"), MACHINES)
+@pytest.fixture(scope="module")
+def measured_once() -> Iterator[None]:
+    """Models are built once for all their estimates."""
+    known: dict[tuple[str, ...], Any] = {}
+
+    def once(config: Any, stage: str, lora: LoRA | None) -> Any:
+        key = config.to_json_string(), stage, repr(lora)
+        return known[key] if key in known else known.setdefault(key, networks(config, stage, lora))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "networks", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def papers() -> dict[str, list[dict[str, Any]]]:
+    """Size -> the paper's config of each stage, once it is known."""
+    return {}
+
+
+@pytest.mark.usefixtures("measured_once")
+@pytest.mark.parametrize(("machine", "size", "gib"), MACHINES)
 def test_other_machines_change_no_result_and_have_room(
-    machine: list[str], size: str, memory: float, tmp_path: Path, commands: list[list[str]],
-    capsys: pytest.CaptureFixture[str],
+    machine: list[str], size: str, gib: float, tmp_path: Path, commands: list[list[str]],
+    papers: dict[str, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Micro-batches as `auto` makes them, at least as large as the paper's, leave a tenth of the memory free."""
 
     def config_of(line: list[str]) -> dict[str, Any]:
         with pytest.raises(SystemExit, match="0"):
             main([*line, "--print_config"])
-        return yaml.safe_load(capsys.readouterr().out)
+        return yaml.safe_load(capsys.readouterr().out.replace(str(tmp_path), "run"))
 
-    words = ["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", f"--run_dir={tmp_path}"]
-    main(words)
-    main([*words, *(f"--config={FOLDER.parent}/{name}.yaml" for name in machine)])
-    capsys.readouterr()
-    half = len(commands) // 2
+    def configs_of(*machine: str) -> list[dict[str, Any]]:
+        words = ["pipeline", f"--config={FOLDER}/pipeline.yaml", f"--size={size}", f"--run_dir={tmp_path}"]
+        commands.clear()
+        main([*words, *(f"--config={FOLDER.parent}/{name}.yaml" for name in machine)])
+        capsys.readouterr()
+        return [config_of(line) for line in commands[: len(STAGES)]]
+
+    if size not in papers:
+        papers[size] = [dict(dotted(config)) for config in configs_of()]
     changing = FITTING | ({"trainer.devices", "trainer.strategy"} if "one" in machine[0] else set())
     if "lora" in machine[0]:
         changing |= {f"model.init_args.{name}" for name in (*ADAPTERS, "optimization.learning_rate")}
         changing.add("data.init_args.eval_batch_size")
-    for stage, before, after in zip(STAGES, commands[:half], commands[half:], strict=False):
-        paper, config = dict(dotted(config_of(before))), config_of(after)
+    for stage, paper, config in zip(STAGES, papers[size], configs_of(*machine), strict=True):
         changed = {key for key, value in dotted(config) if value != paper.get(key)}
         assert {key for key in changed if ".lora." not in key} <= changing
         assert any(".lora." in key for key in changed) == ("lora" in machine[0])
@@ -178,9 +203,9 @@ def test_other_machines_change_no_result_and_have_room(
         assert data["max_tokens_per_micro_batch"] == "auto"
         fits = partial(needed, stage, size, config)
         share = data["batch_size"] // int(config["trainer"]["devices"])
-        rows = bisect_right(range(1, share + 1), ROOM * memory, key=lambda rows, fits=fits: fits(rows)["training"])
+        rows = bisect_right(range(1, share + 1), ROOM * gib, key=lambda rows, fits=fits: fits(rows)["training"])
         assert rows >= data["micro_batch_size"]
-        assert max(fits(rows).values()) < 0.9 * memory
+        assert max(fits(rows).values()) < 0.9 * gib
 
 
 def test_the_study_is_the_pipelines_over_sizes_and_seeds() -> None:

@@ -30,6 +30,8 @@ def test_its_script_needs_no_main_guard(clone: Path) -> None:
     assert script is not None
     (clone / "script.py").write_text(script[1])
     runpy.run_module("examples.own_files", run_name="own_files")["main"]("my")
+    file = clone / "my" / "sft.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:96]))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "script.py"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -161,21 +158,13 @@ def test_seed_and_temperature_matter(responses: Callable[..., Any]) -> None:
     assert texts() == texts(seed=1)
 
 
-def test_two_processes_give_the_table_of_one(words: list[str], tmp_path: Path) -> None:
+def test_two_processes_give_the_table_of_one(
+    words: list[str], tmp_path: Path, driver: Callable[..., list[int]]
+) -> None:
     main([*words, f"--output={tmp_path}/one.csv"])
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(ROOT / "train.py"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, *words, f"--output={tmp_path}/two.csv"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("11 responses") == 1
+    log = tmp_path / "log"
+    assert driver([*words, f"--output={tmp_path}/two.csv"], 2, log) == [0, 0], log.read_text()
+    assert log.read_text().count("11 responses") == 1
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert not (tmp_path / "two.csv.parts").exists()
 

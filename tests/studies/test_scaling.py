@@ -95,30 +95,31 @@ def place(words: list[str], root: Path) -> str:
     return str(folder.get(words[0], file.with_suffix("")))
 
 
-def test_two_sizes_and_two_seeds_from_nothing_to_a_report(
+def test_two_seeds_from_nothing_to_a_report(
     study: list[str],
     commands: list[list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """tests/test_paper_configs.py has two sizes."""
+    study.append("--sizes=[tiny]")
     main(study)
     out = tmp_path / "out"
     said = capsys.readouterr().out
-    assert [number for number in range(1, 5) if f"of {number} of 4 runs" in said][-2:] == [3, 4]  # and those so far
+    assert [number for number in (1, 2) if f"of {number} of 2 runs" in said] == [1, 2]  # and those so far
     assert "# Report" in (out / "report.md").read_text()
-    assert sum(words[0] == "fit" for words in commands) == 2 * (1 + 2 * 3)
+    assert sum(words[0] == "fit" for words in commands) == 1 + 2 * 3
     tokenizers = {(out / path / "tokenizer.json").read_bytes() for path in (
-        "tiny/base/model/model", "small/seed-2/ppo/export")}  # fmt: skip
+        "shared/data/model", "tiny/base/model/model", "tiny/seed-2/ppo/export")}  # fmt: skip
     assert len(tokenizers) == 1
-    for size in SHAPES:
-        tables = [pd.read_parquet(out / size / f"seed-{seed}" / "judge_ppo.parquet") for seed in (1, 2)]
-        assert tables[0]["query"].tolist() == tables[1]["query"].tolist()
-        assert len(tables[0]) == SMALL["validation"]
-        assert (tables[0]["a"] != tables[1]["a"]).any(), "seeds differ"
-        assert tables[0]["judge"].unique().tolist() == [tables[1]["judge"].iloc[0]]
-        last = pd.read_parquet(out / size / "seed-1" / "judge_2.parquet")
-        assert last["a"].tolist() == tables[0]["a"].tolist()  # the export after the last update is that of the end
+    tables = [pd.read_parquet(out / "tiny" / f"seed-{seed}" / "judge_ppo.parquet") for seed in (1, 2)]
+    assert tables[0]["query"].tolist() == tables[1]["query"].tolist()
+    assert len(tables[0]) == SMALL["validation"]
+    assert (tables[0]["a"] != tables[1]["a"]).any(), "seeds differ"
+    assert tables[0]["judge"].unique().tolist() == [tables[1]["judge"].iloc[0]]
+    last = pd.read_parquet(out / "tiny" / "seed-1" / "judge_2.parquet")
+    assert last["a"].tolist() == tables[0]["a"].tolist()  # the export after the last update is that of the end
     again: list[tuple[str, int]] = []
 
     def report(output: str, runs: list[Run], *settings: Any) -> None:
@@ -128,7 +129,7 @@ def test_two_sizes_and_two_seeds_from_nothing_to_a_report(
     commands.clear()
     main(study)
     assert commands == []
-    assert again == [(size, seed) for size in SHAPES for seed in (1, 2)]
+    assert again == [("tiny", 1), ("tiny", 2)]
 
 
 def test_the_order_the_seeds_and_the_folders(
@@ -143,7 +144,9 @@ def test_the_order_the_seeds_and_the_folders(
     assert names[0] == "shared/data"
     assert len(names) == len(set(names)) == 1 + 3 * 2 + 3 * 2 * (len(config["stages"]) + len(evaluation) + 2 * 2)
     for size in config["sizes"]:
-        assert names.index(f"{size}/base/model") < names.index(f"{size}/base/pretrain")
+        model = names.index(f"{size}/base/model")
+        assert f"--tokenizer={tmp_path}/out/shared/data/model" in seen[model]
+        assert model < names.index(f"{size}/base/pretrain")
         for seed in config["seeds"]:
             own = [name.rpartition("/")[2] for name in names if name.startswith(f"{size}/seed-{seed}/")]
             judged = ["generate_8", "judge_8", "generate_16", "judge_16"]
