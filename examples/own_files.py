@@ -1,4 +1,4 @@
-"""Writes two small files in the format of your own: demonstrations and comparisons, for docs/your-data.md.
+"""Writes small files in the format of your own: demonstrations, comparisons, prompts; for docs/your-data.md.
 
 python -m examples.own_files my
 """
@@ -16,7 +16,7 @@ def question(post: dict[str, str]) -> str:
 
 
 def main(folder: str) -> None:
-    """Writes `sft.jsonl` with `prompt` and `completion`, `pairs.jsonl` with `prompt`, `chosen` and `rejected`."""
+    """Writes `sft.jsonl`, `pairs.jsonl` and `prompts.jsonl`."""
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "sft.jsonl").open("w") as file:
@@ -29,7 +29,10 @@ def main(folder: str) -> None:
             chosen, rejected = texts[record["choice"]], texts[1 - record["choice"]]
             row = {"prompt": question(record["info"]), "chosen": chosen, "rejected": rejected}
             file.write(json.dumps(row) + "\n")
-    print(f"{out}: 320 demonstrations, 320 comparisons")
+    with (out / "prompts.jsonl").open("w") as file:
+        for record in demonstrations(320, 2, "train"):
+            file.write(json.dumps({"prompt": question(record)}) + "\n")
+    print(f"{out}: 320 demonstrations, 320 comparisons, 320 prompts")
 
 
 if __name__ == "__main__":

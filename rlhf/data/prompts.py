@@ -134,7 +134,7 @@ class RolloutDataModule(StageDataModule):
             each = f" with {samples} samples each" if samples > 1 else ""
             raise UserError(
                 f"data.batch_size {self.batch_size} is larger than the {prompts} prompts of data.train{each}; an "
-                "update would hold the same prompt twice."
+                f"update would hold the same prompt twice. Set it to {prompts * samples} at most."
             )
 
     @override

@@ -85,7 +85,7 @@ def find_columns(dataset: Dataset, choices: Schemas, setting: str, path: str) ->
     for schema, needed in choices.items():
         if set(needed) <= set(there):
             return schema
-    wanted = " or ".join(_names(needed) for needed in choices.values())
+    wanted = ", or ".join(" + ".join(needed) for needed in choices.values())
     advice = _advice(dataset, choices, setting)
     raise UserError(f"{setting}: {path} has the columns {_names(there)}, but needs {wanted}{advice}.")
 

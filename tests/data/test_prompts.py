@@ -124,7 +124,7 @@ def test_tldr_prompts_need_no_summary(
 
 def test_a_batch_larger_than_the_data_is_refused(make: Attach) -> None:
     assert make(4, rows=4).prompts_of(0)
-    with pytest.raises(UserError, match=r"data\.batch_size 6 is larger than the 5 prompts"):
+    with pytest.raises(UserError, match=r"data\.batch_size 6 is larger than the 5 prompts.* Set it to 5 at most"):
         make(6, rows=5)
 
 

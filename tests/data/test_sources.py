@@ -231,7 +231,7 @@ def test_the_schema_follows_from_the_columns(columns: list[str], schema: str) ->
 
 
 def test_missing_columns_are_reported_beside_those_that_are_there() -> None:
-    there = r"data\.train: a\.jsonl has the columns text, prompt, but needs post, summary or prompt, completion"
+    there = r"data\.train: a\.jsonl has the columns text, prompt, but needs post \+ summary, or prompt \+ completion"
     with pytest.raises(UserError, match=rf"{there}.*data\.train\.columns"):
         find_columns(dataset([{"text": "x", "prompt": "y"}]), CHOICES, "data.train", "a.jsonl")
 
@@ -258,7 +258,7 @@ def test_advice_for_missing_columns_is_given_only_where_it_helps(rows: list[Any]
     choices = {"tldr": ("post", "title", "summary"), "plain": ("prompt", "chosen", "rejected")}
     with pytest.raises(UserError) as caught:
         find_columns(dataset(rows), choices, "data.train", "a.jsonl")
-    assert str(caught.value).partition("chosen, rejected; ")[2].rstrip(".") == (advice or "")
+    assert str(caught.value).partition("chosen + rejected; ")[2].rstrip(".") == (advice or "")
 
 
 def test_columns_inside_of_others_are_taken_out(write_jsonl: Writer) -> None:

@@ -67,7 +67,7 @@ def test_generic_comparisons(tokenizer: Any, write_jsonl: Writer) -> None:
 def test_prompts_need_no_response(tokenizer: Any, write_jsonl: Writer) -> None:
     path = write_jsonl("a.jsonl", [{"prompt": "Say A"}, {"prompt": "Say B"}])
     assert demonstrations_of(path, tokenizer, need_response=False)["query"][:] == ["Say A", "Say B"]
-    with pytest.raises(UserError, match="subreddit, title, post, summary or prompt, completion"):
+    with pytest.raises(UserError, match=r"subreddit \+ title \+ post \+ summary, or prompt \+ completion"):
         demonstrations_of(path, tokenizer)
 
 
