@@ -47,7 +47,7 @@ class PPOCurves(Callback):
         pl_module.log_dict(curves, sync_dist=True)
         pl_module.log_dict(costs, sync_dist=True, reduce_fx="max")
         pl_module.log_dict(rates, sync_dist=True, reduce_fx="min")
-        shown = {"reward": curves["objective/rlhf_reward"], "kl": curves["objective/kl"]}
+        shown = {"score": curves["objective/scores"], "kl": curves["objective/kl"]}
         pl_module.log_dict(shown, sync_dist=True, prog_bar=True, logger=False)
         pl_module.log("step", float(self._episodes(trainer)))
 
