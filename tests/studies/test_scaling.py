@@ -111,7 +111,7 @@ def test_two_seeds_from_nothing_to_a_report(
     assert "# Report" in (out / "report.md").read_text()
     assert sum(words[0] == "fit" for words in commands) == 1 + 2 * 3
     tokenizers = {(out / path / "tokenizer.json").read_bytes() for path in (
-        "shared/data/model", "tiny/base/model/model", "tiny/seed-2/ppo/export")}  # fmt: skip
+        "tiny/base/model/model", "tiny/seed-2/ppo/export")}  # fmt: skip
     assert len(tokenizers) == 1
     tables = [pd.read_parquet(out / "tiny" / f"seed-{seed}" / "judge_ppo.parquet") for seed in (1, 2)]
     assert tables[0]["query"].tolist() == tables[1]["query"].tolist()
