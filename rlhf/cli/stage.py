@@ -69,11 +69,11 @@ class SaveConfig(SaveConfigCallback):
 class StageCLI(LightningCLI):
     """Runs `fit`, `check`, `validate`, `test` and `predict` of a stage."""
 
-    def __init__(self, *classes: type, args: list[str], **kwargs: Any) -> None:
-        self.verb = args[0]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.verb: str = kwargs["args"][0]
         with ExitStack() as self.owned:  # the run folder
             try:
-                super().__init__(*classes, args=args, **kwargs)  # runs it all
+                super().__init__(*args, **kwargs)  # runs it all
             except SystemExit as error:
                 if not isinstance(error.__context__, KeyboardInterrupt):
                     raise
