@@ -34,9 +34,11 @@ def run(kind: str, checkpointing: bool = False, reduce_max: Any = lambda x: x) -
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cpu")), num_devices=2, world_size=2, precision="32-true"
     )
-    module = SimpleNamespace(lora=None, quantization=None, 
-        kind=kind, model_config=CONFIG, reduce_max=reduce_max, activation_checkpointing=checkpointing,
-        response_room=16, placements=("device", "cpu"), reward_path="reward", ppo=SimpleNamespace(has_critic=True),
+    ppo = SimpleNamespace(has_critic=True, vllm_cache_gib=0.5)
+    module = SimpleNamespace(
+        kind=kind, model_config=CONFIG, reduce_max=reduce_max, activation_checkpointing=checkpointing, lora=None,
+        quantization=None, response_room=16, placements=("device", "cpu"), reward_path="reward", ppo=ppo,
+        sampler="builtin",
     )  # fmt: skip
     data = SimpleNamespace(
         longest=lambda: LONGEST, tokens=None, micro_batch_size=1, eval_batch_size=1, rollout_batch_size=1,
@@ -104,6 +106,15 @@ def test_memory_of_the_machine_is_shared_by_its_processes() -> None:
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert device_memory(torch.device("cpu"), 1) == whole
     assert device_memory(torch.device("cpu"), 4) == whole // 4
+
+
+@pytest.mark.parametrize(("device", "sleeps"), [("cpu", False), ("cuda", True)])
+def test_the_engine_of_another_program_is_counted(device: str, sleeps: bool) -> None:
+    trainer, module, data = run("ppo")
+    assert token_budget.workload(trainer, module, data).engine_cache_gib == 0
+    trainer.strategy.root_device, module.sampler = torch.device(device), "vllm"
+    found = token_budget.workload(trainer, module, data)
+    assert (found.engine_cache_gib, found.engine_sleeps) == (0.5, sleeps)
 
 
 def test_memory_of_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

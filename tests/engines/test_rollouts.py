@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -94,6 +95,17 @@ def test_an_engine_samples_what_the_model_does(
         monkeypatch.setattr(vllm_engine, "merged_weights", lambda _: weights)
         with pytest.raises(UserError, match=r"was not given the weights model.layers.1.mlp.down_proj.weight\."):
             engine(model, *inputs, numbers, cold)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("heads", "gib", "why"), [(4, GIB, "head"), (2, 1e-5, "memory|cache")])
+def test_an_engine_that_cannot_start_says_why(heads: int, gib: float, why: str, from_config: Make) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": heads, "intermediate_size": 128}
+    model = from_config(LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape))
+    engine = VLLMSampler(gib, ("model.sampler", "model.ppo.vllm_cache_gib"))
+    with pytest.raises(UserError) as caught:
+        engine(model, *queries(2, 400), torch.rand(2, 4), Decoding(0.7, [EOS], PAD))
+    assert re.fullmatch(rf"model.sampler vllm: .*({why}).* change model.ppo.vllm_cache_gib .*", str(caught.value))
 
 
 @pytest.fixture
