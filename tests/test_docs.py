@@ -130,7 +130,9 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         runpy.run_module(words[2], run_name="__main__")
         return 0
     try:
-        main([*ours, *SHORTER.get(" ".join(ours[: 1 + (ours[0] == "check")]), [])])
+        shorter = SHORTER.get(" ".join(ours[: 1 + (ours[0] == "check")]), [])
+        alone = "--prompts" in ours and "--demonstrations" not in ours  # PPO is the only stage
+        main([*ours, *(word for word in shorter if not alone or word.startswith("--ppo"))])
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0

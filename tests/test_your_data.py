@@ -26,7 +26,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_its_script_needs_no_main_guard(clone: Path) -> None:
-    script = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    script = re.search(r"```python\n(import rlhf.*?)```", PAGE, re.DOTALL)
     assert script is not None
     (clone / "script.py").write_text(script[1])
     runpy.run_module("examples.own_files", run_name="own_files")["main"]("my")

@@ -118,8 +118,6 @@ def load_sampler(name: SamplerName, ppo: PPOSettings, own: bool) -> Sampler:
     if name == "vllm":
         for setting in ("temperature", "evaluation_temperature"):
             check_temperature(getattr(ppo, setting), f"model.ppo.{setting}")
-        if ppo.cuda_graphs is not None:
-            raise UserError("model.ppo.cuda_graphs is for the built-in sampler; leave it out, or model.sampler vllm.")
     return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib)
 
 

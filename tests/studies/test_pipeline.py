@@ -152,11 +152,11 @@ def test_a_run_goes_on_where_it_was_moved_to(
     quickstart: dict[str, Any], commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fingerprints know what a config says and which stages are taken, not where they are."""
+    monkeypatch.chdir(tmp_path)
     few = quickstart | FEW
     pipeline(**few)
     assert [words[0] for words in commands] == ["rehearse", "synthesize", "fit", "report"]
     commands.clear()
-    monkeypatch.chdir(tmp_path)
     pipeline(**few | {"run_dir": "run", "config_dir": "configs"})
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "run", moved / "run")
