@@ -55,6 +55,13 @@ def safe_reading() -> Iterator[None]:
             os.environ[FORCE] = before
 
 
+def pickle_stages_by_value() -> None:
+    """Makes files of ZeRO readable by `safe_reading`: Python 3.11.0 to 3.11.3 writes a call of getattr for an enum."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
+
+
 class Zero2Strategy(DeepSpeedStrategy):
     """ZeRO stage 2: gradients and optimizer states are partitioned across processes, weights are whole on each.
 
@@ -101,6 +108,7 @@ class Zero2Strategy(DeepSpeedStrategy):
 
     @override
     def setup_distributed(self) -> None:
+        pickle_stages_by_value()
         # DeepSpeedStrategy insists that the index of a device is the local rank, but CPUs have no index.
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_distributed()

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         copy(ROOT / name, clone / name)
     run([sys.executable, "-c", BUILD.format("sdist")], clone)
     (sdist,) = out.glob("*.tar.gz")
-    with tarfile.open(sdist) as file:
-        file.extractall(out, filter="data")
+    shutil.unpack_archive(sdist, out)
     run([sys.executable, "-c", BUILD.format("wheel")], out / sdist.name.removesuffix(".tar.gz"))
     (wheel,) = out.glob("*.whl")
     return sdist, wheel

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf.strategies import FORCE, safe_reading
+from rlhf.strategies import FORCE, pickle_stages_by_value, safe_reading
 from rlhf.synthetic.posts import demonstrations
 
 Driver = Callable[[list[str], int, Path], list[int]]
@@ -99,6 +100,8 @@ def test_deepspeed_cannot_read_what_runs_code(tmp_path: Path, monkeypatch: pytes
     with safe_reading(), pytest.raises(Exception, match=r"posix\.mkdir"):
         engine.load(str(file))
     assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))  # Python 3.11.2
+    pickle_stages_by_value()
     torch.save({"stage": ZeroStageEnum.gradients, "scaler": LossScaler(2.0), "x": torch.ones(2)}, file)
     with safe_reading():
         found = engine.load(str(file))
