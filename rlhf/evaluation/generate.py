@@ -105,13 +105,9 @@ def generate(
         sampling: dict[str, Any] = {"response_length": response_length, "temperature": temperature, "seed": seed}
         sampling["precision"] = weights = weights_precision(precision)
         settings = {
-            "model": model_fingerprint(model, "model"),
-            "data": files.fingerprint(
-                str(row[name]) for row in rows for name in ("query", "reference", "record", "query_ids", "input_ids")
-            ),
+            **_fingerprints(rows, model=model, reward=reward),
             "text": asdict(text),
             **sampling,
-            "reward": None if reward is None else model_fingerprint(reward, "reward"),
             "eos": [*eos_ids(tokenizer)],
             **({"sampler": sampler} if sampler != "builtin" else {}),
             **({"best_of": best_of} if best_of > 1 else {}),
@@ -156,6 +152,13 @@ def check_records(records: list[Row], model: str, tokenizer: Any, response_lengt
     check_row(largest, config.get_text_config().vocab_size, tokenizer, model, "data")
     if reward is not None and not same_tokens(tokenizer, load_tokenizer(reward, PAD_TOKEN, "reward")):
         refuse_conversations((row["record"] for row in records), "reward")
+
+
+def _fingerprints(rows: list[Row], **models: str | None) -> dict[str, str | None]:
+    """Returns what tells the data and the models of a table from others, by their settings."""
+    names = ("query", "reference", "record", "query_ids", "input_ids")
+    found = {name: None if path is None else model_fingerprint(path, name) for name, path in models.items()}
+    return {"data": files.fingerprint(str(row[name]) for row in rows for name in names), **found}
 
 
 def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:

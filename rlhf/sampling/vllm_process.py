@@ -46,8 +46,9 @@ class Request(NamedTuple):
 
 def serve(connection: Connection, folder: str, shape: Shape, threads: int) -> None:
     """Answers the requests that come over a connection, until its other end is gone; an error is an answer, too."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # sent to all, they are for the training, which ends
-        signal.signal(number, signal.SIG_IGN)  # after this update
+    # A signal that is sent to all processes is for the training, which still needs an engine until its update is done.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     try:
         engine = _engine(folder, shape, threads)
         connection.send((None, None))
@@ -83,7 +84,7 @@ def _engine(folder: str, shape: Shape, threads: int) -> Any:
         enable_chunked_prefill=False,  # the random numbers of half a prompt cannot be taken back on a CPU
         max_num_batched_tokens=max(shape.room, TOGETHER),
         kv_cache_memory_bytes=int(shape.cache_gib * 2**30),
-        gpu_memory_utilization=0.01,  # a GPU of which less is free is refused, though the training is on it, too
+        gpu_memory_utilization=0.01,  # it refuses a GPU of which less than this is free, and the training is on it, too
         enable_sleep_mode=on_gpu and shape.sleeps,
         enforce_eager=not on_gpu,
         distributed_executor_backend="external_launcher",  # which takes LOCAL_RANK for the GPU

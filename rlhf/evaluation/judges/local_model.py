@@ -150,7 +150,7 @@ def label_logprobs(model: Any, pairs: LabelledPairs) -> Tensor:
 
 
 def vllm_label_logprobs(engine: Engine, pairs: LabelledPairs) -> Tensor:
-    """Does the same by an engine of vLLM."""
+    """Computes what `label_logprobs` does, by an engine of vLLM."""
     rows = engine.ask("read", [ids for pair in pairs for ids in pair])
     sums = [sum(row[-own:]) for row, own in zip(rows, label_lengths(pairs), strict=True)]
     return torch.tensor(sums).view(-1, 2)
