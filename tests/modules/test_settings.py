@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -293,11 +292,11 @@ def test_the_policy_learns_from_the_update_after_the_warm_up(update: Make) -> No
 
 
 class TwoRanks(PPOModule):
-    """Two threads, each of which is a rank."""
+    """Two threads, each of which is a rank; they share the networks, so that one computes while the other waits."""
 
     here = threading.local()
     barrier = threading.Barrier(2, timeout=60)
-    one_at_a_time = threading.Lock()  # the networks are shared, which those of processes are not
+    turn = threading.Lock()
 
     @property
     def global_rank(self) -> int:
@@ -307,37 +306,21 @@ class TwoRanks(PPOModule):
         if not hasattr(self.here, "rank"):
             return x
         self.brought[self.here.rank] = x
+        self.turn.release()
         self.barrier.wait()
         total = self.brought[0] + self.brought[1]
         self.barrier.wait()
+        self.turn.acquire()
         return total
-
-    def sample_responses(self, *args: Any) -> Tensor:
-        with self.one_at_a_time:
-            return super().sample_responses(*args)
-
-    def _networks(self, part: Rollout) -> Any:
-        with self.one_at_a_time:
-            return super()._networks(part)
-
-    def _score(self, *args: Any) -> Tensor:
-        with self.one_at_a_time:
-            return super()._score(*args)
-
-    @contextmanager
-    def on(self, device: torch.device) -> Iterator[Any]:
-        """The reference, in its place while the ranks run."""
-        with self.one_at_a_time, self.shared_reference.on(device) as model:
-            yield model
 
     def rollouts(self, batch: dict[str, Any]) -> list[Rollout]:
         """The rollout of each rank."""
         self.brought: list[Any] = [None, None]
-        self.shared_reference, self.__dict__["reference"] = self.reference, self
 
         def of_rank(rank: int) -> Rollout:
             self.here.rank = rank
-            return self.rollout(batch, 0)
+            with self.turn:
+                return self.rollout(batch, 0)
 
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(of_rank, range(2)))
