@@ -72,40 +72,53 @@ def test_long_work_of_one_process_and_a_pause_of_all_are_no_silence(together: To
     assert together("work", 0) == ([0, 0, 0], "worked\n")
 
 
+@pytest.fixture
+def stage(tmp_path: Path, model_path: str, write_jsonl: Callable[..., str]) -> Callable[..., list[str]]:
+    """The words of SFT on two processes, to the second of which something happens."""
+    data, at = write_jsonl("d.jsonl", demonstrations(16, 1, "train")), "--trainer.callbacks"
+
+    def words(event: str, hook: str, *more: str) -> list[str]:
+        return [
+            "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={tmp_path}/run",
+            f"--model.model_path={model_path}", f"--data.train.path={data}", f"--data.validation.path={data}",
+            "--data.validation.split=train", "--data.batch_size=8", "--data.micro_batch_size=4",
+            "--trainer.accelerator=cpu", "--trainer.devices=2", f"{at}+=resume_callbacks.Happens",
+            f"{at}.event={event}", f"{at}.rank=1", f"{at}.hook={hook}", f"{at}.number=2", *more,
+        ]  # fmt: skip
+
+    return words
+
+
 @pytest.mark.parametrize(
-    ("event", "hook", "silence", "status", "what"),
+    ("hook", "silence", "what"),
     [
-        (
-            "stop",
-            "on_train_batch_start",
-            3,
-            TEMPORARY,
-            r"process 1 \(.*, last seen train in epoch 1 after step [01], .*silent for 0\.2 ",
-        ),
-        ("stop", "__init__", 0.2, TEMPORARY, r"Not all 2 processes have connected within 0\.2 minutes"),
-        ("fail", "on_train_batch_start", 3, 2, r"the reward function is wrong\.$"),
+        ("on_train_batch_start", 3, r"process 1 \(.*, last seen train in epoch 1 after step [01], .*silent for 0\.2 "),
+        ("__init__", 0.2, r"Not all 2 processes have connected within 0\.2 minutes"),
     ],
 )
 def test_a_stage_whose_processes_lightning_has_started(
-    tmp_path: Path, model_path: str, write_jsonl: Callable[..., str], event: str, hook: str, silence: float,
-    status: int, what: str,
-) -> None:  # fmt: skip
-    data, run, at = write_jsonl("d.jsonl", demonstrations(16, 1, "train")), tmp_path / "run", "--trainer.callbacks"
-    words = [
-        "fit", f"--config={ROOT}/configs/quickstart/sft.yaml", f"--run_dir={run}", f"--model.model_path={model_path}",
-        f"--data.train.path={data}", f"--data.validation.path={data}", "--data.validation.split=train",
-        "--data.batch_size=8", "--data.micro_batch_size=4", "--trainer.accelerator=cpu", "--trainer.devices=2",
-        f"--silence={silence}", f"{at}+=resume_callbacks.ShortSilence", f"{at}+=resume_callbacks.Happens",
-        f"{at}.event={event}", f"{at}.rank=1", f"{at}.hook={hook}", f"{at}.number=2",
-    ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train.py"), *words]
+    stage: Callable[..., list[str]], tmp_path: Path, hook: str, silence: float, what: str
+) -> None:
+    short = [f"--silence={silence}", "--trainer.callbacks+=resume_callbacks.ShortSilence"]
+    command = [sys.executable, str(ROOT / "train.py"), *stage("stop", hook, *short)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ENVIRONMENT)
-    assert done.returncode == status, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1, done.stderr[-3000:]
-    assert re.search(f"^error: {what}", done.stderr, re.MULTILINE), done.stderr[-3000:]
+    assert done.returncode == TEMPORARY, done.stderr[-3000:]
+    assert_one_error(done.stderr, what)
     files = [Path(f"/proc/{number}/cmdline") for number in os.listdir("/proc") if number.isdigit()]
-    assert [file for file in files if file.exists() and str(run) in file.read_text()] == []
+    assert [file for file in files if file.exists() and f"{tmp_path}/run" in file.read_text()] == []
+
+
+def test_a_mistake_of_the_user_in_one_process_of_a_stage(
+    stage: Callable[..., list[str]], driver: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    assert driver(stage("fail", "on_train_batch_start"), 2, tmp_path / "log") == [2, 2]
+    assert_one_error((tmp_path / "log").read_text(), r"the reward function is wrong\.$")
+
+
+def assert_one_error(printed: str, what: str) -> None:
+    assert "Traceback" not in printed
+    assert len(re.findall("^error: ", printed, re.MULTILINE)) == 1, printed[-3000:]
+    assert re.search(f"^error: {what}", printed, re.MULTILINE), printed[-3000:]
 
 
 def test_two_threads_of_a_process_are_one_failure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,14 +149,12 @@ EARLY = ("on_train_batch_start", 4)
 @pytest.mark.parametrize(
     ("stage", "processes", "event"),
     [
-        ("sft", "one", happens("kill_while_writing", *MIDDLE)),
         ("reward", "one", happens("kill", *MIDDLE)),
-        ("dpo", "one", happens("kill", *MIDDLE)),
         ("ppo", "one", happens("kill", "on_train_batch_start", 13)),
         ("reward", "ddp", happens("terminate", *EARLY, rank=1)),
         ("ppo", "ddp", [*happens("full_disk", *MIDDLE, rank=0), *happens("kill", "on_train_batch_start", 11)]),
-        ("sft", "zero2", happens("terminate", *EARLY, rank=0)),
-        ("dpo", "zero2", happens("kill", *MIDDLE)),
+        ("sft", "ddp", happens("kill_while_writing", *MIDDLE)),
+        ("dpo", "zero2", happens("terminate", *EARLY, rank=0)),
         ("reward", "zero2", [*happens("full_disk_at_last", *EARLY, rank=0), *happens("kill_while_writing", *MIDDLE)]),
         ("ppo", "zero2", [*happens("full_disk", *MIDDLE, rank=1), *happens("kill", "on_train_batch_start", 11)]),
         ("ppo groups", "zero2", happens("kill", "on_train_batch_start", 11)),

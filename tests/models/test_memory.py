@@ -333,8 +333,15 @@ def test_a_micro_batch_of_training_makes_what_is_estimated(
     assert 0.8 < found / measured.peak < 1.15
 
 
-@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
-@pytest.mark.parametrize(("kind", "stage"), [("gpt_neox", "reward"), ("gpt_neox", "ppo"), ("llama, tied", "ppo")])
+@pytest.mark.parametrize(
+    ("kind", "stage", "how"),
+    [
+        ("gpt_neox", "ppo", FLOAT32),
+        ("gpt_neox", "ppo", AUTOCAST),
+        ("gpt_neox", "reward", BFLOAT16),
+        ("llama, tied", "ppo", BFLOAT16),
+    ],
+)
 def test_adapters_make_what_is_estimated(
     kind: str, stage: str, how: dict[str, str], autocast: Any, adapted: Any
 ) -> None:
@@ -354,8 +361,7 @@ def test_adapters_make_what_is_estimated(
     assert 0.9 < made(found["training"]) / measured.peak < 1.3
 
 
-@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "how"), [("gpt_neox", FLOAT32), ("llama", AUTOCAST), ("gpt_neox", BFLOAT16)])
 def test_a_base_that_is_kept_in_half_precision_needs_more_at_the_start(
     kind: str, how: dict[str, str], adapted: Any
 ) -> None:
@@ -367,8 +373,7 @@ def test_a_base_that_is_kept_in_half_precision_needs_more_at_the_start(
     assert (found["start"].total > 1.5 * found["training"].weights) == (how == AUTOCAST)
 
 
-@pytest.mark.parametrize("how", [FLOAT32, AUTOCAST, BFLOAT16])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "how"), [("llama", FLOAT32), ("gpt_neox", AUTOCAST), ("llama", BFLOAT16)])
 def test_dora_needs_more(kind: str, how: dict[str, str], autocast: Any, adapted: Any) -> None:
     dora = LoRA(rank=4, dora=True)
     models = adapted(CONFIGS[kind](), how, dora)
@@ -422,8 +427,7 @@ def test_sampling_makes_what_is_estimated(kind: str, how: dict[str, str], autoca
     assert 0.9 < found / measured.peak < 1.45
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", [*CONFIGS, "llama, tied"])
+@pytest.mark.parametrize(("kind", "recompute"), [("gpt_neox", False), ("llama", True), ("llama, tied", False)])
 def test_copies_of_weights_are_those_that_autocast_makes(kind: str, recompute: bool, autocast: Any) -> None:
     config = CONFIGS[kind.removesuffix(", tied")]()
     config.tie_word_embeddings = kind.endswith("tied")

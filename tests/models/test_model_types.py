@@ -23,7 +23,6 @@ KINDS = [
     ("phimoe", "transformers", "cache"),  # experts that are chosen at random in training mode
     ("qwen3_next", "transformers", "cache"),  # layers with states and layers with keys and values
     ("mamba", "ours", "own state"),
-    ("rwkv", "ours", "no cache"),
     ("openai-gpt", "transformers", "no cache"),
 ]
 
