@@ -29,7 +29,7 @@ from rlhf.errors import UserError
 from rlhf.models.classifiers import AUTO_CLASS, classifier_config
 from rlhf.models.library_calls import first_line
 from rlhf.models.saving import save_without_weights
-from rlhf.models.tokenizers import PAD_TOKEN, load_tokenizer
+from rlhf.models.tokenizers import PAD_TOKEN, check_reference, load_tokenizer
 from rlhf.modules import PPOModule, StageModule
 from rlhf.modules.ppo_models import check_run
 
@@ -276,13 +276,20 @@ class Rehearsal:
             files.check_writable(Path(output).parent, "output")
 
     def _generate(self, name: str, given: SimpleNamespace, config: Namespace) -> None:
-        from rlhf.evaluation.generate import check_models, check_records
+        from rlhf.evaluation.best_of_n import check_best_of
+        from rlhf.evaluation.generate import check_models, check_records, check_sampler
 
         self._output(name, given.output)
+        with self.collecting(name):
+            check_sampler(given.sampler, given.vllm_cache_gib, given.temperature)
+        with self.collecting(name):
+            check_best_of(given.best_of, given.reward, given.reference)
         tokenizer, reward = None, None if self.lacks(config.reward) else given.reward
         if not self.lacks(config.model):
             with self.collecting(name), own_names():
                 tokenizer = check_models(given.model, reward, given.eos_tokens)
+                if given.reference is not None and not self.lacks(config.reference):
+                    check_reference(given.reference, "reference", tokenizer)
         with self.collecting(name), own_names(), suppress(_NoTokenizerError):
             if not self.lacks(given.data.path):
                 seen = tokenizer or self.some_tokenizer(config.model, given.eos_tokens)

@@ -15,7 +15,7 @@ from rlhf.data.chat import refuse_conversations
 from rlhf.data.sources import Source
 from rlhf.data.texts import TextFormat
 from rlhf.data.tokenising import load_demonstrations
-from rlhf.errors import Positive, Seed
+from rlhf.errors import Positive, Seed, UserError
 from rlhf.evaluation.best_of_n import best_of_n, check_best_of, describe, sampled_ids
 from rlhf.evaluation.log_ratios import log_ratios
 from rlhf.evaluation.resumable import Parts, Row, ranks
@@ -44,6 +44,7 @@ from rlhf.sampling.engines import SamplerName
 from rlhf.sampling.responses import Drawn
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_engine import check_vllm
+from rlhf.sampling.vllm_process import CACHE_GIB
 from rlhf.sampling.vllm_sampler import VLLMSampler, check_temperature
 from rlhf.seeding import derive_seed
 
@@ -63,7 +64,7 @@ def generate(
     eos_tokens: list[str] | None = None,
     precision: Precision = "auto",
     sampler: SamplerName = "builtin",
-    vllm_cache_gib: Positive = 4.0,
+    vllm_cache_gib: Positive = CACHE_GIB,
 ) -> pd.DataFrame:
     """Writes the responses of a policy to every query of a split to one table.
 
@@ -90,9 +91,7 @@ def generate(
         vllm_cache_gib: with `vllm`, memory of its cache of keys and values, in GiB.
     """
     temperature = temperature or (0.01 if best_of == 1 else 0.7)
-    if sampler == "vllm":
-        check_vllm("sampler")
-        check_temperature(temperature, "temperature")
+    check_sampler(sampler, vllm_cache_gib, temperature)
     tokenizer = check_models(model, reward, eos_tokens)
     check_best_of(best_of, reward, reference)
     if reference is not None:
@@ -169,6 +168,16 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
     if verbose and len(first) < len(records):
         print(f"data: {len(records) - len(first)} records of {data} repeat the query of an earlier one; left out.")
     return [{**row, "number": number} for number, row in enumerate(first.values())]
+
+
+def check_sampler(sampler: SamplerName, vllm_cache_gib: float, temperature: float | None) -> None:
+    """Refuses a sampler that is not installed, and settings that it does not follow."""
+    if sampler == "builtin" and vllm_cache_gib != CACHE_GIB:
+        raise UserError("vllm_cache_gib needs sampler vllm: the built-in sampler makes what it needs.")
+    if sampler == "vllm":
+        check_vllm("sampler")
+        if temperature is not None:
+            check_temperature(temperature, "temperature")
 
 
 def _sampler(

@@ -115,7 +115,11 @@ def load_sampler(name: SamplerName, ppo: PPOSettings, own: bool) -> Sampler:
     """
     if name == "builtin" and ppo.importance_cap is not None and not own:
         raise UserError("model.ppo.importance_cap needs model.sampler vllm: the built-in sampler is the policy itself.")
+    if name == "builtin" and ppo.vllm_cache_gib != PPOSettings.vllm_cache_gib and not own:
+        raise UserError("model.ppo.vllm_cache_gib needs model.sampler vllm: the built-in sampler makes what it needs.")
     if name == "vllm":
+        if ppo.cuda_graphs:
+            raise UserError("model.ppo.cuda_graphs is for the built-in sampler; leave it out with vllm.")
         for setting in ("temperature", "evaluation_temperature"):
             check_temperature(getattr(ppo, setting), f"model.ppo.{setting}")
     return make_sampler(name, ppo.cuda_graphs, ppo.vllm_cache_gib)

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from rlhf.errors import Finite, Fraction, NonNegative, Positive, UserError
 from rlhf.ops.token_rewards import KLEstimator, MissingEOS, ScorePosition
+from rlhf.sampling.vllm_process import CACHE_GIB
 
 OF_A_CRITIC = (
     "gamma", "lam", "score_position", "whiten_rewards", "value_clip", "value_coefficient", "critic_warmup",
@@ -125,7 +126,7 @@ class PPOSettings:
     critic_warmup: NonNegativeInt = 0
     evaluation_temperature: Positive = 0.01
     cuda_graphs: bool | None = None
-    vllm_cache_gib: Positive = 4.0
+    vllm_cache_gib: Positive = CACHE_GIB
     importance_cap: Positive | None = None
 
     @property

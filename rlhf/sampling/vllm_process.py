@@ -14,6 +14,7 @@ from torch import Tensor
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 TOGETHER = 8192  # tokens of prompts that are read together
+CACHE_GIB = 4.0  # of keys and values, where nothing else is set
 
 
 class Shape(NamedTuple):

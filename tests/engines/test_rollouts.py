@@ -207,6 +207,8 @@ def test_importance_weights_are_ratios_up_to_the_cap() -> None:
     [
         ({"sampler": "vllm", "ppo": PPOSettings(temperature=0.001)}, r"model.ppo.temperature is 0.001: vLLM samples"),
         ({"ppo": PPOSettings(importance_cap=2.0)}, r"importance_cap needs model.sampler vllm"),
+        ({"ppo": PPOSettings(vllm_cache_gib=1.0)}, r"vllm_cache_gib needs model.sampler vllm"),
+        ({"sampler": "vllm", "ppo": PPOSettings(cuda_graphs=True)}, r"cuda_graphs is for the built-in sampler"),
         ({"sampler": "vllm"}, r"model.sampler vllm needs vLLM, which is not installed"),
     ],
 )

@@ -20,7 +20,7 @@ from rlhf.models.tokenizers import PAD_TOKEN, check_row, encode, load_tokenizer
 from rlhf.ops.sequences import model_inputs, pad_sequences, token_logprobs
 from rlhf.sampling.engines import SamplerName
 from rlhf.sampling.vllm_engine import Engine, check_vllm, hand_over, start_engine
-from rlhf.sampling.vllm_process import Shape
+from rlhf.sampling.vllm_process import CACHE_GIB, Shape
 
 TEMPLATE = """Below are a post and two summaries of it. The better summary tells the points of the post that matter \
 most and is true to the post.
@@ -38,7 +38,6 @@ most and is true to the post.
 Preferred:"""
 
 
-CACHE_GIB = 4.0  # of keys and values of an engine
 LabelledPairs = list[list[list[int]]]  # token ids of a question with either label
 
 
