@@ -173,7 +173,7 @@ def _one_per_query(records: list[Row], data: str, verbose: bool) -> list[Row]:
 def check_sampler(sampler: SamplerName, vllm_cache_gib: float, temperature: float | None) -> None:
     """Refuses a sampler that is not installed, and settings that it does not follow."""
     if sampler == "builtin" and vllm_cache_gib != CACHE_GIB:
-        raise UserError("vllm_cache_gib needs sampler vllm: the built-in sampler makes what it needs.")
+        raise UserError("vllm_cache_gib is for sampler vllm, not for the built-in one; leave it out.")
     if sampler == "vllm":
         check_vllm("sampler")
         if temperature is not None:
@@ -193,7 +193,8 @@ def _sampler(
     draw: Callable[..., Drawn] = sample
     device = best_device()
     if sampler == "vllm":  # it has the weights on the device itself, and ends with this step
-        draw = VLLMSampler(cache_gib, ("sampler", "vllm_cache_gib"), device, fixed=True)
+        otherwise = "without sampler vllm the built-in one makes another output"
+        draw = VLLMSampler(cache_gib, ("sampler", "vllm_cache_gib"), otherwise, device, fixed=True)
         device = torch.device("cpu")
     decoding = Decoding(temperature, eos_ids(tokenizer), tokenizer.pad_token_id)
     model: Any = load_causal_lm(path, "model", getattr(torch, precision)).to(str(device)).eval()  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def load_sampler(name: SamplerName, ppo: PPOSettings, own: bool) -> Sampler:
     if name == "builtin" and ppo.importance_cap is not None and not own:
         raise UserError("model.ppo.importance_cap needs model.sampler vllm: the built-in sampler is the policy itself.")
     if name == "builtin" and ppo.vllm_cache_gib != PPOSettings.vllm_cache_gib and not own:
-        raise UserError("model.ppo.vllm_cache_gib needs model.sampler vllm: the built-in sampler makes what it needs.")
+        raise UserError("model.ppo.vllm_cache_gib is for model.sampler vllm, not for the built-in one; leave it out.")
     if name == "vllm":
         if ppo.cuda_graphs:
             raise UserError("model.ppo.cuda_graphs is for the built-in sampler; leave it out with vllm.")

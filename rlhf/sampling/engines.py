@@ -55,4 +55,5 @@ def make_sampler(name: SamplerName, cuda_graphs: bool | None, cache_gib: float) 
     """Returns the sampler of PPO by its name; `cache_gib` is for vLLM alone."""
     if name == "builtin":
         return BuiltinSampler(cuda_graphs)
-    return VLLMSampler(cache_gib, ("model.sampler", "model.ppo.vllm_cache_gib"))
+    otherwise = "without model.sampler vllm and its settings the built-in sampler goes on from the last checkpoint"
+    return VLLMSampler(cache_gib, ("model.sampler", "model.ppo.vllm_cache_gib"), otherwise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 from importlib.util import find_spec
 from multiprocessing.util import Finalize
@@ -23,9 +24,12 @@ LOOK_EVERY = 0.2  # seconds between two looks at whether the engine has answered
 
 
 def check_vllm(setting: str) -> None:
-    """Refuses a setting that takes vLLM where it is not installed."""
+    """Refuses a setting that takes vLLM where it is not installed, or would not start."""
     if find_spec("vllm") is None:
         raise UserError(f"{setting} vllm needs vLLM, which is not installed here: see docs/vllm.md, or leave it out.")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:True" in os.environ.get(name, "") and torch.cuda.is_available():
+            raise UserError(f"{setting} vllm cannot share memory that {name} makes expandable; unset {name}.")
 
 
 class Engine:
@@ -39,7 +43,7 @@ class Engine:
     """
 
     def __init__(self, folder: str, shape: Shape, setting: str, advice: str) -> None:
-        self._setting, self._advice = setting, advice
+        self.shape, self._setting, self._advice = shape, setting, advice
         spawn = mp.get_context("spawn")
         self._connection, other = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(other, folder, shape, torch.get_num_threads()), daemon=True)
@@ -58,6 +62,12 @@ class Engine:
         """Sends a message; tensors move to memory that both processes share."""
         try:
             self._connection.send(message)
+        except RuntimeError as error:
+            self.close()
+            raise UserError(
+                f"{self._setting} vllm: a weight could not be moved to shared memory ({str(error).splitlines()[0]}); "
+                "make /dev/shm larger (of a container: --shm-size)."
+            ) from error
         except OSError:
             self.answer()
 
@@ -94,8 +104,9 @@ def hand_over(model: PreTrainedModel, dtype: torch.dtype, engine: Engine) -> Non
     """Gives an engine the weights of a model, with adapters merged into them."""
     engine.send(("load", None))
     for name, weight in merged_weights(model):
-        # A copy on a CPU: what is sent moves to shared memory, and the trained weights stay where they are.
-        moved = weight.to(dtype, copy=not weight.is_cuda) if weight.is_floating_point() else weight.clone()
+        # A copy: what is sent is shared from then on, and the trained weights are not.
+        kind = dtype if weight.is_floating_point() else weight.dtype
+        moved = weight.to(engine.shape.device, kind, copy=True)
         engine.send((name, moved.contiguous()))
         engine.answer()
     engine.send(None)
@@ -106,6 +117,8 @@ def _config(model: PreTrainedModel) -> PreTrainedConfig:
     """Returns the config of the model as it is: an adapter may have unshared an embedding."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)  # the weights that are handed over are not quantized
     if config.get_text_config().tie_word_embeddings:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         config.get_text_config().tie_word_embeddings = inputs.weight is outputs.weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # that of torchrun is for its own processes
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 TOGETHER = 8192  # tokens of prompts that are read together
 CACHE_GIB = 4.0  # of keys and values, where nothing else is set
@@ -46,7 +48,11 @@ class Request(NamedTuple):
 
 
 def serve(connection: Connection, folder: str, shape: Shape, threads: int) -> None:
-    """Answers the requests that come over a connection, until its other end is gone; an error is an answer, too."""
+    """Answers the requests that come over a connection, until its other end is gone; an error is an answer, too.
+
+    A request is a command and its argument, an answer an error or None, and a result. First it answers that it has
+    started. After "load" each weight is a request that is answered; None ends them, and the command is answered then.
+    """
     # A signal that is sent to all processes is for the training, which still needs an engine until its update is done.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -62,7 +68,8 @@ def serve(connection: Connection, folder: str, shape: Shape, threads: int) -> No
     except EOFError:
         return
     except Exception as error:
-        connection.send((f"{type(error).__name__}: {error}", None))
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        connection.send((f"{type(error).__name__} in {place.filename}:{place.lineno}: {error}", None))
 
 
 def _engine(folder: str, shape: Shape, threads: int) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COLDEST = 0.01  # vLLM raises temperatures below
-ROOM = 4096  # tokens of a row, as far as the model's context goes; for a longer one an engine starts anew
+ROOM = 4096  # tokens of a row, as far as the model's context goes; for a longer one an engine of twice the room starts
 
 
 def check_temperature(temperature: float, setting: str) -> None:
@@ -35,6 +35,7 @@ class VLLMSampler:
     Args:
         cache_gib: memory of the engine's cache of keys and values.
         names: of the settings `sampler` and `vllm_cache_gib`, for error messages.
+        otherwise: what to do without vLLM, for error messages.
         device: where it samples; by default on that of the model.
         fixed: whether the model never changes: its weights are handed over once, and the engine does not sleep.
     """
@@ -42,10 +43,16 @@ class VLLMSampler:
     takes_all = True  # rows: they need no padding, and the engine splits them itself
 
     def __init__(
-        self, cache_gib: float, names: tuple[str, str], device: torch.device | None = None, fixed: bool = False
+        self,
+        cache_gib: float,
+        names: tuple[str, str],
+        otherwise: str,
+        device: torch.device | None = None,
+        fixed: bool = False,
     ) -> None:
         check_vllm(names[0])
         self.cache_gib, self.names, self.device, self.fixed = cache_gib, names, device, fixed
+        self._otherwise = otherwise
         self.engine: Engine | None = None
         self._room = 0
 
@@ -83,13 +90,10 @@ class VLLMSampler:
             return self.engine, False
         if self.engine is not None:
             self.engine.close()
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or room
-        self._room = max(room, min(ROOM, context))
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+        self._room = min(max(ROOM, 2 ** (room - 1).bit_length()), max(context, room))
         sampler, cache = self.names
-        advice = (
-            f"If it lacks memory, change {cache} ({self.cache_gib:g}); without {sampler} the built-in sampler goes on "
-            "from the last checkpoint."
-        )
+        advice = f"If it lacks memory, change {cache} ({self.cache_gib:g}); {self._otherwise}."
         shape = Shape(dtype, self.device or model.device, self._room, self.cache_gib, sleeps=not self.fixed)
         self.engine = start_engine(model, shape, sampler, advice)
         return self.engine, True

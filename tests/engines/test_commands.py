@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.vllm
 
 
-def start(words: list[str]) -> subprocess.Popen[bytes]:
+def start(words: list[str], launcher: Iterable[str] = ()) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *words]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -75,7 +75,8 @@ def assert_sampled_by_the_policy(run: Path, updates: int) -> None:
 
 
 def test_an_engine_per_process_of_ddp(words: list[str], tmp_path: Path) -> None:
-    ended(start([*words, "--trainer.strategy=ddp", "--trainer.max_epochs=2"]))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended(start([*words, "--trainer.strategy=ddp", "--trainer.max_epochs=2"], torchrun))
     assert_sampled_by_the_policy(tmp_path / "run", 2)
 
 

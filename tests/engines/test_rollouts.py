@@ -8,7 +8,9 @@ import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ from rlhf.models.merging import merged_weights
 from rlhf.modules import Optimization, PPOModule, PPOSettings
 from rlhf.ops.losses import importance_weights
 from rlhf.ops.sequences import pad_sequences
-from rlhf.sampling import vllm_engine
+from rlhf.sampling import vllm_engine, vllm_sampler
+from rlhf.sampling.engines import make_sampler
 from rlhf.sampling.sampler import Decoding, sample, uniforms
 from rlhf.sampling.vllm_sampler import VLLMSampler
 
@@ -39,7 +42,7 @@ def engine() -> VLLMSampler:
     """Samples in all tests of models of one shape, as an engine takes seconds to start."""
     if find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
-    return VLLMSampler(GIB, ("sampler", "cache_gib"))
+    return VLLMSampler(GIB, ("sampler", "cache_gib"), "go on without")
 
 
 def queries(rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ def test_an_engine_samples_what_the_model_does(
     llama = LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape)
     neox = AutoModelForCausalLM.from_pretrained(wide_path).config
     model = from_config(llama if kind == "llama" else neox)
-    engine = engine if kind == "gpt_neox" else VLLMSampler(GIB, ("sampler", "cache_gib"))
+    engine = engine if kind == "gpt_neox" else VLLMSampler(GIB, ("sampler", "cache_gib"), "go on without")
     decoding = Decoding(0.7, [EOS], PAD)
     inputs, numbers = queries(8, 400), uniforms(8, 12, torch.Generator().manual_seed(1))
     found = engine(model, *inputs, numbers, decoding)
@@ -102,7 +105,7 @@ def test_an_engine_samples_what_the_model_does(
 def test_an_engine_that_cannot_start_says_why(heads: int, gib: float, why: str, from_config: Make) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": heads, "intermediate_size": 128}
     model = from_config(LlamaConfig(vocab_size=500, max_position_embeddings=256, **shape))
-    engine = VLLMSampler(gib, ("model.sampler", "model.ppo.vllm_cache_gib"))
+    engine = make_sampler("vllm", None, gib)
     with pytest.raises(UserError) as caught:
         engine(model, *queries(2, 400), torch.rand(2, 4), Decoding(0.7, [EOS], PAD))
     assert re.fullmatch(rf"model.sampler vllm: .*({why}).* change model.ppo.vllm_cache_gib .*", str(caught.value))
@@ -207,7 +210,7 @@ def test_importance_weights_are_ratios_up_to_the_cap() -> None:
     [
         ({"sampler": "vllm", "ppo": PPOSettings(temperature=0.001)}, r"model.ppo.temperature is 0.001: vLLM samples"),
         ({"ppo": PPOSettings(importance_cap=2.0)}, r"importance_cap needs model.sampler vllm"),
-        ({"ppo": PPOSettings(vllm_cache_gib=1.0)}, r"vllm_cache_gib needs model.sampler vllm"),
+        ({"ppo": PPOSettings(vllm_cache_gib=1.0)}, r"vllm_cache_gib is for model.sampler vllm"),
         ({"sampler": "vllm", "ppo": PPOSettings(cuda_graphs=True)}, r"cuda_graphs is for the built-in sampler"),
         ({"sampler": "vllm"}, r"model.sampler vllm needs vLLM, which is not installed"),
     ],
@@ -218,3 +221,36 @@ def test_settings_that_do_not_go_together(
     monkeypatch.setattr(vllm_engine, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
         PPOModule(model_path, reward_path, **settings)
+
+
+def test_memory_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    vllm_engine.check_vllm("model.sampler")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with pytest.raises(UserError, match=r"model.sampler vllm cannot .*; unset PYTORCH_CUDA_ALLOC_CONF\."):
+        vllm_engine.check_vllm("model.sampler")
+
+
+def test_longer_and_longer_rows_start_few_engines(wide_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int] = []
+
+    def start(model: Any, shape: Any, *_: Any) -> Any:
+        rooms.append(shape.room)
+        return SimpleNamespace(close=Mock(still_active=lambda: True))
+
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda _: True)
+    monkeypatch.setattr(vllm_sampler, "start_engine", start)
+    model: Any = AutoModelForCausalLM.from_pretrained(wide_path)
+    model.config.max_position_embeddings = 10_000
+    engine = VLLMSampler(GIB, ("sampler", "cache_gib"), "go on without")
+    for room in (100, 4096, 5000, 5300, 8192, 9000, 10_000):
+        engine._started(model, room, torch.float32)
+    assert rooms == [4096, 8192, 10_000]
+
+
+def test_a_model_whose_weights_were_quantized_is_none_for_an_engine(wide_path: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(wide_path)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert "quantization_config" not in vllm_engine._config(model).to_dict()
+    assert model.config.quantization_config["load_in_4bit"]

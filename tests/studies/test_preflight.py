@@ -114,7 +114,7 @@ def test_several_processes_are_counted_and_none_is_started(plan: Plan) -> None:
         ("ppo", ["--model.reward_function=no.such"], "reward_function"),
         ("ppo", ["--model.reference_placement=zero3"], "zero3 need trainer.strategy zero2"),
         ("generate", ["--model=MODEL", "--response_length=500"], "response_length: the longest query"),
-        ("generate", ["--vllm_cache_gib=2"], "vllm_cache_gib needs sampler vllm"),
+        ("generate", ["--vllm_cache_gib=2"], "vllm_cache_gib is for sampler vllm"),
         ("generate", ["--sampler=vllm", "--temperature=0.001"], "sampler vllm needs vLLM|temperature is 0.001"),
         ("generate", ["--best_of=4", "--reward=null"], "best_of is 4: give the reward model"),
         ("generate", ["--model=MODEL", "--reference=./nowhere"], "reference: there is no model folder ./nowhere"),

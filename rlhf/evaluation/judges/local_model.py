@@ -99,6 +99,7 @@ class LocalJudge(AskingJudge):
         longest, largest = (max(measure(ids) for pair in pairs for ids in pair) for measure in (len, max))
         config = load_config(self._model, "judge.model")
         check_row(largest, config.get_text_config().vocab_size, tokenizer, self._model, "a question")
+        longest += self._engine == "vllm"  # which wants to sample a token
         check_context(config, longest, "judge: the longest question", "shorten judge.template")
         compute = self._vllm(longest) if self._engine == "vllm" else self._builtin()
         for start in range(0, len(pairs), self._batch_size):
@@ -117,8 +118,8 @@ class LocalJudge(AskingJudge):
     def _vllm(self, longest: int) -> Callable[[LabelledPairs], Tensor]:
         dtype = getattr(torch, self.precision)
         model: Any = load_causal_lm(self._model, "judge.model", dtype)
-        shape = Shape(dtype, best_device(), longest + 1, CACHE_GIB)  # it wants to sample a token
-        advice = "Without judge.engine the built-in one goes on from the last answer."
+        shape = Shape(dtype, best_device(), longest, CACHE_GIB)
+        advice = "Without judge.engine the built-in one asks all questions again."
         engine = start_engine(model, shape, "judge.engine", advice)
         hand_over(model, dtype, engine)
         return partial(vllm_label_logprobs, engine)
