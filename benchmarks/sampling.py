@@ -73,7 +73,7 @@ def compare(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str
         "generate": theirs,
     }
     if find_spec("vllm") is not None:
-        engine = VLLMSampler(options.vllm_cache_gib, ("sampler", "--vllm_cache_gib"), "leave it out of --ways")
+        engine = VLLMSampler(options.vllm_cache_gib, ("sampler", "--vllm_cache_gib"), "or fewer --rows")
         ways["vllm"] = lambda: engine(model, ids, mask, numbers, decoding)[0]
     times = [{way: measured(draw, device) for way, draw in ways.items()} for _ in range(options.rounds + 1)][1:]
     figures = {}

@@ -81,8 +81,8 @@ SETTINGS: dict[type, Settings] = {
         "entropy_coefficient": [0.01],
         "critic_warmup": [2],
         "evaluation_temperature": [0.5],
-        "cuda_graphs": [True, False, None],
-        "vllm_cache_gib": [2.5],
+        "cuda_graphs": [False, True, None],
+        "vllm_cache_gib": [2.5, 4.0],
         "importance_cap": [1.5, None],
     },
     LoRA: {
