@@ -229,7 +229,8 @@ class Recipe:
                 if self.references is None:  # then PPO is compared with the policy that it started from
                     if stage.name == "judge_sft":
                         continue
-                    before = {"b.table": "{run}/generate_sft.parquet", "b.column": "response", "b.name": "SFT"}
+                    name = "SFT" if self.runs("sft") else "base model"
+                    before = {"b.table": "{run}/generate_sft.parquet", "b.column": "response", "b.name": name}
                     stage = replace(stage, takes=stage.takes | before)
                 own = {f"judge.{key}": value for key, value in self.overrides.get("judge", {}).items()}
                 yield replace(stage, settings=own)
