@@ -142,7 +142,8 @@ def test_settings_of_a_stage_that_does_not_run_are_refused() -> None:
 def test_mere_prompts_have_no_references_so_ppo_is_compared_with_its_start(tmp_path: Path) -> None:
     found = words(tmp_path, {"model": "base", "prompts": "prompts.jsonl", "reward_function": "my.reward"})
     assert "judge_sft" not in found
-    assert {"--b.table=RUN/generate_sft.parquet", "--b.column=response", "--b.name=base model"} <= set(found["judge_ppo"])
+    start = {"--b.table=RUN/generate_sft.parquet", "--b.column=response", "--b.name=base model"}
+    assert start <= set(found["judge_ppo"])
     assert '"policies": {"PPO": "RUN/judge_ppo.parquet"}' in found["report"][-1]
 
 
